@@ -1,0 +1,76 @@
+"""From scored prefixes to the token tree that is verified."""
+
+from __future__ import annotations
+
+import torch
+
+from ctc_drafter.types import Candidates, TokenTree
+
+
+def build_tree(root: torch.Tensor, candidates: Candidates, nodes: int) -> TokenTree:
+    """The root `int64 [B]` and the `nodes` best prefixes.
+
+    Prefix probabilities never grow along a path, so the best prefixes are closed under parents, and their sum
+    is the expected number of accepted tokens: under the drafter's belief there is no better tree.
+
+    Example: prefixes a .6, b .3, ab .5, aba .1 and nodes = 3 give the tree root -> a -> ab, root -> b.
+    """
+    count = min(nodes, candidates.scores.shape[1])
+    # Stable: of equal scores the earlier prefix wins, and parents come first.
+    best = candidates.scores.sort(dim=1, descending=True, stable=True).indices[:, :count]
+    chosen = best.sort(dim=1).values
+    scores = candidates.scores.gather(1, chosen)
+
+    index = torch.arange(1, count + 1, device=root.device).expand_as(chosen)
+    node_of = torch.zeros_like(candidates.tokens).scatter(1, chosen, index)
+    parents = candidates.parents.gather(1, chosen)
+    parents = torch.where(parents < 0, 0, node_of.gather(1, parents.clamp(min=0)))
+
+    parents = _with_root(parents, 0)
+    return TokenTree(
+        tokens=torch.cat([root.unsqueeze(1), candidates.tokens.gather(1, chosen)], 1),
+        parents=parents,
+        depths=_with_root(candidates.depths.gather(1, chosen), 0),
+        ancestors=ancestor_matrix(parents),
+        valid=_with_root(scores > float("-inf"), True),
+        scores=_with_root(scores, 0.0),
+    )
+
+
+def ancestor_matrix(parents: torch.Tensor) -> torch.Tensor:
+    """`bool [B, N, N]` from `parents int64 [B, N]`, the root its own parent; a node counts as its own ancestor.
+
+    The adjacency matrix with ones on its diagonal, squared until the longest possible path is covered.
+    """
+    size = parents.shape[1]
+    reachable = torch.nn.functional.one_hot(parents, size).float() + torch.eye(size, device=parents.device)
+    for _ in range((size - 1).bit_length()):
+        reachable = (reachable @ reachable).clamp(max=1)
+    return reachable > 0
+
+
+def best_chain(candidates: Candidates) -> Candidates:
+    """The path with the largest sum of prefix probabilities: the best tree that is a chain, `[B, D]`."""
+    probabilities = candidates.scores.exp()
+    parents = candidates.parents
+    levels = int(candidates.depths.max())
+    total, pointer = probabilities, parents
+    for _ in range(levels - 1):
+        total = total + torch.where(pointer < 0, 0.0, probabilities.gather(1, pointer.clamp(min=0)))
+        pointer = torch.where(pointer < 0, -1, parents.gather(1, pointer.clamp(min=0)))
+    node = torch.where(candidates.depths == levels, total, -1.0).argmax(1, keepdim=True)
+    path = [node]
+    for _ in range(levels - 1):
+        path.append(parents.gather(1, path[-1]))
+    chain = torch.cat(path[::-1], 1)
+    order = torch.arange(levels, device=chain.device).expand_as(chain)
+    return Candidates(
+        tokens=candidates.tokens.gather(1, chain),
+        parents=order - 1,
+        depths=order + 1,
+        scores=candidates.scores.gather(1, chain),
+    )
+
+
+def _with_root(values: torch.Tensor, root: float | bool) -> torch.Tensor:
+    return torch.cat([values.new_full((values.shape[0], 1), root), values], 1)

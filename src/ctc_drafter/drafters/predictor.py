@@ -1,0 +1,44 @@
+"""What a prefix says about its next token: the bias that ties independent frames together.
+
+m[prefix, v] = W2 · f(prefix), f(prefix) = table[last] + MLP(previous, last, root state). A stateless prediction
+network as in transducers, of low rank, so that the normaliser of every (frame, prefix) is one matrix product.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional as fn
+
+
+class Predictor(nn.Module):
+    """vocab V, hidden size H, rank r, width of the MLP."""
+
+    def __init__(self, vocab_size: int, hidden_size: int, rank: int, width: int):
+        super().__init__()
+        self.table = nn.Embedding(vocab_size, rank)
+        self.previous = nn.Linear(hidden_size, width, bias=False)
+        self.last = nn.Linear(hidden_size, width, bias=False)
+        self.root = nn.Linear(hidden_size, width)
+        self.inner = nn.Linear(width, rank, bias=False)
+        self.output = nn.Linear(rank, vocab_size, bias=False)
+
+    def state(
+        self, previous: torch.Tensor, last: torch.Tensor, root_state: torch.Tensor, embed: nn.Module
+    ) -> torch.Tensor:
+        """f(prefix) `[B, W, r]`.
+
+        previous and last `int64 [B, W]` are the two newest tokens of each prefix, the root included; previous
+        is -1 where there is only the root. root_state `[B, H]` is the block's output at the root.
+        """
+        known = (previous >= 0).unsqueeze(-1)
+        dtype = self.root.weight.dtype
+        earlier = torch.where(known, self.previous(embed(previous.clamp(min=0)).to(dtype)), 0.0)
+        inner = fn.silu(earlier + self.last(embed(last).to(dtype)) + self.root(root_state).unsqueeze(1))
+        return self.table(last) + self.inner(inner)
+
+    def bias(self, state: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
+        """m `[B, W, V]` for states `[B, W, r]`, or `[B, W, S]` for the token rows `int64 [B, S]` only."""
+        if rows is None:
+            return self.output(state)
+        return state @ self.output.weight[rows].transpose(1, 2)

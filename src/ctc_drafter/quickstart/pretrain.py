@@ -1,0 +1,140 @@
+"""Trains the quickstart target, a small Llama, from random weights."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.utils.data import Dataset
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from ctc_drafter.quickstart.corpus import MIX, mixed_records, pack, read_source, train_tokenizer
+
+VOCAB_SIZE = 8192
+CONTEXT = 1024
+TOKENS_PER_STEP = 8192
+
+
+def target_config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
+    """14.5 M parameters: 8 layers of width 384, tied embeddings of an 8k vocabulary."""
+    return LlamaConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=384,
+        intermediate_size=896,
+        num_hidden_layers=8,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=64,
+        max_position_embeddings=CONTEXT,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+class PackedRows(Dataset):
+    """Rows of `int64 [rows, length]` as causal LM examples."""
+
+    def __init__(self, rows: torch.Tensor):
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"input_ids": self.rows[index], "labels": self.rows[index]}
+
+
+class CompiledLossTrainer(Trainer):
+    """Compiles model and loss as one graph: the logits are then never stored in float32 (2.4x on a CPU)."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if not hasattr(self, "_compiled_loss"):
+            self._compiled_loss = torch.compile(lambda m, ids: m(input_ids=ids, labels=ids).loss)
+        ids = inputs["input_ids"]
+        with torch.autocast(ids.device.type, torch.bfloat16):
+            return self._compiled_loss(model, ids)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of training on rows of one length, 8,192 tokens a step."""
+
+    name: str
+    length: int
+    steps: int
+    warmup: int
+    peak: float
+    floor: float
+
+
+# Attention over 512 tokens is much cheaper on a CPU; the short second phase teaches the whole context.
+PHASES = (
+    Phase("short", length=512, steps=1500, warmup=100, peak=2e-3, floor=2e-4),
+    Phase("long", length=CONTEXT, steps=150, warmup=0, peak=2e-4, floor=1e-5),
+)
+
+
+def pretrain(corpus: Path, work: Path, phases: tuple[Phase, ...] = PHASES, seed: int = 0) -> Path:
+    """Trains tokenizer and target into `work/target`; resumes from the newest checkpoint in `work`.
+
+    Returns the folder of the finished target.
+    """
+    out = work / "target"
+    records = mixed_records(corpus, seed)
+    tokenizer_dir = work / "tokenizer"
+    if not (tokenizer_dir / "tokenizer_config.json").is_file():
+        train_tokenizer(records, VOCAB_SIZE).save_pretrained(tokenizer_dir)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer_dir)
+
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(target_config(tokenizer))
+    for phase in phases:
+        train_phase(model, PackedRows(pack(tokenizer, records, phase.length)), phase, work / phase.name, seed)
+
+    model.to(torch.bfloat16).save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    perplexity = validation_perplexity(model.float(), tokenizer, corpus)
+    (work / "perplexity.json").write_text(json.dumps(perplexity, indent=2) + "\n")
+    return out
+
+
+def train_phase(model: LlamaForCausalLM, rows: PackedRows, phase: Phase, work: Path, seed: int) -> None:
+    args = TrainingArguments(
+        output_dir=str(work),
+        per_device_train_batch_size=TOKENS_PER_STEP // phase.length,
+        max_steps=phase.steps,
+        learning_rate=phase.peak,
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr": phase.floor},
+        warmup_steps=phase.warmup,
+        weight_decay=0.1,
+        adam_beta2=0.95,
+        use_cpu=not torch.cuda.is_available(),
+        logging_steps=20,
+        save_steps=150,
+        save_total_limit=2,
+        report_to=[],
+        seed=seed + phase.length,
+    )
+    trainer = CompiledLossTrainer(model=model, args=args, train_dataset=rows)
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(work)) if work.is_dir() else None)
+
+
+@torch.inference_mode()
+def validation_perplexity(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, corpus: Path
+) -> dict[str, float]:
+    """Perplexity per token of each source's held-out split, in packed rows of the whole context."""
+    result = {}
+    for source in MIX:
+        rows = pack(tokenizer, read_source(corpus, source, "val"), 256)[:64]
+        if len(rows):
+            losses = [model(input_ids=part, labels=part).loss.item() * len(part) for part in rows.split(16)]
+            result[source] = round(math.exp(sum(losses) / len(rows)), 2)
+    return result

@@ -1,0 +1,81 @@
+"""The frozen values that stages pass to each other, and the error that users see.
+
+Shape letters used everywhere: B rows of a batch, N nodes of a tree without its root, F frames,
+V vocabulary, T tokens of a row, S slots of a cache, H hidden size, K feature size, D depth.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+class UserError(ValueError):
+    """Bad input. The message is one line that names the fix; the command line exits with code 2."""
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Scored prefixes after the root, parents before their children.
+
+    tokens:  int64 [B, C], last token of each prefix.
+    parents: int64 [B, C], index of the prefix one token shorter, -1 for a child of the root.
+    depths:  int64 [B, C], tokens in the prefix (1 for a child of the root).
+    scores:  float [B, C], log of the probability that the target's text begins with the prefix, under
+             the drafter; never above the parent's; -inf marks padding.
+    """
+
+    tokens: torch.Tensor
+    parents: torch.Tensor
+    depths: torch.Tensor
+    scores: torch.Tensor
+
+
+@dataclass(frozen=True)
+class TokenTree:
+    """The root (node 0) and the n nodes to verify, parents before their children.
+
+    tokens:    int64 [B, 1+N], the root first.
+    parents:   int64 [B, 1+N], the root is its own parent.
+    depths:    int64 [B, 1+N], 0 for the root.
+    ancestors: bool [B, 1+N, 1+N], [b, i, j] is true when j lies on the path from the root to i, i included.
+    valid:     bool [B, 1+N], false for padding, which is never accepted.
+    scores:    float [B, 1+N], log-probabilities as in `Candidates`, 0 for the root.
+    """
+
+    tokens: torch.Tensor
+    parents: torch.Tensor
+    depths: torch.Tensor
+    ancestors: torch.Tensor
+    valid: torch.Tensor
+    scores: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What the target says of each node of a tree.
+
+    logits:   [B, 1+N, V], of the token that follows each node.
+    features: [B, 1+N, K], the target's hidden states that the drafter asked for; None if none.
+    """
+
+    logits: torch.Tensor
+    features: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class Acceptance:
+    """The path through the tree that the target itself would have written.
+
+    path:   int64 [B, 1+D], node indices from the root down; the last accepted node repeats as padding.
+    counts: int64 [B], accepted nodes below the root, 0 to D.
+    tokens: int64 [B, 1+D], tokens to emit: the accepted nodes' tokens, then the bonus token, which
+            repeats as padding. `counts + 1` of them count.
+    bonus:  int64 [B], the token that the target adds after the path: the next root.
+    """
+
+    path: torch.Tensor
+    counts: torch.Tensor
+    tokens: torch.Tensor
+    bonus: torch.Tensor
