@@ -33,7 +33,7 @@ class Target:
     def wrap(cls, model: PreTrainedModel) -> Target:
         """Takes a loaded model. Raises `UserError` when its cache or masks cannot serve a token tree."""
         refuse_unsupported(model)
-        return cls(model.eval())
+        return cls(model)
 
     @classmethod
     def load(cls, name: str, dtype: str = "float32", device: str = "cpu") -> Target:
@@ -48,7 +48,7 @@ class Target:
             if isinstance(error, UserError):
                 raise
             raise UserError(f"no causal LM could be loaded from {name}: {first_line(error)}") from error
-        return cls.wrap(model.to(device))
+        return cls.wrap(model.to(device).eval())
 
     @property
     def config(self) -> PreTrainedConfig:
@@ -61,6 +61,15 @@ class Target:
     @property
     def head(self) -> nn.Module:
         return self.model.get_output_embeddings()
+
+    @property
+    def norm_scale(self) -> torch.Tensor | None:
+        """What the final norm multiplies by, `[H]`; None where the model has no RMS norm called `norm`."""
+        norm = getattr(self.model.base_model, "norm", None)
+        if norm is None or getattr(norm, "bias", None) is not None:
+            return None
+        with torch.no_grad():
+            return norm(torch.ones(self.hidden_size, dtype=self.dtype, device=self.device))
 
     @property
     def vocab_size(self) -> int:

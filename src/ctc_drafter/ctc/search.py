@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 import torch
 
+from ctc_drafter.ctc.lattice import sum_floor
 from ctc_drafter.types import Candidates
 
 # (previous [B, W], last [B, W], rows [B, S] or None) -> bias [B, W, V], or [B, W, S] for those token rows only.
@@ -59,7 +60,8 @@ def prefix_search(
     levels = []
     for _ in range(depth):
         shift, expbias = _exp_bias(bias, previous, last, rows, weights)
-        normaliser = expbias @ weights.transpose(1, 2) + outside.unsqueeze(1) * shift
+        sums = (expbias @ weights.transpose(1, 2)).clamp(min=sum_floor(weights.dtype))
+        normaliser = sums + outside.unsqueeze(1) * shift
         blank_prob = blank.unsqueeze(1) * shift / normaliser
         if place is None:  # the root counts as a blank frame: it cannot be repeated
             stay = torch.zeros_like(normaliser)

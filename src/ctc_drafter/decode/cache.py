@@ -18,7 +18,7 @@ def compact(cache: Cache, lengths: torch.Tensor, first: int, path: torch.Tensor,
     source = first + path
     goal = lengths.unsqueeze(1) + torch.minimum(steps, counts.unsqueeze(1))  # padding rewrites the last node
     keep = int((lengths + counts).max()) + 1
-    in_place = path.shape[1] == 1 and lengths.shape[0] == 1
+    in_place = torch.equal(source, goal)
     for layer in cache.layers:
         if layer.keys is None:  # shares another layer's keys
             continue

@@ -127,11 +127,11 @@ def plain_generate(
 
 
 def step(target: Target, cache: Cache, lengths: torch.Tensor, root: torch.Tensor) -> torch.Tensor:
-    """Logits `[B, 1, V]` after one more token per row. Rows of one length need no mask."""
-    tokens, positions = root.unsqueeze(1), lengths.unsqueeze(1)
-    if len(root) == 1 or bool((lengths == lengths[0]).all()):
+    """Logits `[B, 1, V]` after one more token per row. Rows that fill the cache need no mask."""
+    tokens, positions, slots = root.unsqueeze(1), lengths.unsqueeze(1), cache.get_seq_length()
+    if bool((lengths == slots).all()):
         return target.forward(tokens, positions, cache).logits
-    cached = torch.arange(cache.get_seq_length(), device=lengths.device).expand(len(root), -1)
+    cached = torch.arange(slots, device=lengths.device).expand(len(root), -1)
     seen = torch.cat([cached < positions, torch.ones_like(positions, dtype=torch.bool)], 1)
     return target.forward(tokens, positions, cache, seen.unsqueeze(1), torch.cat([cached, positions], 1)).logits
 

@@ -63,7 +63,9 @@ class CTCDrafterConfig(PreTrainedConfig):
         if not 1 <= self.draft_length <= self.frames:
             raise UserError(f"draft_length {self.draft_length} must lie between 1 and frames ({self.frames})")
         if not self.target_layer_ids or not all(0 <= i < self.target_num_layers for i in self.target_layer_ids):
-            raise UserError(f"target_layer_ids {self.target_layer_ids} must name blocks 0..{self.target_num_layers - 1}")
+            raise UserError(
+                f"target_layer_ids {self.target_layer_ids} must name blocks 0..{self.target_num_layers - 1}"
+            )
         if not 0 <= self.mask_token_id < self.vocab_size:
             raise UserError(f"mask_token_id {self.mask_token_id} must lie below vocab_size ({self.vocab_size})")
         if self.num_attention_heads % self.num_key_value_heads:
@@ -71,5 +73,12 @@ class CTCDrafterConfig(PreTrainedConfig):
 
 
 PASSED_BY_TRANSFORMERS = frozenset(
-    {"torch_dtype", "name_or_path", "_commit_hash", "attn_implementation", "output_attentions", "experts_implementation"}
+    {
+        "torch_dtype",
+        "name_or_path",
+        "_commit_hash",
+        "attn_implementation",
+        "output_attentions",
+        "experts_implementation",
+    }
 )

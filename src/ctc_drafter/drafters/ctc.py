@@ -7,7 +7,7 @@ and to projections of the target's features for every committed token. Embedding
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -108,6 +108,10 @@ class CTCDrafter(PreTrainedModel):
 
         return CTCSession(self, embed, head, batch_size)
 
+    @property
+    def draft_layers(self) -> list[DraftLayer]:
+        return cast(list[DraftLayer], list(self.layers))
+
     def context_states(self, features: torch.Tensor) -> torch.Tensor:
         """Features `[B, T, K]` to what the draft layers attend to, `[B, T, H]`."""
         return self.hidden_norm(self.fc(features.to(self.fc.weight.dtype)))
@@ -125,7 +129,7 @@ class CTCDrafter(PreTrainedModel):
         self, states: torch.Tensor, by: Rotation, contexts: Sequence[Context], mask: torch.Tensor | None
     ) -> torch.Tensor:
         """Block states `[B, T, H]` through all layers and the last norm."""
-        for layer, context in zip(self.layers, contexts, strict=True):
+        for layer, context in zip(self.draft_layers, contexts, strict=True):
             states = layer(states, by, context, mask)
         return self.norm(states)
 
@@ -150,7 +154,7 @@ class CTCDrafter(PreTrainedModel):
             before = layer.self_attn.keys_values(context, by)
             return lambda keys, values: (torch.cat([before[0], keys], 2), torch.cat([before[1], values], 2))
 
-        contexts = [join(layer) for layer in self.layers]
+        contexts = [join(layer) for layer in self.draft_layers]
         outputs = self.run_layers(states, self.rotation(positions), contexts, mask)
         return outputs.unflatten(1, (anchors.shape[1], size))
 

@@ -32,7 +32,7 @@ class CTCSession:
         positions = self._slots(features.shape[1])
         by = self.drafter.rotation(positions)
         states = self.drafter.context_states(features)
-        for index, layer in enumerate(self.drafter.layers):
+        for index, layer in enumerate(self.drafter.draft_layers):
             self._store(index, positions, *layer.self_attn.keys_values(states, by))
         self.lengths = self.lengths + counts
 

@@ -1,0 +1,61 @@
+# Every target sets up .venv first. Another interpreter: make PYTHON=python3.12 (before .venv exists).
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip
+STAMP := $(VENV)/.installed
+TORCH := $(shell grep '^torch==' constraints.txt)
+LIMIT ?= 40
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow check quickstart bench clean $(VENV)
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+demo: $(STAMP) ## plain and CTC decoding of three prompts on the shipped model
+	$(BIN)/ctc-drafter demo
+
+test: $(STAMP) ## fast tests
+	$(BIN)/python -m pytest
+
+test-slow: $(STAMP) ## tests that take minutes
+	$(BIN)/python -m pytest -m slow --timeout 3600
+
+check: $(STAMP) ## format, lint, types, import rule
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_import_rule.py
+
+quickstart: $(STAMP) ## train the shipped target and drafter anew: CORPUS=folder
+	@test -n "$(CORPUS)" || { echo "say where the corpus is: make quickstart CORPUS=folder" >&2; exit 2; }
+	$(BIN)/python -m ctc_drafter.quickstart.build "$(CORPUS)"
+
+bench: $(STAMP) ## evaluate the shipped model, batch 1 and 4, into results/: TASKS_PATH=folder [LIMIT=40]
+	@test -n "$(TASKS_PATH)" || { echo "say where the task files are: make bench TASKS_PATH=folder" >&2; exit 2; }
+	mkdir -p results
+	for batch in 1 4; do \
+	    $(BIN)/ctc-drafter eval --tasks-path "$(TASKS_PATH)" --tasks mt_bench,gsm8k --limit $(LIMIT) \
+	        --max-new-tokens 128 --dtype float32 --batch-size $$batch --json results/eval-float32-batch$$batch.json \
+	        || exit $$?; \
+	done
+
+clean: ## remove caches and build folders; .venv and runs/ stay
+	rm -rf build dist src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV): $(STAMP) ## set up or refresh the virtual environment
+
+$(BIN)/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	    echo "Python 3.11 or newer is needed; name one: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+	    echo "$(PYTHON) cannot make a virtual environment; on Debian: apt install python3-venv" >&2; exit 1; }
+
+# torch first, so that the build that the machine offers is settled before anything depends on it.
+# setuptools comes with it, pinned, and builds the package: no second download in isolation.
+$(STAMP): pyproject.toml constraints.txt | $(BIN)/pip
+	$(PIP) install -c constraints.txt $(TORCH) setuptools
+	$(PIP) install -c constraints.txt --no-build-isolation -e '.[dev]'
+	@touch $@

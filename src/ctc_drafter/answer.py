@@ -1,0 +1,91 @@
+"""`ctc-drafter generate`: answers to prompts, streamed if there is one, in batches if there are many."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from transformers import PreTrainedTokenizerBase
+
+from ctc_drafter.decode.generate import Generation, generate, plain_generate
+from ctc_drafter.decode.prefill import check_prompts
+from ctc_drafter.decode.stats import Stats
+from ctc_drafter.decode.writer import OnTokens
+from ctc_drafter.drafters.base import Drafter
+from ctc_drafter.evaluate.run import write_json
+from ctc_drafter.evaluate.tasks import Prompt
+from ctc_drafter.target import Target
+from ctc_drafter.text import TextStream, decode, encode_conversation, eos_ids
+from ctc_drafter.types import UserError
+
+
+@dataclass(frozen=True)
+class AnswerSettings:
+    """`raw` leaves the chat template out."""
+
+    max_new_tokens: int
+    batch_size: int
+    nodes: int
+    raw: bool = False
+
+
+@dataclass(frozen=True)
+class Answerer:
+    """Target, tokenizer and settings; without a drafter it decodes plainly."""
+
+    target: Target
+    drafter: Drafter | None
+    tokenizer: PreTrainedTokenizerBase
+    settings: AnswerSettings
+
+    def encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        """Token ids of each prompt. Raises `UserError` for a prompt that cannot be answered, before any is."""
+        several = next((prompt for prompt in prompts if len(prompt.turns) > 1), None)
+        if several:
+            raise UserError(f"prompt {several.id} has {len(several.turns)} turns; generate answers one, eval all")
+        encoded = [encode_conversation(self.tokenizer, prompt.turns, raw=self.settings.raw) for prompt in prompts]
+        check_prompts(self.target, encoded)
+        return encoded
+
+    def run(self, prompts: list[list[int]], on_tokens: OnTokens | None = None) -> Generation:
+        limit, eos = self.settings.max_new_tokens, eos_ids(self.target.model, self.tokenizer)
+        if self.drafter is None:
+            return plain_generate(self.target, prompts, max_new_tokens=limit, eos=eos, on_tokens=on_tokens)
+        nodes = self.settings.nodes
+        return generate(
+            self.target, self.drafter, prompts, max_new_tokens=limit, nodes=nodes, eos=eos, on_tokens=on_tokens
+        )
+
+
+def answer(
+    answerer: Answerer, prompts: Sequence[Prompt], meta: dict[str, Any], json_out: Path | None, out: TextIO
+) -> None:
+    """Writes the answers to `out`, a line of figures to stderr, and all of it to `json_out` after every batch."""
+    encoded = answerer.encode(prompts)
+    outputs: list[dict[str, Any]] = []
+    stats = Stats()
+    size = answerer.settings.batch_size
+    for start in range(0, len(prompts), size):
+        batch = encoded[start : start + size]
+        generation = _stream(answerer, batch, out) if len(prompts) == 1 else answerer.run(batch)
+        stats += generation.stats
+        for prompt, tokens in zip(prompts[start : start + size], generation.tokens, strict=True):
+            text = decode(answerer.tokenizer, tokens)
+            outputs.append({"id": prompt.id, "prompt": prompt.turns[0], "text": text, "tokens": tokens})
+            if len(prompts) > 1:
+                print(f"[{prompt.id}]\n{text}\n", file=out, flush=True)
+        if json_out:
+            settings, figures = asdict(answerer.settings), asdict(stats) | {"beta": stats.beta}
+            write_json(json_out, {"meta": meta | settings, "outputs": outputs, "stats": figures})
+    speed = stats.tokens / max(stats.seconds, 1e-9)
+    print(f"{stats.tokens} tokens, {speed:.0f} tokens/s, β {stats.beta:.2f}", file=sys.stderr)
+
+
+def _stream(answerer: Answerer, prompts: list[list[int]], out: TextIO) -> Generation:
+    stream = TextStream(answerer.tokenizer)
+    generation = answerer.run(prompts, lambda _row, tokens: print(stream.push(tokens), end="", file=out, flush=True))
+    print(stream.close(), file=out, flush=True)
+    return generation

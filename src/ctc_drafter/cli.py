@@ -1,0 +1,310 @@
+"""The `ctc-drafter` command. Options and checks are here, the work is elsewhere and imported when it starts."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn
+
+import typer
+
+app = typer.Typer(
+    help="Lossless speculative decoding with a CTC drafter.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+Device = Literal["auto", "cpu", "cuda"]
+
+TargetOption = Annotated[
+    str | None, typer.Option("--target", help="Target: folder or hub id. Default: the shipped one.")
+]
+DrafterOption = Annotated[
+    str | None, typer.Option("--drafter", help="Its drafter: folder or hub id. Default: the shipped one.")
+]
+DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Number format of target and drafter.")]
+DeviceOption = Annotated[Device, typer.Option("--device", help="Where to run; auto takes CUDA if there is one.")]
+NodesOption = Annotated[
+    int | None, typer.Option("--nodes", min=1, help="Drafted tokens that one verification checks.", show_default="12")
+]
+NewTokensOption = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer, in tokens.")]
+BatchOption = Annotated[int, typer.Option("--batch-size", min=1, help="Prompts decoded together.")]
+ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads.", show_default="PyTorch's")]
+JsonOption = Annotated[Path | None, typer.Option("--json", help="Write the results to this file.")]
+LimitOption = Annotated[int | None, typer.Option("--limit", min=1, help="First prompts only.", show_default="all")]
+SeedOption = Annotated[int, typer.Option("--seed", help="Seed of everything random.")]
+
+
+@app.command()
+def demo(
+    target: TargetOption = None,
+    drafter: DrafterOption = None,
+    max_new_tokens: NewTokensOption = 128,
+    nodes: NodesOption = None,
+    dtype: DtypeOption = "float32",
+    device: DeviceOption = "auto",
+) -> None:
+    """Shows plain and CTC decoding of three prompts, and how much sooner the same text is there."""
+    from rich.console import Console
+
+    from ctc_drafter.decode.generate import DEFAULT_NODES
+    from ctc_drafter.demo import demo as run_demo
+    from ctc_drafter.load import load_drafter, load_target, pair
+
+    names = pair(target, drafter)
+    lm, tokenizer = load_target(names[0], dtype, device)
+    draft = load_drafter(names[1], lm, tokenizer)
+    console = Console(highlight=False)
+    run_demo(lm, draft, tokenizer, console, nodes=nodes or DEFAULT_NODES, max_new_tokens=max_new_tokens)
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str | None, typer.Option("--prompt", help="The text to answer; the answer streams.")] = None,
+    prompts_file: Annotated[
+        Path | None, typer.Option("--prompts-file", help="JSONL of prompts, or a text file with one a line.")
+    ] = None,
+    target: TargetOption = None,
+    drafter: DrafterOption = None,
+    max_new_tokens: NewTokensOption = 256,
+    batch_size: BatchOption = 1,
+    nodes: NodesOption = None,
+    dtype: DtypeOption = "float32",
+    device: DeviceOption = "auto",
+    plain: Annotated[bool, typer.Option("--plain", help="Decode without a drafter.")] = False,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")] = False,
+    json_out: JsonOption = None,
+) -> None:
+    """Answers a prompt, or every prompt of a file, in the target's own words."""
+    from ctc_drafter.answer import Answerer, AnswerSettings, answer
+    from ctc_drafter.decode.generate import DEFAULT_NODES
+    from ctc_drafter.evaluate.run import check_place
+    from ctc_drafter.evaluate.tasks import Prompt, read_prompts
+    from ctc_drafter.load import load_drafter, load_target, pair
+
+    if (prompt is None) == (prompts_file is None):
+        refuse("give either --prompt or --prompts-file")
+    if prompt is not None and not prompt.strip():
+        refuse("the prompt is empty; give some text to --prompt")
+    check_place(json_out)
+    prompts = read_prompts(prompts_file) if prompts_file else (Prompt("prompt", "prompt", (prompt or "",)),)
+    names = (target, None) if plain and target else pair(target, drafter)
+    lm, tokenizer = load_target(names[0], dtype, device)
+    draft = None if plain else load_drafter(names[1], lm, tokenizer)
+    details = meta(*names) | ({"drafter": None} if plain else {})
+    settings = AnswerSettings(max_new_tokens, batch_size, nodes or DEFAULT_NODES, raw)
+    answer(Answerer(lm, draft, tokenizer, settings), prompts, details, json_out, sys.stdout)
+
+
+@app.command(name="eval")
+def evaluate(
+    tasks: Annotated[str, typer.Option("--tasks", help="Names of tasks, with commas between them.")],
+    tasks_path: Annotated[Path, typer.Option("--tasks-path", help="Folder with a <task>.jsonl for each.")],
+    target: TargetOption = None,
+    drafter: DrafterOption = None,
+    limit: LimitOption = None,
+    max_new_tokens: NewTokensOption = 128,
+    batch_size: BatchOption = 1,
+    nodes: NodesOption = None,
+    dtype: DtypeOption = "float32",
+    device: DeviceOption = "auto",
+    threads: ThreadsOption = None,
+    seed: SeedOption = 0,
+    json_out: JsonOption = None,
+) -> None:
+    """Measures speed and acceptance against plain decoding, and compares the outputs."""
+    import torch
+    from rich.console import Console
+
+    from ctc_drafter.decode.generate import DEFAULT_NODES
+    from ctc_drafter.evaluate.report import results_table
+    from ctc_drafter.evaluate.run import check_place, write_json
+    from ctc_drafter.evaluate.run import evaluate as measure
+    from ctc_drafter.evaluate.tasks import read_tasks
+    from ctc_drafter.load import load_drafter, load_target, pair
+
+    check_place(json_out)
+    chosen = read_tasks(tasks_path, [name.strip() for name in tasks.split(",") if name.strip()])
+    if threads:
+        torch.set_num_threads(threads)
+    names = pair(target, drafter)
+    lm, tokenizer = load_target(names[0], dtype, device)
+    draft = load_drafter(names[1], lm, tokenizer)
+    result = measure(
+        lm,
+        draft,
+        tokenizer,
+        chosen,
+        limit=limit,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        nodes=nodes or DEFAULT_NODES,
+        seed=seed,
+        meta=meta(*names),
+        save=(lambda value: write_json(json_out, value)) if json_out else None,
+    )
+    Console().print(results_table(result))
+    if not result["meta"]["complete"]:
+        print("interrupted: these are the batches that were finished", file=sys.stderr)
+        raise typer.Exit(130)
+
+
+@app.command()
+def distill(
+    prompts: Annotated[Path, typer.Option("--prompts", help="JSONL file (.gz too), or a folder of them.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder for the answers; the same command resumes it.")],
+    target: TargetOption = None,
+    pattern: Annotated[str, typer.Option("--pattern", help="Names of the files to read.")] = "*",
+    limit: LimitOption = None,
+    per_file: Annotated[
+        int | None, typer.Option("--per-file", min=1, help="Prompts taken from each file.", show_default="all")
+    ] = None,
+    max_prompt_tokens: Annotated[
+        int | None, typer.Option("--max-prompt-tokens", min=1, help="Longer prompts are left out.", show_default="any")
+    ] = None,
+    max_new_tokens: NewTokensOption = 256,
+    batch_size: BatchOption = 16,
+    shard_size: Annotated[int, typer.Option("--shard-size", min=1, help="Answers in a file.")] = 256,
+    seed: SeedOption = 0,
+    dtype: DtypeOption = "float32",
+    device: DeviceOption = "auto",
+) -> None:
+    """Lets the target answer prompts: the text that a drafter is trained on."""
+    from ctc_drafter.load import load_target
+    from ctc_drafter.train.data import read_prompts
+    from ctc_drafter.train.distill import distill as run_distill
+
+    lm, tokenizer = load_target(target, dtype, device)
+    found = read_prompts(
+        prompts,
+        tokenizer,
+        pattern=pattern,
+        limit=limit,
+        per_file=per_file,
+        max_prompt_tokens=max_prompt_tokens,
+        seed=seed,
+    )
+    done = run_distill(
+        lm,
+        tokenizer,
+        found.prompts,
+        out,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        shard_size=shard_size,
+        name=target or "shipped",
+    )
+    print(
+        f"{out}: {done.rows} answers with {done.tokens} tokens in {done.seconds:.0f} s, {done.found} were there, "
+        f"{done.too_long} prompts were too long"
+    )
+
+
+@app.command()
+def train(
+    data: Annotated[list[Path], typer.Option("--data", help="Folder that distill wrote; may be repeated.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder for the drafter; the same command resumes it.")],
+    target: TargetOption = None,
+    steps: Annotated[int | None, typer.Option("--steps", help="Optimizer steps.", show_default="by --epochs")] = None,
+    epochs: Annotated[float | None, typer.Option("--epochs", help="Passes over the data.")] = None,
+    learning_rate: Annotated[float | None, typer.Option("--learning-rate", help="Peak learning rate.")] = None,
+    batch_size: Annotated[int | None, typer.Option("--batch-size", help="Rows of a forward pass.")] = None,
+    anchors: Annotated[int | None, typer.Option("--anchors", help="Positions of a row that a step learns.")] = None,
+    loss: Annotated[
+        Literal["prefix", "ctc"] | None, typer.Option("--loss", help="Prefix or full-sequence CTC.")
+    ] = None,
+    bf16: Annotated[bool, typer.Option("--bf16", help="bfloat16 autocast.")] = False,
+    seed: SeedOption = 0,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="NAME=VALUE of any other training setting; may be repeated.")
+    ] = None,
+    frames: Annotated[int | None, typer.Option("--frames", help="CTC frames of a pass.")] = None,
+    draft_length: Annotated[
+        int | None, typer.Option("--draft-length", help="Longest draft, at most the frames.")
+    ] = None,
+    draft_layers: Annotated[int | None, typer.Option("--draft-layers", help="Layers of the drafter.")] = None,
+    predictor_rank: Annotated[int | None, typer.Option("--predictor-rank", help="Of its bias; 0 for none.")] = None,
+    max_length: Annotated[int | None, typer.Option("--max-length", min=2, help="Longer rows lose their end.")] = None,
+    held_out: Annotated[float, typer.Option("--held-out", min=0.0, max=0.5, help="Share of rows for β.")] = 0.02,
+    resume: Annotated[bool, typer.Option("--resume/--no-resume", help="Go on from the newest checkpoint.")] = True,
+    dtype: DtypeOption = "float32",
+    device: DeviceOption = "auto",
+) -> None:
+    """Trains a drafter for the target on its own answers."""
+    from ctc_drafter.load import fresh_drafter, load_target
+    from ctc_drafter.train.data import DistilledDataset
+    from ctc_drafter.train.settings import TrainSettings
+    from ctc_drafter.train.trainer import train_drafter
+
+    named: dict[str, Any] = {"steps": steps, "epochs": epochs, "learning_rate": learning_rate, "batch_size": batch_size}
+    named |= {"anchors": anchors, "loss": loss, "bf16": bf16 or None, "seed": seed}
+    chosen = TrainSettings.parse(pairs(settings or []) | {k: v for k, v in named.items() if v is not None})
+    lm, tokenizer = load_target(target, dtype, device)
+    rows, held = DistilledDataset.load(data, max_length).split(held_out)
+    draft = fresh_drafter(
+        lm,
+        tokenizer,
+        seed,
+        frames=frames,
+        draft_length=draft_length,
+        num_hidden_layers=draft_layers,
+        predictor_rank=predictor_rank,
+    )
+    trained = train_drafter(lm, draft, rows, held, out, chosen, resume)
+    figures = {
+        key: value for entry in trained.history for key, value in entry.items() if "loss" in key or "beta" in key
+    }
+    print(f"{out}: {trained.steps} steps; " + ", ".join(f"{key} {value:.3f}" for key, value in figures.items()))
+
+
+def pairs(settings: list[str]) -> dict[str, Any]:
+    """NAME=VALUE texts as a dictionary; commas make a list."""
+    found: dict[str, Any] = {}
+    for text in settings:
+        name, equals, value = text.partition("=")
+        if not equals:
+            refuse(f"--set {text} has no value; write NAME=VALUE")
+        found[name.strip().replace("-", "_")] = value.split(",") if "," in value else value
+    return found
+
+
+def meta(target: str | None, drafter: str | None) -> dict[str, Any]:
+    return {
+        "command": shlex.join(["ctc-drafter", *sys.argv[1:]]),
+        "target": target or "shipped",
+        "drafter": drafter or "shipped",
+    }
+
+
+def refuse(message: str) -> NoReturn:
+    from ctc_drafter.types import UserError
+
+    raise UserError(message)
+
+
+def bad_input(error: Exception) -> str | None:
+    """The one line to show for an error that the user can mend; None for a bug."""
+    if hasattr(error, "format_message"):  # typer's own: unknown options, values out of range
+        return str(error.format_message()).replace("\n", " ")
+    from ctc_drafter.types import UserError
+
+    return " ".join(str(error).split()) if isinstance(error, UserError) else None
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs a command; returns the exit code: 0, 2 for bad input, 130 after Ctrl-C."""
+    try:
+        return int(app(args=arguments, prog_name="ctc-drafter", standalone_mode=False) or 0)
+    except Exception as error:
+        message = bad_input(error)
+        if message is None:
+            raise
+        print(f"error: {message}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

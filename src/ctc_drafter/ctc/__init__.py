@@ -1,0 +1,1 @@
+"""Connectionist Temporal Classification on blocks of frames: pure maths, torch only, batched."""

@@ -1,0 +1,79 @@
+"""Prefix-likelihood loss and full-sequence CTC loss, from the lattice.
+
+State u means "y1..yu emitted". blank_t(u) and token_t(u) are the probabilities of being there after frame
+t with a blank or a token in it. The root counts as a blank frame: blank_0(0) = 1, so y1 may equal it.
+
+    new_t(u+1) = [blank_{t-1}(u) + token_{t-1}(u) (y_{u+1} != y_u)] P(y_{u+1} | t, u)
+    token_t(u) = new_t(u) + token_{t-1}(u) P(y_u | t, u)
+    blank_t(u) = [blank_{t-1}(u) + token_{t-1}(u)] P(blank | t, u)
+    prefix(u)  = sum_t new_t(u)
+
+The forward recursion of CTC (Graves et al., 2006), with prefix probabilities as in its prefix search.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ctc_drafter.ctc.lattice import Lattice
+
+# Stands for log 0. Finite, since the gradient of log(exp(-inf) + exp(-inf)) is NaN.
+FLOOR = -1e30
+
+
+def prefix_log_probs(lattice: Lattice, labels: torch.Tensor) -> torch.Tensor:
+    """log prefix(u) for u = 1..U: the probability of all alignments whose collapse begins with y1..yu.
+
+    labels: int64 [N, U], those of the lattice.
+    Returns [N, U] in the lattice's dtype; `FLOOR`, without gradient, where no alignment reaches y1..yu.
+    """
+    new, _ = _recursion(lattice, labels)
+    return _hold(torch.logsumexp(new, -1))
+
+
+def prefix_loss(lattice: Lattice, labels: torch.Tensor, valid: torch.Tensor, decay: float = 0.8) -> torch.Tensor:
+    """Mean of -log prefix(u), weighted decay^(u-1), over the u that are valid and reachable.
+
+    labels: int64 [N, U]. valid: bool [N, U], false where y_u is padding or must not count.
+    Returns [N], in nats; 0, without gradient, for an anchor where no u counts.
+    """
+    scores = prefix_log_probs(lattice, labels)
+    counts = valid & (scores > FLOOR)
+    weights = decay ** torch.arange(labels.shape[1], device=scores.device, dtype=scores.dtype) * counts
+    total = weights.sum(1)
+    return -(weights * scores.where(counts, 0.0)).sum(1) / total.where(total > 0, 1.0)
+
+
+def ctc_loss(lattice: Lattice, labels: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """-log of the probability that the frames collapse to exactly y1..yU, with U = lengths of each anchor.
+
+    labels: int64 [N, U]. lengths: int64 [N], 0 to U.
+    Returns [N], in nats; 0, without gradient, where no alignment exists (too few frames), as
+    `torch.nn.functional.ctc_loss` does with `zero_infinity=True`.
+    """
+    _, end = _recursion(lattice, labels)
+    score = _hold(end.gather(1, lengths[:, None])[:, 0])
+    return -score.where(score > FLOOR, 0.0)
+
+
+def _recursion(lattice: Lattice, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """log new_t(u) for u = 1..U as [N, U, F], and log [blank_F(u) + token_F(u)] for u = 0..U as [N, U+1]."""
+    emits, stays, blanks = (part.clamp(min=FLOOR).unbind(-1) for part in (lattice.emit, lattice.stay, lattice.blank))
+    differs = torch.ones_like(labels, dtype=torch.bool)
+    differs[:, 1:] = labels[:, 1:] != labels[:, :-1]
+    token = torch.full_like(lattice.blank[..., 0], FLOOR)
+    blank = token.clone()
+    blank[:, 0] = 0.0
+    pad, news = torch.nn.functional.pad, []
+    for emit, stay, empty in zip(emits, stays, blanks, strict=True):
+        mass = torch.logaddexp(blank, token)
+        new = torch.where(differs, mass[:, :-1], blank[:, :-1]) + emit
+        blank = mass + empty
+        token = torch.logaddexp(pad(new, (1, 0), value=FLOOR), token + stay)
+        news.append(new)
+    return torch.stack(news, -1), torch.logaddexp(blank, token)
+
+
+def _hold(scores: torch.Tensor) -> torch.Tensor:
+    # Half the floor tells sums that hold one from real log-probabilities.
+    return scores.where(scores > FLOOR / 2, FLOOR)

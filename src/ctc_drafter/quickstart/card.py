@@ -1,0 +1,102 @@
+"""The model card of the shipped pair: what it was trained on, how well it does, what it writes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ctc_drafter.decode.generate import plain_generate
+from ctc_drafter.load import load_target
+from ctc_drafter.quickstart.corpus import MIX, read_source
+from ctc_drafter.text import decode, encode_conversation, eos_ids
+
+SOURCES = {
+    "gsm8k_train": ("openai/grade-school-math", "MIT"),
+    "arena_hard_openmodels": ("lmarena/arena-hard-auto, answers of open models", "Apache-2.0"),
+    "wildbench_phi3_responses": ("allenai/WildBench, answers of Phi-3-mini", "Apache-2.0"),
+    "flan_cot": ("google-research/FLAN, chain-of-thought sets", "Apache-2.0; parts MIT, CC-BY 4.0, CC-BY-SA 4.0"),
+    "persona_chat": ("google-research-datasets/Synthetic-Persona-Chat", "CC-BY 4.0"),
+    "self_dialogue": ("jfainberg/self_dialogue_corpus", "BSD-3-Clause"),
+    "sgd": ("google-research-datasets/dstc8-schema-guided-dialogue", "CC-BY-SA 4.0"),
+    "taskmaster4": ("google-research-datasets/Taskmaster, TM-4-2024", "CC-BY 4.0"),
+    "medquad": ("abachaa/MedQuAD", "CC-BY 4.0"),
+    "open_trivia": ("uberspot/OpenTriviaQA", "CC-BY-SA 4.0"),
+    "exercism_python": ("exercism/python", "MIT"),
+    "exercism_python_docs": ("exercism/python, documents", "MIT"),
+    "thealgorithms_python": ("TheAlgorithms/Python", "MIT"),
+    "js_snippets": ("30-seconds/30-seconds-of-code", "CC0-1.0"),
+    "python_stdlib": ("CPython 3.11, Lib", "PSF-2.0"),
+    "d2l_en": ("d2l-ai/d2l-en", "CC-BY-SA 4.0; code MIT-0"),
+    "rust_book": ("rust-lang/book", "MIT or Apache-2.0"),
+}
+
+SAMPLE_TOKENS = 96
+
+HEAD = """# Quickstart target and drafter
+
+Trained from random weights by `make quickstart CORPUS=folder`; no other model's weights are in them. `target/` is a
+Llama of {target_m:.1f} M parameters (8 layers of width 384, 8,192-token byte-level BPE, context 1,024) that exists to
+show and to test speculative decoding without a network. It is far too small to be right about anything: do not use
+its answers. `drafter/` is its CTC drafter of {drafter_m:.1f} M parameters, trained only on text that the target itself
+wrote. Both are stored in bfloat16.
+"""
+
+
+def write_card(corpus: Path, work: Path, out: Path) -> None:
+    """Writes `out/README.md` from the run's own figures and ten samples of the packaged target."""
+    perplexity = json.loads((work / "perplexity.json").read_text())
+    log = [json.loads(line) for line in (work / "drafter" / "train_log.jsonl").read_text().splitlines()]
+    sizes = {f"{part}_m": parameters(out / part / "model.safetensors") / 1e6 for part in ("target", "drafter")}
+    parts = [HEAD.format(**sizes), data_table(perplexity), beta_table(log), *samples(corpus, out / "target")]
+    (out / "README.md").write_text("\n".join(parts), encoding="utf-8")
+
+
+def parameters(file: Path) -> int:
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt") as tensors:
+        return sum(tensors.get_slice(name).get_shape() and tensors.get_tensor(name).numel() for name in tensors.keys())
+
+
+def data_table(perplexity: dict[str, float]) -> str:
+    rows = ["## Training text\n", "| source | passes | licence | held-out perplexity |", "|---|---|---|---|"]
+    for source, passes in MIX.items():
+        origin, licence = SOURCES[source]
+        rows.append(f"| {origin} | {passes:g} | {licence} | {perplexity.get(source, '')} |")
+    return "\n".join([*rows, "\nPerplexity is per token, on held-out documents, in float32.\n"])
+
+
+def beta_table(log: list[dict[str, Any]]) -> str:
+    last = [entry for entry in log if any(key.startswith("eval_beta") for key in entry)][-1]
+    keys = [key for key in last if key.startswith("eval_beta_")]
+    rows = [
+        f"## The drafter after {last['step']} steps\n",
+        "Tokens per verification on held-out answers of the target, by nodes of the tree:\n",
+        "| " + " | ".join(key.removeprefix("eval_beta_") for key in keys) + " |",
+        "|---" * len(keys) + "|",
+        "| " + " | ".join(f"{last[key]:.2f}" for key in keys) + " |\n",
+    ]
+    return "\n".join(rows)
+
+
+def samples(corpus: Path, target_dir: Path) -> list[str]:
+    """Ten unedited greedy answers to held-out prompts, the first of each source in turn."""
+    target, tokenizer = load_target(str(target_dir), "float32", "cpu")
+    questions = []
+    for take in range(2):
+        for source in MIX:
+            rows = [row for row in read_source(corpus, source, "val") if "messages" in row]
+            if take < len(rows):
+                questions.append(rows[take]["messages"][0]["content"])
+    texts = ["## Ten samples, unedited\n"]
+    fitting = [q for q in questions if len(q) < 600][:10]
+    for question in fitting:
+        prompt = encode_conversation(tokenizer, [question])
+        result = plain_generate(target, [prompt], max_new_tokens=SAMPLE_TOKENS, eos=eos_ids(target.model, tokenizer))
+        texts += ["**User**\n", quoted(question), "\n**Target**\n", quoted(decode(tokenizer, result.tokens[0])), ""]
+    return texts
+
+
+def quoted(text: str) -> str:
+    return "\n".join(f"> {line}" for line in text.strip().splitlines())

@@ -1,0 +1,89 @@
+"""Between text and token ids: a conversation becomes a prompt, emitted tokens become printable text."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ctc_drafter.types import UserError
+
+REPLACEMENT = "\ufffd"
+MOST_HELD = 3  # tokens of an unfinished character: UTF-8 takes four bytes at most
+
+
+def encode_conversation(
+    tokenizer: PreTrainedTokenizerBase, turns: Sequence[str], answers: Sequence[str] = (), raw: bool = False
+) -> list[int]:
+    """Token ids of the prompt that asks for the answer to the last turn.
+
+    `answers[k]` follows `turns[k]`; there is one turn more than answers. The chat template is applied, with
+    its generation prompt, if the tokenizer has one and `raw` is false; else the texts stand below each other.
+    Raises `UserError` for an empty turn and for text that is not Unicode.
+    """
+    if not turns or any(not turn.strip() for turn in turns):
+        raise UserError("the prompt is empty; give some text to continue")
+    if any("\ud800" <= character <= "\udfff" for turn in turns for character in turn):
+        raise UserError("the prompt is not valid Unicode text; give it as UTF-8")
+    texts = [text for pair in zip(turns, answers, strict=False) for text in pair] + [turns[-1]]
+    if raw or not tokenizer.chat_template:
+        return list(tokenizer("\n".join(texts)).input_ids)
+    roles = ("user", "assistant")
+    messages = [{"role": roles[i % 2], "content": text} for i, text in enumerate(texts)]
+    return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+
+
+def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Tokens that end an answer: the generation config's, with the tokenizer's own; empty if neither has one."""
+    listed = getattr(model.generation_config, "eos_token_id", None)
+    ids = set(listed if isinstance(listed, list) else [listed]) | {tokenizer.eos_token_id}
+    return tuple(sorted(i for i in ids if i is not None))
+
+
+def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A hash of what ids mean to this tokenizer; a drafter keeps its target's."""
+    words = json.dumps([sorted(tokenizer.get_vocab().items()), sorted(tokenizer.all_special_ids)])
+    return hashlib.sha256(words.encode()).hexdigest()[:16]
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
+    """Text of tokens, special ones left out, spaces as they are."""
+    text = tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    assert isinstance(text, str)
+    return text
+
+
+class TextStream:
+    """Turns one row's tokens into text as they come, and holds back a character until its bytes are complete.
+
+    `window` holds the tokens released last (a leading space needs its left neighbour), `shown` of them, and then
+    those held back.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self.tokenizer = tokenizer
+        self.window: list[int] = []
+        self.shown = 0
+
+    def push(self, tokens: Sequence[int]) -> str:
+        """The text that these tokens complete; empty while a character is unfinished."""
+        self.window.extend(tokens)
+        for held in range(MOST_HELD + 1):
+            end = len(self.window) - held
+            if end <= self.shown:
+                return ""
+            text = decode(self.tokenizer, self.window[:end])
+            if not text.endswith(REPLACEMENT):
+                break
+        return self._release(text, end)
+
+    def close(self) -> str:
+        """What was held back, without a last character that never became complete."""
+        return self._release(decode(self.tokenizer, self.window).rstrip(REPLACEMENT), len(self.window))
+
+    def _release(self, text: str, end: int) -> str:
+        new = text[len(decode(self.tokenizer, self.window[: self.shown])) :]
+        self.window, self.shown = self.window[self.shown :], end - self.shown
+        return new

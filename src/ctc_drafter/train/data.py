@@ -1,0 +1,250 @@
+"""Prompts for the target to answer, and the answered text as a dataset to train on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import random
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jinja2 import TemplateError
+from torch.utils.data import Dataset, Sampler
+from transformers import PreTrainedTokenizerBase
+
+from ctc_drafter.train.manifest import MANIFEST, different, read_manifest
+from ctc_drafter.train.records import EXPECTED, BadRow, Messages, corpus_files, parse_row, read_lines
+from ctc_drafter.types import UserError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Token ids that end where the target's answer begins. `id` is a hash of them."""
+
+    id: str
+    ids: list[int]
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """Prompts, and what became of every row: reason -> rows, `used` among them."""
+
+    prompts: list[Prompt]
+    counts: dict[str, int]
+
+    def __str__(self) -> str:
+        left_out = ", ".join(f"{n} {reason}" for reason, n in self.counts.items() if reason != "used")
+        return f"{len(self.prompts)} prompts" + (f"; rows left out: {left_out}" if left_out else "")
+
+
+def read_prompts(
+    path: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    pattern: str = "*",
+    limit: int | None = None,
+    per_file: int | None = None,
+    max_prompt_tokens: int | None = None,
+    seed: int = 0,
+) -> PromptSet:
+    """Prompts of a .jsonl or .jsonl.gz file, or of a folder of them, in an order that `seed` fixes.
+
+    Rows are `{"messages": ...}`, `{"prompt": ...}`, `{"turns": ...}` (the first one) or ShareGPT's
+    `{"conversations": ...}`. Of a conversation one user turn is drawn; what was said before is its history.
+    `per_file` caps the conversations of each file, `limit` the prompts in all; `pattern` filters file names.
+    Bad rows, text without a conversation, longer prompts and repeated ones are left out, counted and logged.
+    Raises `UserError` if nothing is left.
+    """
+    counts: Counter[str] = Counter()
+    conversations: list[Messages] = []
+    for file in corpus_files(path, pattern):
+        name = file.relative_to(path).as_posix() if path.is_dir() else file.name
+        conversations += _conversations(file, f"{seed}:{name}", per_file, counts)
+    random.Random(f"{seed}:order").shuffle(conversations)
+
+    prompts: dict[str, Prompt] = {}
+    for index, messages in enumerate(conversations):
+        if limit is not None and len(prompts) >= limit:
+            counts["over the limit"] += len(conversations) - index
+            break
+        ids = encode_messages(tokenizer, messages)
+        prompt = Prompt(hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16], ids)
+        if not ids:
+            counts["bad (refused by template or tokenizer)"] += 1
+        elif max_prompt_tokens is not None and len(ids) > max_prompt_tokens:
+            counts[f"longer than {max_prompt_tokens} tokens"] += 1
+        elif prompt.id in prompts:
+            counts["repeated"] += 1
+        else:
+            prompts[prompt.id] = prompt
+            counts["used"] += 1
+    found = PromptSet(list(prompts.values()), dict(counts))
+    if not prompts:
+        raise UserError(f"{path} has no usable rows ({found}); {EXPECTED}")
+    logger.log(logging.WARNING if any("bad" in reason for reason in counts) else logging.INFO, "%s: %s", path, found)
+    return found
+
+
+def _conversations(file: Path, seed: str, cap: int | None, counts: Counter[str]) -> list[Messages]:
+    """Each usable row of a file up to one of its user turns, drawn by a generator of its own."""
+    found = []
+    for number, line in enumerate(read_lines(file)):
+        if line is None:
+            counts["bad (the rest of a damaged file)"] += 1
+            break
+        try:
+            messages = parse_row(line)
+        except BadRow as error:
+            counts[f"bad ({error})"] += 1
+            continue
+        if messages is None:
+            counts["plain text"] += 1
+            continue
+        ends = [i + 1 for i, message in enumerate(messages) if message["role"] == "user"]
+        found.append(messages[: random.Random(f"{seed}:{number}").choice(ends)])
+    random.Random(seed).shuffle(found)
+    if cap is not None and len(found) > cap:
+        counts["over the cap of a file"] += len(found) - cap
+        found = found[:cap]
+    return found
+
+
+def encode_messages(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[int]:
+    """Ids of a conversation that waits for its answer; empty if template or tokenizer refuse it."""
+    try:
+        if not tokenizer.chat_template:
+            return list(tokenizer("\n".join(message["content"] for message in messages)).input_ids)
+        return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+    except (TemplateError, TypeError, ValueError):
+        return []
+
+
+@dataclass(frozen=True)
+class DistilledRow:
+    """An answered prompt: ids `int32 [T]`, the index of the answer's first token, a number made of the row's id."""
+
+    ids: torch.Tensor
+    answer_start: int
+    key: int
+
+
+class DistilledDataset(Dataset[dict[str, Any]]):
+    """Answered prompts, as items `{"input_ids": int64 [T], "answer_start": int, "key": int}`.
+
+    `manifest` says what wrote them; None if that is not known.
+    """
+
+    def __init__(self, rows: Sequence[DistilledRow], manifest: dict[str, Any] | None = None):
+        self.rows, self.manifest = list(rows), manifest
+
+    @classmethod
+    def load(cls, folders: Sequence[Path], max_length: int | None = None) -> DistilledDataset:
+        """Reads the shards of one or more distillation folders.
+
+        Rows longer than `max_length` lose their end; rows that then have no answer are left out. Raises
+        `UserError` for folders without shards, damaged shards and folders that different targets wrote.
+        """
+        manifest, rows = _common_manifest(folders), []
+        for folder in folders:
+            for row in _shard_rows(folder):
+                ids = torch.tensor((row["prompt_ids"] + row["answer_ids"])[:max_length], dtype=torch.int32)
+                if 0 < len(row["prompt_ids"]) < len(ids):
+                    rows.append(DistilledRow(ids, len(row["prompt_ids"]), row_key(row["id"])))
+        if not rows:
+            raise UserError(f"{', '.join(map(str, folders))}: no answers to train on; run distill first")
+        return cls(rows, manifest)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row = self.rows[index]
+        return {"input_ids": row.ids.long(), "answer_start": row.answer_start, "key": row.key}
+
+    def split(self, held_out: float) -> tuple[DistilledDataset, DistilledDataset]:
+        """Training rows, and about a share `held_out` of all rows. A row's side depends on its id alone."""
+        parts: tuple[list[DistilledRow], list[DistilledRow]] = ([], [])
+        for row in self.rows:
+            parts[row.key % 10_000 < held_out * 10_000].append(row)
+        return DistilledDataset(parts[0], self.manifest), DistilledDataset(parts[1], self.manifest)
+
+
+def row_key(row_id: str) -> int:
+    """63 bits of a hash of the id."""
+    return int.from_bytes(hashlib.sha256(row_id.encode()).digest()[:8], "big") >> 1
+
+
+def collate(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """Right-padded `input_ids int64 [B, T]`, and `lengths`, `answer_start` and `key`, each `int64 [B]`."""
+    ids = [row["input_ids"] for row in rows]
+    return {
+        "input_ids": torch.nn.utils.rnn.pad_sequence(ids, batch_first=True),
+        "lengths": torch.tensor([len(row) for row in ids]),
+        "answer_start": torch.tensor([row["answer_start"] for row in rows]),
+        "key": torch.tensor([row["key"] for row in rows]),
+    }
+
+
+class LengthSampler(Sampler[int]):
+    """A shuffled order whose batches hold rows of like length.
+
+    The order depends on seed and epoch alone, not on global random state: a resumed run sees the same batches.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, window: int = 32):
+        self.lengths, self.batch_size, self.seed, self.window = lengths, batch_size, seed, window
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        rng = random.Random(f"{self.seed}:{self.epoch}")
+        order = rng.sample(range(len(self.lengths)), len(self.lengths))
+        span = self.window * self.batch_size
+        windows = (sorted(order[at : at + span], key=lambda i: self.lengths[i]) for at in range(0, len(order), span))
+        batches = [part[at : at + self.batch_size] for part in windows for at in range(0, len(part), self.batch_size)]
+        # A batch that is not full stays last, or it would shift all after it.
+        rest = [batches.pop()] if len(order) % self.batch_size else []
+        rng.shuffle(batches)
+        return iter([index for batch in batches + rest for index in batch])
+
+
+def _shard_rows(folder: Path) -> Iterator[dict[str, Any]]:
+    shards = sorted(folder.glob("shard-*.jsonl"))
+    if not shards:
+        raise UserError(f"{folder} has no shards; run distill with this folder as its output first")
+    for shard in shards:
+        for number, line in enumerate(shard.read_text(encoding="utf-8").splitlines(), start=1):
+            try:
+                row = json.loads(line)
+                row["id"], row["prompt_ids"] + row["answer_ids"]
+            except (ValueError, TypeError, KeyError) as error:
+                raise UserError(f"{shard} line {number} is damaged; delete this shard and run distill again") from error
+            yield row
+
+
+def _common_manifest(folders: Sequence[Path]) -> dict[str, Any] | None:
+    """The first folder's manifest; the others must name the same target, tokenizer and template."""
+    first: dict[str, Any] | None = None
+    for folder in folders:
+        manifest = read_manifest(folder / MANIFEST)
+        if manifest is None:
+            continue
+        first = first or manifest
+        for key in ("config", "tokenizer", "template"):
+            if manifest.get(key) != first.get(key):
+                raise UserError(
+                    f"{folder} and {folders[0]} come from different targets: {different(key, first, manifest)}"
+                )
+    return first

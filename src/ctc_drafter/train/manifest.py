@@ -1,0 +1,110 @@
+"""What made a folder: hashes and settings in a JSON file, so that another run cannot mix its own into it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from ctc_drafter.types import UserError
+
+MANIFEST = "manifest.json"
+
+# Keys of a model config that say how it was loaded, not what it is.
+VOLATILE = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures"}
+
+
+def digest(value: str) -> str:
+    return hashlib.sha256(value.encode()).hexdigest()[:16]
+
+
+def config_hash(config: PreTrainedConfig) -> str:
+    """A hash of what a config says of the model, whatever it was loaded from and in whatever dtype."""
+    kept = {key: value for key, value in config.to_dict().items() if key not in VOLATILE}
+    return digest(json.dumps(kept, sort_keys=True, default=str))
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    return digest(json.dumps([sorted(tokenizer.get_vocab().items()), tokenizer.special_tokens_map], default=str))
+
+
+def template_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    return digest(json.dumps(tokenizer.chat_template or "", sort_keys=True))
+
+
+def versions() -> dict[str, str]:
+    return {name: version(name) for name in ("torch", "transformers")}
+
+
+def write_atomic(path: Path, lines: Iterable[str]) -> None:
+    """All lines or none: a temporary file in the same folder, on disk before it gets its name."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.writelines(line + "\n" for line in lines)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def disk_errors(out: Path) -> Iterator[None]:
+    """Turns a full or unwritable disk into one line that says how to go on."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UserError(
+            f"cannot write to {out}: {reason}; finished parts are kept: make room there, "
+            "then run the same command again to go on"
+        ) from error
+
+
+def read_manifest(path: Path) -> dict[str, Any] | None:
+    """The manifest, None if there is none. Raises `UserError` for a damaged one."""
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        manifest = None
+    if not isinstance(manifest, dict):
+        raise UserError(f"{path} is damaged; use another output folder, or delete this one")
+    return manifest
+
+
+def claim(path: Path, manifest: dict[str, Any]) -> None:
+    """Writes the manifest of a new folder, or checks that the folder belongs to the same run.
+
+    `versions` may differ. Raises `UserError` that names the difference.
+    """
+    found = read_manifest(path)
+    if found is None:
+        write_atomic(path, [json.dumps(manifest, indent=2)])
+        return
+    # Through JSON, so that tuples and the like compare as they were stored.
+    wanted = json.loads(json.dumps(manifest))
+    for key in sorted((found.keys() | wanted.keys()) - {"versions"}):
+        if found.get(key) != wanted.get(key):
+            raise UserError(
+                f"{path.parent} holds another run: {different(key, found, wanted)}; "
+                "use another output folder, or the options of that run to go on with it"
+            )
+
+
+def different(key: str, before: dict[str, Any], now: dict[str, Any]) -> str:
+    """Names the difference in `key`, its first differing part if it is an object."""
+    old, new = before.get(key), now.get(key)
+    if isinstance(old, dict) and isinstance(new, dict):
+        inner = next(k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k))
+        return different(inner, old, new)
+    return f"{key} was {old}, is now {new}"

@@ -1,0 +1,274 @@
+"""Trains a drafter on distilled text with `transformers.Trainer`. The frozen target gives features as it goes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from torch.utils.data import Sampler
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput
+
+from ctc_drafter.drafters.ctc import CTCDrafter
+from ctc_drafter.target import Target
+from ctc_drafter.train.anchors import (
+    anchor_counts,
+    ctc_objective,
+    draft_loss,
+    draw_anchors,
+    label_anchors,
+    prefix_objective,
+)
+from ctc_drafter.train.checkpoints import latest_checkpoint, seal, trainer_state
+from ctc_drafter.train.data import DistilledDataset, LengthSampler, collate
+from ctc_drafter.train.manifest import claim, config_hash, digest, disk_errors, versions, write_atomic
+from ctc_drafter.train.settings import TrainSettings
+from ctc_drafter.train.validate import draft_positions, offline_beta
+from ctc_drafter.types import UserError
+
+RUN_FILE = "train.json"
+LOG_FILE = "train_log.jsonl"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """steps: optimizer steps in all, resumed ones included. history: the log, one entry per report."""
+
+    steps: int
+    history: list[dict[str, float]]
+
+
+def train_drafter(
+    target: Target,
+    drafter: CTCDrafter,
+    dataset: DistilledDataset,
+    held_out: DistilledDataset | None,
+    out: Path,
+    settings: TrainSettings,
+    resume: bool = True,
+) -> Trained:
+    """Trains `drafter` in place and saves it to `out`; checkpoints lie in `out/checkpoints`.
+
+    The same call after a crash goes on from the newest whole checkpoint and gives the same losses as an
+    unbroken run. The log holds `loss`, and with `held_out` rows `eval_loss`, `eval_beta_chain`,
+    `eval_beta_16` and so on; it is also written to `out/train_log.jsonl`. Raises `UserError` for data of
+    another target, a folder of another run, damaged checkpoints, and checkpoints that `resume=False` would
+    overwrite.
+    """
+    _check_data(target, drafter, dataset)
+    held_out = held_out if held_out is not None and len(held_out) else None
+    if held_out is not None:
+        draft_positions(held_out, drafter, settings.eval_positions, len(held_out), settings.seed)
+    with disk_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+        claim(out / RUN_FILE, _manifest(target, drafter, dataset, settings))
+    checkpoint = latest_checkpoint(out / "checkpoints")
+    if checkpoint is not None and not resume:
+        raise UserError(f"{out} holds checkpoints; resume them, or use another output folder")
+
+    state = trainer_state(checkpoint) if checkpoint else None
+    if checkpoint and state and state["global_step"] >= state["max_steps"]:
+        drafter.load_state_dict(load_file(checkpoint / "model.safetensors"))
+    else:
+        with frozen(target.model), disk_errors(out):
+            trainer = DrafterTrainer(target, drafter, dataset, held_out, out / "checkpoints", settings)
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        state = {"global_step": trainer.state.global_step, "log_history": trainer.state.log_history}
+    # The Trainer's last entry sums up this call, not the run.
+    history = [entry for entry in state["log_history"] if "train_runtime" not in entry]
+    drafter.eval()
+    with disk_errors(out):
+        drafter.save_pretrained(out)
+        write_atomic(out / LOG_FILE, map(json.dumps, history))
+    return Trained(state["global_step"], history)
+
+
+class DrafterTrainer(Trainer):
+    """A `Trainer` whose model is the drafter alone: the target is neither optimised nor saved.
+
+    Row order and anchors come from generators seeded by (seed, epoch or step, row), so that resuming,
+    gradient accumulation and the number of processes change no draw.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        drafter: CTCDrafter,
+        dataset: DistilledDataset,
+        held_out: DistilledDataset | None,
+        checkpoints: Path,
+        settings: TrainSettings,
+    ):
+        self.target, self.settings = target, settings
+        self.objective = prefix_objective(settings.loss_decay) if settings.loss == "prefix" else ctc_objective
+        super().__init__(
+            model=drafter,
+            args=training_arguments(settings, checkpoints, target.device, evaluate=held_out is not None),
+            train_dataset=dataset,
+            eval_dataset=held_out,
+            data_collator=collate,
+            callbacks=[LogBeforeSave()],
+        )
+        # The Trainer writes this into every model's config, where ours refuses unknown keys.
+        vars(drafter.config).pop("use_cache", None)
+        # The loss is divided by the anchors of the whole step, see `get_batch_samples`.
+        self.model_accepts_loss_kwargs = True
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        return LengthSampler([len(row.ids) for row in dataset.rows], self.args.train_batch_size, self.settings.seed)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], torch.Tensor]:
+        """The micro batches of a step and the anchors in all of them, on all processes."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        count = sum(int(anchor_counts(b["lengths"], b["answer_start"], self.settings.anchors).sum()) for b in batches)
+        return batches, self.accelerator.gather(torch.tensor([count], device=device)).sum()
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """Mean loss of the batch's anchors; in training, its share of the step's mean."""
+        drafter = self.accelerator.unwrap_model(model)
+        tokens, lengths = inputs["input_ids"], inputs["lengths"]
+        moment = f"{self.settings.seed}:{self.state.global_step if model.training else 'eval'}"
+        positions, used = draw_anchors(
+            lengths, inputs["answer_start"], inputs["key"], self.settings.anchors, seed=moment
+        )
+        anchors = label_anchors(tokens, lengths, positions, used, drafter.config.draft_length)
+        features = self.target.hidden_features(tokens, drafter.feature_layers)
+        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.settings.bf16):
+            total = draft_loss(
+                drafter,
+                self.target.embed,
+                self.target.head,
+                features,
+                tokens,
+                anchors,
+                self.objective,
+                self.settings.anchor_chunk,
+            )
+        if num_items_in_batch is None:
+            loss = total / used.sum()
+        else:
+            loss = total / num_items_in_batch * self.accelerator.num_processes
+        return (loss, {}) if return_outputs else loss
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[torch.Tensor, None, None]:
+        with torch.no_grad():
+            return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """The held-out loss, and β by tree size."""
+        output = super().evaluation_loop(*args, **kwargs)
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        beta = offline_beta(
+            self.target,
+            self.accelerator.unwrap_model(self.model),
+            self.eval_dataset,
+            nodes=self.settings.eval_nodes,
+            max_positions=self.settings.eval_positions,
+            max_rows=len(self.eval_dataset),
+            batch_size=self.settings.eval_batch_size,
+            seed=self.settings.seed,
+        )
+        output.metrics.update({f"{prefix}_beta_{size}": round(value, 4) for size, value in beta.items()})
+        return output
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            seal(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
+
+
+class LogBeforeSave(TrainerCallback):
+    """Logs at every checkpoint: the Trainer's running sum of losses is not saved with it."""
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        control.should_log = control.should_log or control.should_save
+        return control
+
+
+def training_arguments(
+    settings: TrainSettings, checkpoints: Path, device: torch.device, evaluate: bool
+) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(checkpoints),
+        max_steps=settings.steps or -1,
+        num_train_epochs=settings.epochs,
+        per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=settings.eval_batch_size,
+        gradient_accumulation_steps=settings.accumulate,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr": settings.min_learning_rate},
+        warmup_steps=settings.warmup_steps,
+        weight_decay=settings.weight_decay,
+        adam_beta2=settings.adam_beta2,
+        max_grad_norm=settings.max_grad_norm,
+        logging_steps=settings.log_every,
+        logging_nan_inf_filter=False,
+        eval_strategy="steps" if evaluate else "no",
+        eval_steps=settings.eval_every,
+        save_steps=settings.save_every,
+        save_total_limit=settings.keep_checkpoints,
+        report_to=list(settings.report_to),
+        disable_tqdm=not settings.progress,
+        remove_unused_columns=False,
+        dataloader_pin_memory=device.type == "cuda",
+        use_cpu=device.type == "cpu",
+        seed=settings.seed,
+    )
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """While open, no parameter of the model asks for a gradient."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    for parameter in trainable:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+
+
+def _check_data(target: Target, drafter: CTCDrafter, dataset: DistilledDataset) -> None:
+    drafter.check_target(target.model.config)
+    if not len(dataset):
+        raise UserError("there are no training rows; distill more, or hold out fewer")
+    if dataset.manifest and dataset.manifest.get("config") != config_hash(target.model.config):
+        raise UserError(
+            f"the training rows were written by another target ({dataset.manifest.get('target')}); "
+            "distill again with this one"
+        )
+
+
+def _manifest(
+    target: Target, drafter: CTCDrafter, dataset: DistilledDataset, settings: TrainSettings
+) -> dict[str, Any]:
+    rows = digest(" ".join(f"{row.key}:{len(row.ids)}" for row in dataset.rows))
+    return {
+        "target": config_hash(target.model.config),
+        "drafter": config_hash(drafter.config),
+        "rows": {"count": len(dataset), "hash": rows},
+        "settings": settings.learnt_from(),
+        "versions": versions(),
+    }

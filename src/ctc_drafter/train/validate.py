@@ -1,0 +1,106 @@
+"""Acceptance on held-out text, without decoding: the target wrote the text, so the text is its verdict."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from ctc_drafter.decode.tree import best_chain, build_tree
+from ctc_drafter.drafters.ctc import CTCDrafter
+from ctc_drafter.target import Target
+from ctc_drafter.train.anchors import label_anchors
+from ctc_drafter.train.data import DistilledDataset, collate
+from ctc_drafter.types import Candidates, TokenTree, UserError
+
+
+@torch.inference_mode()
+def offline_beta(
+    target: Target,
+    drafter: CTCDrafter,
+    rows: DistilledDataset,
+    *,
+    nodes: Sequence[int] = (8, 16, 32, 64),
+    max_positions: int = 1024,
+    max_rows: int = 64,
+    batch_size: int = 8,
+    chunk: int = 128,
+    seed: int = 0,
+) -> dict[str, float]:
+    """β on rows that the target wrote greedily: key `"chain"` and one per tree size, e.g. `"16"`.
+
+    At `max_positions` answer positions of `max_rows` rows, both drawn with `seed`, the drafter's tree is laid
+    over the text that follows: the longest path that agrees, and one for the bonus token. Positions with fewer
+    tokens after them than the drafter drafts are left out. `chunk` positions are searched at a time. Raises
+    `UserError` if no position is left.
+    """
+    device, training = target.device, drafter.training
+    drafter.eval()
+    totals: dict[str, float] = {}
+    count = 0
+    for batch, positions in _batches(rows, draft_positions(rows, drafter, max_positions, max_rows, seed), batch_size):
+        tokens, lengths = batch["input_ids"].to(device), batch["lengths"].to(device)
+        places = torch.nn.utils.rnn.pad_sequence([torch.tensor(p) for p in positions], batch_first=True)
+        used = torch.arange(places.shape[1]) < torch.tensor([[len(p)] for p in positions])
+        anchors = label_anchors(tokens, lengths, places.to(device), used.to(device), drafter.config.draft_length)
+        features = target.hidden_features(tokens, drafter.feature_layers)
+        blocks = drafter.blocks(features, tokens, anchors.positions, target.embed)[anchors.used]
+        prefixes = anchors.prefixes[anchors.used]
+        for part, truth in zip(blocks.split(chunk), prefixes.split(chunk), strict=True):
+            candidates = drafter.candidates(part, truth[:, 0], target.embed, target.head, max(nodes))
+            for name, accepted in accepted_lengths(candidates, truth, nodes).items():
+                totals[name] = totals.get(name, 0.0) + float((accepted + 1).sum())
+            count += len(truth)
+    drafter.train(training)
+    return {name: total / count for name, total in totals.items()}
+
+
+def accepted_lengths(candidates: Candidates, truth: torch.Tensor, nodes: Sequence[int]) -> dict[str, torch.Tensor]:
+    """Accepted tokens `int64 [N]` of the best chain and of the best tree of each size.
+
+    truth: `int64 [N, 1+U]`, the root and the tokens after it, U at least the deepest candidate's depth.
+    """
+    root, chain = truth[:, 0], best_chain(candidates)
+    accepted = {"chain": agreement(build_tree(root, chain, chain.tokens.shape[1]), truth)}
+    return accepted | {str(size): agreement(build_tree(root, candidates, size), truth) for size in nodes}
+
+
+def agreement(tree: TokenTree, truth: torch.Tensor) -> torch.Tensor:
+    """Depth `int64 [N]` of the longest path whose tokens are those of truth `int64 [N, 1+U]`."""
+    right = (tree.tokens == truth.gather(1, tree.depths)) & tree.valid
+    whole = (right.unsqueeze(1) | ~tree.ancestors).all(-1)
+    return (tree.depths * whole).amax(1)
+
+
+def draft_positions(
+    rows: DistilledDataset, drafter: CTCDrafter, max_positions: int, max_rows: int, seed: int
+) -> list[tuple[int, int]]:
+    """(row, position) pairs, sorted, drawn uniformly where an answer token is the root and all labels exist.
+
+    Raises `UserError` if there are none.
+    """
+    rng = random.Random(seed)
+    found = []
+    for index in sorted(rng.sample(range(len(rows)), min(max_rows, len(rows)))):
+        row = rows.rows[index]
+        last = len(row.ids) - drafter.config.draft_length
+        found += [(index, position) for position in range(row.answer_start, last)]
+    if not found:
+        raise UserError(
+            f"no held-out answer is longer than the {drafter.config.draft_length} tokens of a draft; hold out more rows"
+        )
+    return sorted(rng.sample(found, min(max_positions, len(found))))
+
+
+def _batches(
+    rows: DistilledDataset, pairs: Sequence[tuple[int, int]], size: int
+) -> Iterator[tuple[dict[str, torch.Tensor], list[list[int]]]]:
+    """Padded rows of like length with the positions asked of each."""
+    positions: dict[int, list[int]] = {}
+    for index, position in pairs:
+        positions.setdefault(index, []).append(position)
+    order = sorted(positions, key=lambda index: len(rows.rows[index].ids))
+    for at in range(0, len(order), size):
+        chosen = order[at : at + size]
+        yield collate([rows[index] for index in chosen]), [positions[index] for index in chosen]

@@ -1,0 +1,78 @@
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ctc_drafter.decode.accept import accept_greedy, follow
+from ctc_drafter.decode.tree import ancestor_matrix
+from ctc_drafter.types import TokenTree
+
+
+def tree_of(tokens: list[int], parents: list[int]) -> TokenTree:
+    depths = [0]
+    for parent in parents[1:]:
+        depths.append(depths[parent] + 1)
+    up = torch.tensor([parents])
+    return TokenTree(
+        tokens=torch.tensor([tokens]),
+        parents=up,
+        depths=torch.tensor([depths]),
+        ancestors=ancestor_matrix(up),
+        valid=torch.ones(1, len(tokens), dtype=torch.bool),
+        scores=torch.zeros(1, len(tokens)),
+    )
+
+
+# root 9 -> 0 -> 1, root -> 1
+EXAMPLE = tree_of([9, 0, 1, 1], [0, 0, 0, 1])
+
+
+def test_the_worked_example():
+    result = follow(EXAMPLE, torch.tensor([[0, 1, 5, 2]]))
+    assert result.counts.tolist() == [2]
+    assert result.path[:, :3].tolist() == [[0, 1, 3]]
+    assert result.tokens[:, :3].tolist() == [[0, 1, 2]]
+    assert result.bonus.tolist() == [2]
+
+
+def test_nothing_agrees():
+    result = follow(EXAMPLE, torch.tensor([[7, 1, 5, 2]]))
+    assert result.counts.tolist() == [0]
+    assert result.path.tolist() == [[0, 0, 0, 0]]
+    assert result.tokens.tolist() == [[7, 7, 7, 7]]
+
+
+def test_a_node_below_a_wrong_one_is_not_accepted():
+    assert follow(EXAMPLE, torch.tensor([[1, 1, 6, 2]])).path[:, :2].tolist() == [[0, 2]]
+
+
+def test_invalid_nodes_are_never_accepted():
+    tree = TokenTree(**{**vars(EXAMPLE), "valid": torch.tensor([[True, True, True, False]])})
+    assert follow(tree, torch.tensor([[0, 1, 5, 2]])).counts.tolist() == [1]
+
+
+def test_greedy_follows_the_argmax():
+    logits = torch.nn.functional.one_hot(torch.tensor([[0, 1, 5, 2]]), 10).float()
+    assert accept_greedy(EXAMPLE, logits).tokens[0, :3].tolist() == [0, 1, 2]
+
+
+@given(st.data())
+def test_agrees_with_a_walk(data):
+    size = data.draw(st.integers(1, 10))
+    parents, tokens = [0], [9]
+    for node in range(1, size):
+        parents.append(data.draw(st.integers(0, node - 1)))
+        siblings = {tokens[i] for i in range(1, node) if parents[i] == parents[node]}
+        tokens.append(data.draw(st.sampled_from([t for t in range(12) if t not in siblings])))
+    wanted = data.draw(st.lists(st.integers(0, 3), min_size=size, max_size=size))
+    path, emitted = [0], []
+    while True:
+        emitted.append(wanted[path[-1]])
+        below = [i for i in range(1, size) if parents[i] == path[-1] and tokens[i] == emitted[-1]]
+        if not below:
+            break
+        path.append(below[0])
+    result = follow(tree_of(tokens, parents), torch.tensor([wanted]))
+    count = int(result.counts)
+    assert result.path[0, : count + 1].tolist() == path
+    assert result.tokens[0, : count + 1].tolist() == emitted
+    assert result.bonus.tolist() == emitted[-1:]

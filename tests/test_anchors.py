@@ -1,0 +1,88 @@
+"""Where a drafter learns, and what: anchors, labels, and a loss that does not depend on chunks or batches."""
+
+import pytest
+import torch
+
+from ctc_drafter.ctc.lattice import lattice
+from ctc_drafter.ctc.loss import ctc_loss
+from ctc_drafter.train.anchors import (
+    ctc_objective,
+    draft_loss,
+    draw_anchors,
+    label_anchors,
+    prefix_objective,
+)
+from ctc_drafter.train.data import LengthSampler, collate
+from train_helpers import pair, written_rows
+
+
+def test_draws_cover_the_answer_and_nothing_else() -> None:
+    lengths, start, keys = torch.tensor([9, 6, 5]), torch.tensor([4, 5, 1]), torch.tensor([1, 2, 3])
+    seen: list[set[int]] = [set(), set(), set()]
+    for step in range(50):
+        positions, used = draw_anchors(lengths, start, keys, 3, seed=f"0:{step}")
+        assert used.tolist() == [[True] * 3, [True, False, False], [True] * 3]
+        for row in range(3):
+            drawn = positions[row][used[row]].tolist()
+            assert len(set(drawn)) == len(drawn)
+            seen[row] |= set(drawn)
+    assert seen == [{3, 4, 5, 6, 7}, {4}, {0, 1, 2, 3}]
+
+
+def test_draws_depend_on_seed_and_row_alone() -> None:
+    lengths, start, keys = torch.tensor([60, 80]), torch.tensor([4, 5]), torch.tensor([1, 2])
+    torch.manual_seed(0)
+    both, _ = draw_anchors(lengths, start, keys, 6, seed="0:1")
+    torch.manual_seed(1)
+    alone, _ = draw_anchors(lengths[1:], start[1:], keys[1:], 6, seed="0:1")
+    assert both[1].tolist() == alone[0].tolist()
+    assert both.tolist() != draw_anchors(lengths, start, keys, 6, seed="0:2")[0].tolist()
+
+
+def test_labels_end_with_the_text() -> None:
+    tokens = torch.tensor([[10, 11, 12, 13, 14], [20, 21, 22, 0, 0]])
+    positions, used = torch.tensor([[1, 3], [1, 0]]), torch.tensor([[True, True], [True, False]])
+    anchors = label_anchors(tokens, torch.tensor([5, 3]), positions, used, draft_length=3)
+    assert anchors.prefixes[0].tolist() == [[11, 12, 13, 14], [13, 14, 14, 14]]
+    assert anchors.prefixes[1, 0].tolist()[:2] == [21, 22]
+    yes, no = True, False
+    assert anchors.valid.tolist() == [[[yes, yes, yes], [yes, no, no]], [[yes, no, no], [no, no, no]]]
+
+
+@pytest.mark.parametrize("objective", [prefix_objective(0.8), ctc_objective])
+def test_chunks_change_neither_loss_nor_gradients(objective) -> None:
+    target, drafter = pair()
+    batch = collate([written_rows(target, 3)[i] for i in range(3)])
+    positions, used = draw_anchors(batch["lengths"], batch["answer_start"], batch["key"], 5, seed="0")
+    anchors = label_anchors(batch["input_ids"], batch["lengths"], positions, used, drafter.config.draft_length)
+    features = target.hidden_features(batch["input_ids"], drafter.feature_layers)
+    results = []
+    for chunk in (100, 4, 1):
+        drafter.zero_grad()
+        modules = (target.embed, target.head)
+        loss = draft_loss(drafter, *modules, features, batch["input_ids"], anchors, objective, chunk)
+        loss.backward()
+        results.append([loss.detach(), *(p.grad for p in drafter.parameters() if p.grad is not None)])
+    assert len(results[0]) == 1 + len(list(drafter.parameters()))
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], rtol=1e-4, atol=1e-5)
+
+
+def test_ctc_takes_as_many_labels_as_the_frames_hold() -> None:
+    torch.manual_seed(0)
+    labels = torch.tensor([[1, 1, 2], [1, 2, 3], [1, 2, 1]])
+    valid = torch.tensor([[True, True, True], [True, True, True], [True, True, False]])
+    part = lattice(torch.randn(3, 3, 5), torch.randn(3, 3), labels, None)
+    assert ctc_objective(part, labels, valid).tolist() == ctc_loss(part, labels, torch.tensor([2, 3, 2])).tolist()
+
+
+def test_sampler_is_a_fixed_permutation_of_like_lengths() -> None:
+    lengths = [i * 37 % 101 for i in range(103)]
+    sampler = LengthSampler(lengths, batch_size=4, seed=0, window=32)
+    first = list(sampler)
+    assert sorted(first) == list(range(103)) == list(range(len(sampler)))
+    assert first == list(sampler)
+    spread = [max(b) - min(b) for at in range(0, 100, 4) if (b := [lengths[i] for i in first[at : at + 4]])]
+    assert sum(spread) / len(spread) < 6
+    sampler.set_epoch(1)
+    assert list(sampler) != first

@@ -1,0 +1,190 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from ctc_drafter.cli import app, main
+from ctc_drafter.decode.generate import DEFAULT_NODES
+from tiny_models import save_pair, tiny_llama, tiny_tokenizer
+
+COMMANDS = ("demo", "generate", "eval", "distill", "train")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Options that name a tiny target and its drafter."""
+    target, drafter = save_pair(tmp_path_factory.mktemp("models"))
+    return ["--target", str(target), "--drafter", str(drafter)]
+
+
+@pytest.fixture(scope="module")
+def tasks_path(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("tasks")
+    folder.joinpath("chat.jsonl").write_text('{"turns": ["the cat", "and?"]}\n{"turns": ["hat", "mat"]}\n')
+    folder.joinpath("maths.jsonl").write_text('{"question": "how many?"}\n{"question": "and how?"}\n')
+    return str(folder)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help(command: str) -> None:
+    result = CliRunner().invoke(app, [command, "--help"])
+    assert result.exit_code == 0
+    params = typer.main.get_command(app).commands[command].params
+    assert [param.name for param in params if not getattr(param, "help", None)] == []
+    if nodes := [param for param in params if param.name == "nodes"]:
+        assert nodes[0].show_default == str(DEFAULT_NODES)
+
+
+def test_help_needs_no_heavy_library() -> None:
+    code = "import sys, ctc_drafter.cli as c; c.main(['--help']); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
+
+
+def test_generate_streams_the_targets_own_text(models: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+    options = ["generate", *models, "--prompt", "the cat", "--max-new-tokens", "24"]
+    assert main(options) == 0
+    drafted = capfd.readouterr()
+    assert main([*options, "--plain"]) == 0
+    plain = capfd.readouterr()
+    assert drafted.out == plain.out != "\n"
+    assert "tokens/s" in drafted.err
+    assert "tokens/s" not in drafted.out
+    assert main([*options, "--raw"]) == 0
+    assert capfd.readouterr().out != drafted.out
+
+
+@pytest.mark.parametrize("batch_size", ["1", "2"])
+def test_generate_from_a_file(models: list[str], tmp_path: Path, batch_size: str, capfd) -> None:
+    prompts, out = tmp_path / "p.txt", tmp_path / "out.json"
+    prompts.write_text("the cat\na longer line about the hat\nmat\n")
+    options = ["generate", *models, "--prompts-file", str(prompts), "--max-new-tokens", "9", "--json", str(out)]
+    assert main([*options, "--batch-size", batch_size, "--nodes", "5"]) == 0
+    drafted = json.loads(out.read_text())
+    assert [output["prompt"] for output in drafted["outputs"]] == prompts.read_text().splitlines()
+    assert (drafted["meta"]["nodes"], drafted["meta"]["batch_size"]) == (5, int(batch_size))
+    assert drafted["stats"]["tokens"] == sum(len(output["tokens"]) for output in drafted["outputs"])
+    assert all(output["text"] in capfd.readouterr().out for output in drafted["outputs"][:1])
+    assert main([*options, "--plain"]) == 0
+    assert json.loads(out.read_text())["outputs"] == drafted["outputs"]
+
+
+def test_eval_writes_and_shows_results(models: list[str], tasks_path: str, tmp_path: Path, capfd) -> None:
+    out = tmp_path / "out.json"
+    options = ["--tasks-path", tasks_path, "--tasks", "chat, maths", "--limit", "1", "--max-new-tokens", "8"]
+    assert main(["eval", *models, *options, "--batch-size", "2", "--json", str(out), "--seed", "3"]) == 0
+    result = json.loads(out.read_text())
+    assert {"command", "commit", "versions", "hardware", "dtype", "seed"} <= result["meta"].keys()
+    assert (result["meta"]["seed"], result["meta"]["dtype"]) == (3, "float32")
+    assert [(row["task"], row["method"], row["prompts"]) for row in result["rows"]] == [
+        *(("chat", "plain", 1), ("chat", "ctc", 1), ("maths", "plain", 1), ("maths", "ctc", 1))
+    ]
+    assert all(row["identical"] == row["compared"] == 1 for row in result["rows"])
+    shown = capfd.readouterr()
+    assert "maths" in shown.out
+    assert "\x1b" not in shown.out
+
+
+def test_demo_without_a_terminal(models: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", *models, "--max-new-tokens", "10"]) == 0
+    shown = capfd.readouterr()
+    assert shown.out.count("identical: yes") == 2
+    assert shown.out.count("Write a Python function") == 1
+    assert "|" in shown.out
+    assert "\x1b" not in shown.out
+    assert shown.err == ""
+
+
+def test_from_prompts_to_a_drafter(models: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    target, answers, drafter = models[:2], tmp_path / "answers", tmp_path / "drafter"
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"the cat {n}"}) + "\n" for n in range(12)))
+    distill = ["distill", *target, "--prompts", str(prompts), "--out", str(answers), "--max-new-tokens", "16"]
+    assert main(distill) == 0
+    assert "12 answers" in capfd.readouterr().out
+    assert main(distill) == 0
+    assert "0 answers" in capfd.readouterr().out
+    train = ["train", *target, "--data", str(answers), "--out", str(drafter), "--steps", "2", "--batch-size", "2"]
+    train += ["--set", "progress=no", "--set", "warmup-steps=1", "--frames", "3", "--draft-length", "2"]
+    assert main([*train, "--held-out", "0"]) == 0
+    assert "2 steps" in capfd.readouterr().out
+    config = json.loads((drafter / "config.json").read_text())
+    assert (config["frames"], config["draft_length"], config["mask_token_id"]) == (3, 2, 1)
+    assert main(["generate", *target, "--drafter", str(drafter), "--prompt", "the cat", "--max-new-tokens", "5"]) == 0
+
+
+BAD = {
+    "no prompt": (["generate"], "give either --prompt or --prompts-file"),
+    "two prompts": (["generate", "--prompt", "a", "--prompts-file", "b"], "give either --prompt or --prompts-file"),
+    "empty prompt": (["generate", "--prompt", " "], "the prompt is empty"),
+    "no such file": (["generate", "--prompts-file", "none.jsonl"], "cannot read none.jsonl"),
+    "half a pair": (["generate", "--prompt", "a", "--target", "x"], "--target and --drafter together"),
+    "no folder": (["generate", "--prompt", "a", "--json", "none/out.json"], "cannot write none/out.json"),
+    "zero tokens": (["generate", "--prompt", "a", "--max-new-tokens", "0"], "--max-new-tokens"),
+    "negative nodes": (["demo", "--nodes", "-1"], "--nodes"),
+    "unknown dtype": (["demo", "--dtype", "int3"], "--dtype"),
+    "unknown option": (["eval", "--task", "x"], "--task"),
+    "unknown command": (["evil"], "evil"),
+    "missing option": (["eval", "--tasks", "x"], "--tasks-path"),
+    "no tasks": (["eval", "--tasks", "x", "--tasks-path", "none"], "none is not a folder"),
+    "no target": (["generate", "--prompt", "a", "--target", "./none", "--drafter", "./none"], "./none"),
+    "no corpus": (["distill", "--prompts", "none", "--out", "x"], "none"),
+    "no value": (["train", "--data", "x", "--out", "y", "--set", "anchors"], "NAME=VALUE"),
+    "unknown setting": (["train", "--data", "x", "--out", "y", "--set", "anchor=3"], "unknown setting anchor"),
+    "bad setting": (["train", "--data", "x", "--out", "y", "--steps", "0"], "steps"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "part"), BAD.values(), ids=BAD)
+def test_bad_input_is_one_line(arguments: list[str], part: str, tmp_path: Path, monkeypatch, capfd) -> None:
+    monkeypatch.chdir(tmp_path)
+    if arguments[0] == "distill":
+        save_pair(tmp_path)
+        arguments = [*arguments, "--target", "target"]
+    assert main(arguments) == 2
+    shown = capfd.readouterr()
+    assert shown.out == ""
+    assert shown.err.startswith("error: ")
+    assert shown.err.count("\n") == 1
+    assert part in shown.err
+
+
+def test_bad_input_after_loading(models: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    wide = tmp_path / "wide"
+    tiny_llama(vocab_size=300).save_pretrained(wide)
+    tiny_tokenizer().save_pretrained(wide)
+    corrupt = tmp_path / "corrupt"
+    save_pair(corrupt)
+    (corrupt / "drafter" / "model.safetensors").write_bytes(b"no tensors")
+    turns = tmp_path / "turns.jsonl"
+    turns.write_text('{"turns": ["a", "b"]}')
+    for arguments, part in [
+        (["--target", str(wide), *models[2:], "--prompt", "a"], "vocabulary"),
+        ([*models[:2], "--drafter", str(corrupt / "drafter"), "--prompt", "a"], "corrupt"),
+        ([*models, "--prompt", "the cat " * 600], "context"),
+        ([*models, "--prompts-file", str(turns)], "2 turns"),
+        ([*models, "--prompt", "a\udce9"], "Unicode"),
+    ]:
+        assert main(["generate", *arguments]) == 2
+        shown = capfd.readouterr()
+        assert (shown.out, shown.err.count("\n"), part in shown.err) == ("", 1, True), shown.err
+
+
+def test_bugs_are_not_hidden(monkeypatch: pytest.MonkeyPatch, models: list[str]) -> None:
+    def broken(*_args: object, **_options: object) -> None:
+        raise ValueError("a bug")
+
+    monkeypatch.setattr("ctc_drafter.answer.generate", broken)
+    with pytest.raises(ValueError, match="a bug"):
+        main(["generate", *models, "--prompt", "a"])
+
+
+def test_interrupt(monkeypatch: pytest.MonkeyPatch, models: list[str]) -> None:
+    def interrupted(*_args: object, **_options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ctc_drafter.answer.generate", interrupted)
+    assert main(["generate", *models, "--prompt", "a"]) == 130

@@ -1,0 +1,206 @@
+"""Distillation: the target's own answers, once each, whatever interrupts it."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ctc_drafter.decode.generate import plain_generate
+from ctc_drafter.target import Target
+from ctc_drafter.train import distill as distill_module
+from ctc_drafter.train import manifest as manifest_module
+from ctc_drafter.train.data import DistilledDataset, Prompt
+from ctc_drafter.train.distill import Distilled, distill
+from ctc_drafter.types import UserError
+from tiny_models import tiny_llama, tiny_tokenizer
+
+PROMPTS = [Prompt(f"row{i}", [5 + i + j for j in range(1 + i % 4)]) for i in range(14)]
+EOS = (17, 60, 101)
+
+
+def run(out: Path, prompts: list[Prompt] = PROMPTS, seed: int = 0, **options) -> Distilled:
+    sizes = {"max_new_tokens": 8, "batch_size": 2, "shard_size": 4, "eos": EOS, "progress": False}
+    return distill(Target.wrap(tiny_llama(seed)), tiny_tokenizer(), prompts, out, **{**sizes, **options})
+
+
+def contents(out: Path) -> dict[str, str]:
+    return {file.name: file.read_text() for file in sorted(out.iterdir())}
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    out = tmp_path_factory.mktemp("unbroken")
+    run(out)
+    return contents(out)
+
+
+def test_answers_are_the_targets_own(unbroken: dict[str, str]) -> None:
+    shards = [name for name in unbroken if name.startswith("shard")]
+    rows = [json.loads(line) for name in shards for line in unbroken[name].splitlines()]
+    assert [len(unbroken[name].splitlines()) for name in shards] == [4, 4, 4, 2]
+    assert [row["id"] for row in rows] == [prompt.id for prompt in PROMPTS]
+    target = Target.wrap(tiny_llama())
+    for row, prompt in zip(rows, PROMPTS, strict=True):
+        assert row["prompt_ids"] == prompt.ids
+        assert [row["answer_ids"]] == plain_generate(target, [prompt.ids], max_new_tokens=8, eos=EOS).tokens
+
+
+def test_summary_and_repeat(tmp_path: Path, unbroken: dict[str, str]) -> None:
+    first, second = run(tmp_path), run(tmp_path)
+    assert (first.rows, first.found, second.rows, second.found) == (14, 0, 0, 14)
+    assert first.tokens == sum(len(row.ids) for row in DistilledDataset.load([tmp_path]).rows) - sum(
+        len(prompt.ids) for prompt in PROMPTS
+    )
+    assert contents(tmp_path) == unbroken
+
+
+def test_progress_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(tmp_path, progress=True)
+    shown = capsys.readouterr().out
+    assert "14/14" in shown
+    assert "tokens/s" in shown
+
+
+@pytest.mark.parametrize("calls", [1, 3, 6])
+def test_interrupted_and_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unbroken: dict[str, str], calls: int
+) -> None:
+    left = [calls]
+
+    def failing(*args, **kwargs):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return plain_generate(*args, **kwargs)
+
+    monkeypatch.setattr(distill_module, "plain_generate", failing)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path)
+    assert len(list(tmp_path.glob("shard-*"))) == calls // 2
+    monkeypatch.undo()
+    assert run(tmp_path).found == calls // 2 * 4
+    assert contents(tmp_path) == unbroken
+
+
+def test_sigkill_while_a_shard_is_written(tmp_path: Path, unbroken: dict[str, str]) -> None:
+    script = (
+        "import os, signal, sys, pathlib, test_distill as t\n"
+        "lines = [0]\n"
+        "def line(prompt, answer):\n"
+        "    lines[0] += 1\n"
+        "    if lines[0] == 7: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return real(prompt, answer)\n"
+        "real, t.distill_module._line = t.distill_module._line, line\n"
+        "t.run(pathlib.Path(sys.argv[1]))\n"
+    )
+    here = Path(__file__).parent
+    path = os.pathsep.join([str(here), str(here.parent / "src"), os.environ.get("PYTHONPATH", "")])
+    killed = subprocess.run([sys.executable, "-c", script, str(tmp_path)], env={**os.environ, "PYTHONPATH": path})
+    assert killed.returncode == -signal.SIGKILL
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        ".shard-00001.jsonl.tmp",
+        "manifest.json",
+        "shard-00000.jsonl",
+    ]
+    run(tmp_path)
+    assert contents(tmp_path) == unbroken
+
+
+def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unbroken: dict[str, str]) -> None:
+    syncs = [0]
+
+    def fsync(descriptor: int) -> None:
+        syncs[0] += 1
+        if syncs[0] == 4:  # manifest, two shards, then the disk is full
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(manifest_module.os, "fsync", fsync)
+    with pytest.raises(UserError, match=f"cannot write to {tmp_path}: No space left.*same command again"):
+        run(tmp_path)
+    assert [file.name for file in sorted(tmp_path.iterdir())] == [
+        "manifest.json",
+        "shard-00000.jsonl",
+        "shard-00001.jsonl",
+    ]
+    monkeypatch.undo()
+    run(tmp_path)
+    assert contents(tmp_path) == unbroken
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"max_new_tokens": 9}, "max_new_tokens was 8, is now 9"),
+        ({"shard_size": 3}, "shard_size was 4, is now 3"),
+        ({"prompts": PROMPTS[:-1]}, "prompts was 14, is now 13"),
+        ({"prompts": PROMPTS[::-1]}, "prompts_hash"),
+        ({"name": "other"}, "target was"),
+    ],
+)
+def test_folder_of_another_run(tmp_path: Path, unbroken: dict[str, str], change: dict, named: str) -> None:
+    for name, text in unbroken.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=f"holds another run: {named}.*use another output folder"):
+        run(tmp_path, **change)
+    assert contents(tmp_path) == unbroken
+
+
+def test_folder_with_strangers_shards(tmp_path: Path) -> None:
+    (tmp_path / "shard-00000.jsonl").write_text("")
+    with pytest.raises(UserError, match=r"no manifest\.json"):
+        run(tmp_path)
+    (tmp_path / "manifest.json").write_text("{")
+    with pytest.raises(UserError, match="damaged"):
+        run(tmp_path)
+
+
+def test_prompts_without_room_are_left_out(tmp_path: Path) -> None:
+    long = Prompt("long", [1] * 505)
+    assert run(tmp_path, [long, PROMPTS[0]]).too_long == 1
+    with pytest.raises(UserError, match="no prompt leaves 8"):
+        run(tmp_path / "b", [long])
+
+
+def test_dataset_knows_the_answers(tmp_path: Path) -> None:
+    run(tmp_path)
+    dataset = DistilledDataset.load([tmp_path])
+    row = json.loads((tmp_path / "shard-00000.jsonl").read_text().splitlines()[1])
+    assert dataset[1]["input_ids"].tolist() == row["prompt_ids"] + row["answer_ids"]
+    assert dataset[1]["answer_start"] == len(row["prompt_ids"])
+    cut = DistilledDataset.load([tmp_path], max_length=3)
+    assert max(len(row.ids) for row in cut.rows) == 3
+    assert len(cut) == sum(len(prompt.ids) < 3 for prompt in PROMPTS)
+
+
+def test_split_follows_the_id(tmp_path: Path) -> None:
+    run(tmp_path)
+    dataset = DistilledDataset.load([tmp_path])
+    train, held_out = dataset.split(0.3)
+    keys = [{row.key for row in part.rows} for part in (train, held_out)]
+    assert keys[0] | keys[1] == {row.key for row in dataset.rows}
+    assert len(keys[0]) + len(keys[1]) == 14
+    assert 0 < len(held_out) < 10
+    run(tmp_path / "b", PROMPTS[::-1])
+    assert {row.key for row in DistilledDataset.load([tmp_path / "b"]).split(0.3)[1].rows} == keys[1]
+
+
+def test_unusable_folders(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="has no shards; run distill"):
+        DistilledDataset.load([tmp_path / "empty"])
+    run(tmp_path / "a")
+    run(tmp_path / "b", name="other", max_new_tokens=5)
+    assert len(DistilledDataset.load([tmp_path / "a", tmp_path / "b"])) == 28
+    other = json.loads((tmp_path / "b" / "manifest.json").read_text()) | {"tokenizer": "x"}
+    (tmp_path / "b" / "manifest.json").write_text(json.dumps(other))
+    with pytest.raises(UserError, match="different targets: tokenizer was"):
+        DistilledDataset.load([tmp_path / "a", tmp_path / "b"])
+    shard = tmp_path / "a" / "shard-00001.jsonl"
+    shard.write_text(shard.read_text()[:-20])
+    with pytest.raises(UserError, match="shard-00001.jsonl line 4 is damaged; delete this shard"):
+        DistilledDataset.load([tmp_path / "a"])

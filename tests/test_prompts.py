@@ -1,0 +1,118 @@
+"""Prompts from every usual row format; what is unusable is counted, never fatal, never silent."""
+
+import gzip
+import json
+import logging
+from pathlib import Path
+
+import pytest
+
+from ctc_drafter.train.data import read_prompts
+from ctc_drafter.types import UserError
+from tiny_models import tiny_tokenizer
+from train_helpers import write_jsonl
+
+TALK = [
+    {"role": "user", "content": "the cat"},
+    {"role": "assistant", "content": "sat"},
+    {"role": "user", "content": "the hat"},
+    {"role": "assistant", "content": "sat too"},
+]
+
+
+def texts(path: Path, **options) -> list[str]:
+    tokenizer = tiny_tokenizer()
+    return sorted(tokenizer.decode(prompt.ids) for prompt in read_prompts(path, tokenizer, **options).prompts)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": TALK[:2]},
+        {"prompt": "the cat"},
+        {"turns": ["the cat", "later"]},
+        {"conversations": [{"from": "human", "value": "the cat"}, {"from": "gpt", "value": "sat"}]},
+    ],
+)
+def test_formats(tmp_path: Path, row: dict) -> None:
+    file = write_jsonl(tmp_path / "a.jsonl", [row])
+    assert texts(file) == ["<|bos|><|user|>the cat<|end|><|assistant|>"]
+
+
+def test_turns_are_drawn_with_their_history(tmp_path: Path) -> None:
+    rows = [{"messages": [{"role": "user", "content": f"cat {i}"}, *TALK[1:]]} for i in range(20)]
+    write_jsonl(tmp_path / "a.jsonl", rows)
+    found = texts(tmp_path)
+    late = [text for text in found if "the hat" in text]
+    assert 0 < len(late) < len(found) == 20
+    assert all(text.endswith("sat<|end|><|user|>the hat<|end|><|assistant|>") for text in late)
+    assert found == texts(tmp_path)
+    assert found != texts(tmp_path, seed=1)
+
+
+def test_without_a_template_text_is_encoded_plainly(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer(template=None)
+    (prompt,) = read_prompts(write_jsonl(tmp_path / "a.jsonl", [{"prompt": "the cat"}]), tokenizer).prompts
+    assert prompt.ids == tokenizer("the cat").input_ids
+
+
+def test_bad_rows_are_counted_and_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [
+        {"prompt": "good"},
+        "{not json",
+        "[]",
+        {"prompt": "  "},
+        {"prompt": 3},
+        {"messages": [{"role": "narrator", "content": "x"}]},
+        {"messages": [{"role": "assistant", "content": "x"}]},
+        {"messages": "x"},
+        {"turns": []},
+        {"other": 1},
+        {"prompt": "\ud800"},
+        {"text": "a book"},
+        {"prompt": "good"},
+        {"prompt": "long " * 20},
+    ]
+    write_jsonl(tmp_path / "a.jsonl", rows)
+    (tmp_path / "b.jsonl").write_bytes(b'{"prompt": "\xff"}\n')
+    with caplog.at_level(logging.WARNING):
+        found = read_prompts(tmp_path, tiny_tokenizer(), max_prompt_tokens=30)
+    assert len(found.prompts) == 1
+    assert sum(n for reason, n in found.counts.items() if reason.startswith("bad")) == 11
+    assert found.counts["plain text"] == found.counts["repeated"] == found.counts["longer than 30 tokens"] == 1
+    assert sum(found.counts.values()) == len(rows) + 1
+    assert "not JSON" in caplog.text
+
+
+def test_a_damaged_archive_gives_what_it_still_holds(tmp_path: Path) -> None:
+    lines = "".join(json.dumps({"prompt": f"cat {i * 7919}"}) + "\n" for i in range(3000))
+    whole = gzip.compress(lines.encode())
+    (tmp_path / "a.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+    found = read_prompts(tmp_path, tiny_tokenizer())
+    assert 0 < len(found.prompts) < 3000
+    assert found.counts["bad (the rest of a damaged file)"] == 1
+
+
+def test_caps(tmp_path: Path) -> None:
+    for name in ("a.train.jsonl", "b.val.jsonl"):
+        write_jsonl(tmp_path / name, [{"prompt": f"{name} {i}"} for i in range(10)])
+    assert len(texts(tmp_path)) == 20
+    assert len(texts(tmp_path, per_file=3)) == 6
+    assert len(texts(tmp_path, limit=5)) == 5
+    assert all("train" in text for text in texts(tmp_path, pattern="*.train.*"))
+
+
+def test_ids_do_not_depend_on_files(tmp_path: Path) -> None:
+    first, second = (write_jsonl(tmp_path / name, [{"prompt": "the cat"}]) for name in ("a.jsonl", "b.jsonl"))
+    assert read_prompts(first, tiny_tokenizer()).prompts == read_prompts(second, tiny_tokenizer()).prompts
+
+
+def test_path_without_usable_files(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"does not exist; expected \.jsonl"):
+        read_prompts(tmp_path / "none", tiny_tokenizer())
+    (tmp_path / "notes.txt").write_text("x")
+    with pytest.raises(UserError, match=r"no usable files; expected \.jsonl"):
+        read_prompts(tmp_path, tiny_tokenizer())
+    write_jsonl(tmp_path / "books.jsonl", [{"text": "a book"}])
+    with pytest.raises(UserError, match=r"no usable rows \(.*1 plain text.*expected \.jsonl"):
+        read_prompts(tmp_path, tiny_tokenizer())

@@ -1,0 +1,64 @@
+"""A tiny random Llama, its tokenizer and an untrained drafter, made on the spot."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from ctc_drafter.drafters.ctc import CTCDrafter
+
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+SPECIAL = ["<|bos|>", "<|end|>", "<|user|>", "<|assistant|>", "<|mask|>"]
+
+
+def tiny_tokenizer(template: str | None = TEMPLATE) -> PreTrainedTokenizerFast:
+    """All bytes, a few merges and the chat's special tokens: any text can be encoded."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=280, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(["the cat sat on the mat and the hat"] * 3, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<|bos|>", eos_token="<|end|>", chat_template=template
+    )
+
+
+def tiny_llama(seed: int = 0, context: int = 512, vocab_size: int = 280, layers: int = 2) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=context,
+        bos_token_id=0,
+        eos_token_id=1,
+        initializer_range=0.2,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def tiny_drafter(model: LlamaForCausalLM, seed: int = 1) -> CTCDrafter:
+    torch.manual_seed(seed)
+    sizes = {"frames": 4, "draft_length": 3, "predictor_rank": 8, "predictor_width": 16, "mask_token_id": 4}
+    return CTCDrafter.for_target(model.config, **sizes).eval()
+
+
+def save_pair(folder: Path, template: str | None = TEMPLATE) -> tuple[Path, Path]:
+    """Folders of a target with its tokenizer, and of its drafter."""
+    model = tiny_llama()
+    model.save_pretrained(folder / "target")
+    tiny_tokenizer(template).save_pretrained(folder / "target")
+    tiny_drafter(model).save_pretrained(folder / "drafter")
+    return folder / "target", folder / "drafter"
