@@ -38,7 +38,7 @@ def test_runs_alternate_in_colour() -> None:
     ids=["pipe", "no colour wanted", "no colour possible"],
 )
 def test_separators_where_there_is_no_colour(options: dict[str, object]) -> None:
-    shown = printed("the cat sat", 2, **options)
+    shown = printed("the cat sat", 1, **options)
     assert "38;5" not in shown
     assert shown.count("|") > 1
     assert re.sub(r"\x1b\[[\d;]*m|\|", "", shown) == "the cat sat\n"

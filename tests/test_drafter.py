@@ -33,8 +33,7 @@ def test_a_session_drafts_what_training_saw(layers):
     session = drafter.begin(target.embed, target.head, len(ROWS))
     start, cuts = torch.tensor([3, 1, 2]), torch.tensor([4, 3, 1])
     session.extend(state.tokens[:, :3], state.features[:, :3], start)
-    for row in range(len(ROWS)):  # ragged: each row goes on from where it is
-        session.propose(state.tokens[:, 0], 4)  # a draft in between must leave no trace
+    session.propose(state.tokens[:, 0], 4)  # a draft in between must leave no trace
     index = (start.unsqueeze(1) + torch.arange(4)).clamp(max=state.tokens.shape[1] - 1)
     features = state.features.gather(1, index.unsqueeze(-1).expand(-1, -1, state.features.shape[-1]))
     session.extend(state.tokens.gather(1, index), features, cuts)
@@ -139,7 +138,7 @@ def test_bad_checkpoints_are_named(tmp_path):
 
 
 def test_unknown_config_keys_are_refused(tmp_path):
-    with pytest.raises(UserError, match="'frame'.*did you mean 'frames'"):
+    with pytest.raises(UserError, match=r"'frame'.*did you mean 'frames'"):
         CTCDrafterConfig(frame=4)
     folder = saved(tmp_path)
     config = json.loads((folder / "config.json").read_text())

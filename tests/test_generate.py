@@ -119,6 +119,7 @@ def test_a_row_does_not_depend_on_its_neighbours():
 @pytest.mark.parametrize(
     ("prompts", "options", "message"),
     [
+        ([], {}, "no prompts"),
         ([[]], {}, "empty"),
         ([[1] * 128], {}, "context"),
         ([[1, 97]], {}, "vocabulary"),

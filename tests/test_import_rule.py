@@ -27,9 +27,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "evaluate": {"types", "text", "target", "drafters", "decode"},
     "serve": {"types", "text", "target", "drafters", "decode"},
     "integrations": {"types", "ctc", "target", "drafters"},
-    "quickstart": {"types", "text", "ctc", "target", "drafters", "decode", "train"},
+    "quickstart": {"types", "text", "ctc", "target", "drafters", "decode", "train", "load"},
     # The rows below serve the command line and the user; nothing above imports them.
-    "load": {"types", "target", "drafters", "quickstart"},
+    "load": {"types", "text", "target", "drafters", "quickstart"},
     "demo": {"types", "text", "target", "drafters", "decode", "quickstart"},
     "answer": {"types", "text", "target", "drafters", "decode", "evaluate"},
     "cli": {"*"},

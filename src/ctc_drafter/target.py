@@ -122,13 +122,15 @@ class Target:
         if allowed is not None:
             assert key_positions is not None
             options["attention_mask"] = self._masks(allowed, positions, key_positions)
-        if keep is not None:
+        slices = keep is not None and "logits_to_keep" in inspect.signature(self.model.forward).parameters
+        if slices:
             options["logits_to_keep"] = keep
         with captured(self.model, layers) as outputs:
             result = self.model(
                 input_ids=tokens, position_ids=positions, past_key_values=cache, use_cache=True, **options
             )
-        return Verification(result.logits, concatenate(outputs, layers))
+        logits = result.logits if keep is None or slices else result.logits[:, keep]
+        return Verification(logits, concatenate(outputs, layers))
 
     @torch.no_grad()
     def hidden_features(self, tokens: torch.Tensor, layers: Sequence[int]) -> torch.Tensor:

@@ -34,8 +34,7 @@ def speculate(
         logits_processor: LogitsProcessorList,
         stopping_criteria: StoppingCriteriaList,
         generation_config: GenerationConfig,
-        attention_mask: torch.Tensor | None = None,
-        **_prepared: Any,
+        **prepared: Any,  # naming attention_mask here would make `generate` pass it twice
     ) -> torch.Tensor | GenerateDecoderOnlyOutput:
         """Returns what `generate` returns: ids `[B, T + new]`, or a `GenerateDecoderOnlyOutput` around them."""
         refuse_settings(generation_config, logits_processor, stopping_criteria)
@@ -47,7 +46,7 @@ def speculate(
         result = generate(
             Target.wrap(model),
             drafter,
-            unpadded(input_ids, attention_mask),
+            unpadded(input_ids, prepared.get("attention_mask")),
             max_new_tokens=generation_config.max_length - input_ids.shape[1],
             nodes=nodes,
             eos=ends,

@@ -43,6 +43,8 @@ def prefill(target: Target, prompts: Sequence[Sequence[int]], layers: Sequence[i
 
 
 def check_prompts(target: Target, prompts: Sequence[Sequence[int]]) -> None:
+    if not prompts:
+        raise UserError("there are no prompts; give at least one")
     for row, prompt in enumerate(prompts):
         if not prompt:
             raise UserError(f"prompt {row} is empty; give at least one token")

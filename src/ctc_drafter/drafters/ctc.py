@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ctc_drafter.ctc.lattice import Lattice, lattice
 from ctc_drafter.ctc.search import prefix_search
 from ctc_drafter.drafters.config import CTCDrafterConfig
-from ctc_drafter.drafters.layers import Context, DraftLayer, Rotation, rotation
+from ctc_drafter.drafters.layers import Context, DraftLayer, RMSNorm, Rotation, rotation
 from ctc_drafter.drafters.predictor import Predictor
 from ctc_drafter.types import Candidates, UserError
 
@@ -32,9 +32,9 @@ class CTCDrafter(PreTrainedModel):
         super().__init__(config)
         features = config.hidden_size * len(config.target_layer_ids)
         self.fc = nn.Linear(features, config.hidden_size, bias=False)
-        self.hidden_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.hidden_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.layers = nn.ModuleList(DraftLayer(config) for _ in range(config.num_hidden_layers))
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.blank_head = nn.Linear(config.hidden_size, 1)
         self.predictor = None
         if config.predictor_rank:

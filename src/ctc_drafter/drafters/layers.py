@@ -33,6 +33,14 @@ def rotate(states: torch.Tensor, by: Rotation) -> torch.Tensor:
     return states * by[0] + torch.cat([-second, first], -1) * by[1]
 
 
+class RMSNorm(nn.RMSNorm):
+    """In the dtype of its weight, whatever autocast made of the input: the fused kernel wants them equal."""
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        assert self.weight is not None
+        return super().forward(states.to(self.weight.dtype))
+
+
 class BlockAttention(nn.Module):
     """Grouped-query attention with normalised queries and keys."""
 
@@ -43,8 +51,8 @@ class BlockAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, self.kv_heads * self.dim, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, self.kv_heads * self.dim, bias=False)
         self.o_proj = nn.Linear(self.heads * self.dim, config.hidden_size, bias=False)
-        self.q_norm = nn.RMSNorm(self.dim, eps=config.rms_norm_eps)
-        self.k_norm = nn.RMSNorm(self.dim, eps=config.rms_norm_eps)
+        self.q_norm = RMSNorm(self.dim, eps=config.rms_norm_eps)
+        self.k_norm = RMSNorm(self.dim, eps=config.rms_norm_eps)
 
     def keys_values(self, states: torch.Tensor, by: Rotation) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values `[B, kv_heads, T, dim]` of states `[B, T, H]`."""
@@ -82,9 +90,9 @@ class DraftLayer(nn.Module):
 
     def __init__(self, config: PreTrainedConfig):
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.self_attn = BlockAttention(config)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = GatedMLP(config)
 
     def forward(self, states: torch.Tensor, by: Rotation, context: Context, mask: torch.Tensor | None) -> torch.Tensor:

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from rich import box
 from rich.table import Table
+
+from ctc_drafter.types import UserError
+
+START, END = "<!-- figures: results -->", "<!-- end of figures -->"
 
 
 def results_table(result: dict[str, Any]) -> Table:
@@ -24,3 +32,43 @@ def results_table(result: dict[str, Any]) -> Table:
 
 def number(value: float | None, digits: int) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
+
+
+def markdown_figures(results: Sequence[dict[str, Any]]) -> str:
+    """The rows of several results as one Markdown table, and where they were measured."""
+    lines = [
+        "| task | dtype | batch | method | tokens/s | γ | β | identical |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for result in results:
+        meta = result["meta"]
+        for row in result["rows"]:
+            cells = [row["task"], meta["dtype"], str(meta["batch_size"]), row["method"]]
+            cells += [number(row["tokens_per_s"], 0), number(row["gamma"], 2), number(row["beta"], 2)]
+            lines.append(f"| {' | '.join(cells)} | {row['identical']} of {row['compared']} |")
+    places = {
+        f"{m['hardware']['gpu'] or m['hardware']['cpu']}, {m['threads']} threads, torch {m['versions']['torch']}, "
+        f"transformers {m['versions']['transformers']}, trees of {m['nodes']} nodes, "
+        f"at most {m['max_new_tokens']} new tokens"
+        for m in (result["meta"] for result in results)
+    }
+    return "\n".join([*lines, "", *(f"Measured on: {place}." for place in sorted(places))])
+
+
+def insert_figures(page: str, figures: str) -> str:
+    """`page` with the part between its two markers replaced. Raises `UserError` when they are missing."""
+    before, start, rest = page.partition(START)
+    _, end, after = rest.partition(END)
+    if not start or not end:
+        raise UserError(f"the page has no {START} and {END} to put figures between")
+    return f"{before}{start}\n{figures}\n{end}{after}"
+
+
+def main(page: Path, files: Sequence[Path]) -> None:
+    """Writes the figures of results files into a page: `python -m ctc_drafter.evaluate.report PAGE FILE...`."""
+    results = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    page.write_text(insert_figures(page.read_text(encoding="utf-8"), markdown_figures(results)), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), [Path(name) for name in sys.argv[2:]])

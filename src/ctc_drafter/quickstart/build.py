@@ -27,16 +27,17 @@ from ctc_drafter.types import UserError
 PROMPTS_PER_SOURCE = 1500
 ANSWER_TOKENS = 128
 DRAFTER = {"frames": 8, "draft_length": 7, "num_hidden_layers": 1, "predictor_rank": 64, "predictor_width": 256}
-TRAINING = TrainSettings(
-    steps=1500,
-    batch_size=16,
-    anchors=32,
-    learning_rate=2e-3,
-    min_learning_rate=2e-5,
-    warmup_steps=50,
-    bf16=True,
-    eval_every=250,
-    save_every=250,
+TRAINING = TrainSettings.parse(
+    {
+        "steps": 1500,
+        "batch_size": 16,
+        "anchors": 32,
+        "learning_rate": 2e-3,
+        "min_learning_rate": 2e-5,
+        "bf16": True,
+        "eval_every": 500,
+        "eval_positions": 512,
+    }
 )
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
+
+from safetensors import safe_open
 
 from ctc_drafter.decode.generate import plain_generate
 from ctc_drafter.load import load_target
@@ -53,10 +56,9 @@ def write_card(corpus: Path, work: Path, out: Path) -> None:
 
 
 def parameters(file: Path) -> int:
-    from safetensors import safe_open
-
     with safe_open(file, framework="pt") as tensors:
-        return sum(tensors.get_slice(name).get_shape() and tensors.get_tensor(name).numel() for name in tensors.keys())
+        names = list(tensors.keys())
+        return sum(math.prod(tensors.get_slice(name).get_shape()) for name in names)
 
 
 def data_table(perplexity: dict[str, float]) -> str:

@@ -6,8 +6,10 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.data import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
@@ -37,7 +39,7 @@ def target_config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
     )
 
 
-class PackedRows(Dataset):
+class PackedRows(Dataset[dict[str, torch.Tensor]]):
     """Rows of `int64 [rows, length]` as causal LM examples."""
 
     def __init__(self, rows: torch.Tensor):
@@ -53,7 +55,13 @@ class PackedRows(Dataset):
 class CompiledLossTrainer(Trainer):
     """Compiles model and loss as one graph: the logits are then never stored in float32 (2.4x on a CPU)."""
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
         if not hasattr(self, "_compiled_loss"):
             self._compiled_loss = torch.compile(lambda m, ids: m(input_ids=ids, labels=ids).loss)
         ids = inputs["input_ids"]

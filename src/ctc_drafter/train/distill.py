@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from ctc_drafter.decode.generate import plain_generate
 from ctc_drafter.target import Target
-from ctc_drafter.text import eos_ids
+from ctc_drafter.text import eos_ids, fingerprint
 from ctc_drafter.train.data import Prompt
 from ctc_drafter.train.manifest import (
     MANIFEST,
@@ -24,7 +25,6 @@ from ctc_drafter.train.manifest import (
     digest,
     disk_errors,
     template_hash,
-    tokenizer_hash,
     versions,
     write_atomic,
 )
@@ -116,7 +116,7 @@ def _manifest(
         "target": name or target.model.config.name_or_path or type(target.model).__name__,
         "config": config_hash(target.model.config),
         "dtype": str(target.dtype).removeprefix("torch."),
-        "tokenizer": tokenizer_hash(tokenizer),
+        "tokenizer": fingerprint(tokenizer),
         "template": template_hash(tokenizer),
         "prompts": len(prompts),
         "prompts_hash": digest(" ".join(prompt.id for prompt in prompts)),
@@ -149,5 +149,6 @@ def _progress(show: bool) -> Progress:
         MofNCompleteColumn(),
         _TokenRate(),
         TimeRemainingColumn(elapsed_when_finished=True),
+        console=Console(stderr=True),
         disable=not show,
     )

@@ -31,10 +31,6 @@ def config_hash(config: PreTrainedConfig) -> str:
     return digest(json.dumps(kept, sort_keys=True, default=str))
 
 
-def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    return digest(json.dumps([sorted(tokenizer.get_vocab().items()), tokenizer.special_tokens_map], default=str))
-
-
 def template_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     return digest(json.dumps(tokenizer.chat_template or "", sort_keys=True))
 

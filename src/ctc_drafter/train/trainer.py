@@ -117,7 +117,8 @@ class DrafterTrainer(Trainer):
             callbacks=[LogBeforeSave()],
         )
         # The Trainer writes this into every model's config, where ours refuses unknown keys.
-        vars(drafter.config).pop("use_cache", None)
+        if hasattr(drafter.config, "use_cache"):
+            del drafter.config.use_cache
         # The loss is divided by the anchors of the whole step, see `get_batch_samples`.
         self.model_accepts_loss_kwargs = True
 

@@ -1,0 +1,53 @@
+"""The same promises on a CUDA device: `pytest -m gpu`."""
+
+import pytest
+import torch
+
+from ctc_drafter.decode.generate import generate, plain_generate
+from ctc_drafter.target import Target
+from helpers import ScriptedDrafter, tiny_drafter, tiny_target
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6], [2, 7], [8, 2, 8, 1]]
+
+
+def on_gpu(dtype: torch.dtype) -> Target:
+    return Target.wrap(tiny_target(dtype=dtype).model.to("cuda"))
+
+
+@pytest.mark.parametrize("nodes", [1, 8, 64])
+def test_drafts_never_change_the_output(nodes):
+    target = on_gpu(torch.float32)
+    expected = plain_generate(target, PROMPTS, max_new_tokens=24).tokens
+    drafter = tiny_drafter(target).to("cuda")
+    assert generate(target, drafter, PROMPTS, max_new_tokens=24, nodes=nodes).tokens == expected
+    assert plain_generate(tiny_target(), PROMPTS, max_new_tokens=24).tokens == expected
+
+
+def test_bfloat16_runs_with_the_stages_timed():
+    target = on_gpu(torch.bfloat16)
+    result = generate(target, tiny_drafter(target).to("cuda"), PROMPTS, max_new_tokens=24, timed=True)
+    assert all(len(row) == 24 for row in result.tokens)
+    assert result.stats.stages_ms["verify"] > 0
+
+
+def test_scripted_drafts_on_the_gpu_are_all_accepted():
+    target = on_gpu(torch.float32)
+    expected = plain_generate(target, PROMPTS[:1], max_new_tokens=24).tokens
+
+    class OnGpu(ScriptedDrafter):
+        def begin(self, embed, head, batch_size):
+            session = super().begin(embed, head, batch_size)
+            levels = session.levels
+            session.levels = lambda scripts: type(levels(scripts))(
+                **{name: value.cuda() for name, value in vars(levels(scripts)).items()}
+            )
+            return session
+
+    drafter = OnGpu([PROMPTS[0] + expected[0]], 4)
+    result = generate(target, drafter, PROMPTS[:1], max_new_tokens=24, nodes=12)
+    assert result.tokens == expected
+    assert result.stats.beta > 4

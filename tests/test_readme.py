@@ -1,0 +1,49 @@
+"""The README says what is there: its tree, and the figures of the results files."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from ctc_drafter.evaluate.report import insert_figures, markdown_figures
+from ctc_drafter.types import UserError
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def listed() -> set[str]:
+    """Paths below src/ctc_drafter in the README's tree."""
+    block = re.search(r"<!-- tree -->\n```\n(.*?)```", README, re.DOTALL)
+    assert block
+    folders: list[str] = []
+    paths = set()
+    for line in block[1].splitlines()[1:]:
+        depth = (len(line) - len(line.lstrip())) // 2
+        name = line.split()[0]
+        folders = folders[: depth - 1]
+        if name.endswith("/"):
+            folders.append(name.rstrip("/"))
+        else:
+            paths.add("/".join([*folders, name]))
+    return paths
+
+
+def test_the_tree_is_the_tree():
+    package = ROOT / "src" / "ctc_drafter"
+    there = {path.relative_to(package).as_posix() for path in package.rglob("*.py") if path.name != "__init__.py"}
+    assert listed() == there
+
+
+def test_the_figures_are_those_of_the_results():
+    files = sorted((ROOT / "results").glob("eval-*.json"))
+    assert files, "make bench writes them"
+    results = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    assert insert_figures(README, markdown_figures(results)) == README
+    assert all(row["identical"] == row["compared"] > 0 for result in results for row in result["rows"])
+
+
+def test_a_page_without_markers_is_refused():
+    with pytest.raises(UserError, match="figures"):
+        insert_figures("# Nothing", "| a |")
