@@ -70,7 +70,7 @@ class ScriptedSession:
         self.rows = [self.rows[i] for i in rows.tolist()]
         self.lengths = [self.lengths[i] for i in rows.tolist()]
 
-    def propose(self, root: torch.Tensor, nodes: int) -> Candidates:
+    def propose(self, root: torch.Tensor, nodes: int, floor: float) -> Candidates:
         drafter, self.step = self.drafter, self.step + 1
         rows = []
         for place, row in enumerate(self.rows):

@@ -24,7 +24,7 @@ ROW_KEYS = {
     *("identical", "compared", "accept_histogram", "stages_ms", "seconds"),
 }
 META_KEYS = {
-    *("command", "commit", "versions", "hardware", "dtype", "seed", "target", "drafter", "threads", "nodes"),
+    *("command", "commit", "versions", "hardware", "dtype", "seed", "target", "drafter", "threads", "nodes", "floor"),
     *("batch_size", "max_new_tokens", "limit", "date", "device", "note", "complete"),
 }
 

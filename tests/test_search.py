@@ -27,11 +27,14 @@ def logits(dtype=torch.float64, batch=B, frames=F, scale=1.5, seed=0):
 def predictor(table):
     """A bias that depends on the two last tokens; row 0 of the table is for no token before the root."""
 
-    def bias(previous, last, rows):
-        values = table[previous + 1, last]
-        return values if rows is None else values.gather(2, rows[:, None].expand(-1, last.shape[1], -1))
+    def over(rows):
+        def bias(previous, last):
+            values = table[previous + 1, last]
+            return values if rows is None else values.gather(2, rows[:, None].expand(-1, last.shape[1], -1))
 
-    return bias
+        return bias
+
+    return over
 
 
 def expected(frame_logits, blank_logits, root, table):
@@ -191,7 +194,7 @@ def test_frames_and_predictor_that_rule_each_other_out(gap):
         frame_logits,
         torch.full((1, 2), -3 * gap),
         ROOTS[:1],
-        lambda previous, last, rows: values.expand(1, last.shape[1], -1),
+        lambda rows: lambda previous, last: values.expand(1, last.shape[1], -1),
         width=3,
         depth=2,
     )
@@ -225,3 +228,29 @@ def test_every_search_is_well_formed_and_exact(seed, frames, width, depth, scale
     result = found(search(frame_logits, blank_logits, ROOTS[:1], table, width=width, depth=depth), 0)
     assert result
     assert_scores(result, expected(frame_logits[0], blank_logits[0], ROOTS[0].item(), table), 1e-12)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    width=st.integers(2, 12),
+    enough=st.integers(1, 12),
+    scale=st.sampled_from([0.3, 1.5, 5.0]),
+)
+def test_stopping_early_keeps_the_best(seed, width, enough, scale):
+    frame_logits, blank_logits, table = logits(scale=scale, seed=seed)
+    whole = search(frame_logits, blank_logits, ROOTS, table, width=width, depth=F)
+    early = search(frame_logits, blank_logits, ROOTS, table, width=width, depth=F, enough=enough)
+    assert early.scores.shape[1] <= whole.scores.shape[1]
+    for row in range(B):
+        best = [sorted(found(c, row).items(), key=lambda item: -item[1])[:enough] for c in (whole, early)]
+        assert best[0] == best[1]
+
+
+def test_a_sure_search_stops_early():
+    """One sure token a frame: the chain is known to be best before other prefixes of its length are."""
+    frame_logits = torch.full((1, F, V), -9.0)
+    frame_logits[0, 0, 0], blank_logits = 9.0, torch.full((1, F), 5.0)
+    blank_logits[0, 0] = -9.0
+    candidates = prefix_search(frame_logits, blank_logits, ROOTS[:1], None, width=2, depth=F, enough=2)
+    assert int(candidates.depths.max()) < F

@@ -30,6 +30,10 @@ DeviceOption = Annotated[Device, typer.Option("--device", help="Where to run; au
 NodesOption = Annotated[
     int | None, typer.Option("--nodes", min=1, help="Drafted tokens that one verification checks.", show_default="12")
 ]
+FloorOption = Annotated[
+    float | None,
+    typer.Option("--floor", min=0.0, max=0.99, help="Least likely draft that is checked.", show_default="0.03"),
+]
 NewTokensOption = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer, in tokens.")]
 BatchOption = Annotated[int, typer.Option("--batch-size", min=1, help="Prompts decoded together.")]
 ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads.", show_default="PyTorch's")]
@@ -109,6 +113,7 @@ def evaluate(
     max_new_tokens: NewTokensOption = 128,
     batch_size: BatchOption = 1,
     nodes: NodesOption = None,
+    floor: FloorOption = None,
     dtype: DtypeOption = "float32",
     device: DeviceOption = "auto",
     threads: ThreadsOption = None,
@@ -119,7 +124,7 @@ def evaluate(
     import torch
     from rich.console import Console
 
-    from ctc_drafter.decode.generate import DEFAULT_NODES
+    from ctc_drafter.decode.generate import DEFAULT_FLOOR, DEFAULT_NODES
     from ctc_drafter.evaluate.report import results_table
     from ctc_drafter.evaluate.run import check_place, write_json
     from ctc_drafter.evaluate.run import evaluate as measure
@@ -142,6 +147,7 @@ def evaluate(
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
         nodes=nodes or DEFAULT_NODES,
+        floor=DEFAULT_FLOOR if floor is None else floor,
         seed=seed,
         meta=meta(*names),
         save=(lambda value: write_json(json_out, value)) if json_out else None,

@@ -21,6 +21,7 @@ from ctc_drafter.target import Target
 from ctc_drafter.types import UserError
 
 DEFAULT_NODES = 12
+DEFAULT_FLOOR = 0.03
 
 
 @dataclass(frozen=True)
@@ -39,17 +40,20 @@ def generate(
     *,
     max_new_tokens: int,
     nodes: int = DEFAULT_NODES,
+    floor: float = DEFAULT_FLOOR,
     eos: Collection[int] = (),
     on_tokens: OnTokens | None = None,
     timed: bool = False,
 ) -> Generation:
-    """The target's greedy continuation of each prompt, drafted in trees of `nodes` nodes.
+    """The target's greedy continuation of each prompt, drafted in trees of up to `nodes` nodes.
+
+    Prefixes less likely than `floor` are not worth the time that a node adds to a verification.
 
     `on_tokens(row, tokens)` is called with what each verification emits. Rows may differ in length and finish
     at different times; a finished row leaves the batch. Output stops at the target's context.
     Raises `UserError` for prompts or settings that cannot be decoded.
     """
-    check_settings(max_new_tokens, nodes)
+    check_settings(max_new_tokens, nodes, floor)
     begin, clock, stats = time.perf_counter(), Stopwatch(target.device, timed), Stats()
     with clock("prefill"):
         state = prefill(target, prompts, drafter.feature_layers)
@@ -67,9 +71,9 @@ def generate(
             session.select(rows)
             lengths, root = lengths[rows], root[rows]
         with clock("draft"):
-            candidates = session.propose(root, nodes)
+            candidates = session.propose(root, nodes, floor)
         with clock("tree"):
-            tree = build_tree(root, candidates, nodes)
+            tree = build_tree(root, candidates, nodes, floor)
         with clock("verify"):
             slots = cache.get_seq_length()
             verification = verify(target, cache, lengths, tree, drafter.feature_layers)
@@ -99,7 +103,7 @@ def plain_generate(
     timed: bool = False,
 ) -> Generation:
     """Greedy decoding, a token a step, with the same kernel, cache and stopping rules as `generate`."""
-    check_settings(max_new_tokens, nodes=1)
+    check_settings(max_new_tokens)
     begin, clock, stats = time.perf_counter(), Stopwatch(target.device, timed), Stats()
     with clock("prefill"):
         state = prefill(target, prompts)
@@ -150,8 +154,10 @@ def limits(target: Target, prompts: Sequence[Sequence[int]], max_new_tokens: int
     return [min(max_new_tokens, target.context - len(prompt)) for prompt in prompts]
 
 
-def check_settings(max_new_tokens: int, nodes: int) -> None:
+def check_settings(max_new_tokens: int, nodes: int = 1, floor: float = 0.0) -> None:
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens is {max_new_tokens}; give at least 1")
     if nodes < 1:
         raise UserError(f"nodes is {nodes}; give at least 1, or use plain_generate")
+    if not 0 <= floor < 1:
+        raise UserError(f"floor is {floor}; give a probability, at least 0 and below 1")

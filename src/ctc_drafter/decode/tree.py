@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from ctc_drafter.types import Candidates, TokenTree
 
 
-def build_tree(root: torch.Tensor, candidates: Candidates, nodes: int) -> TokenTree:
-    """The root `int64 [B]` and the `nodes` best prefixes.
+def build_tree(root: torch.Tensor, candidates: Candidates, nodes: int, floor: float = 0.0) -> TokenTree:
+    """The root `int64 [B]` and the `nodes` best prefixes of probability `floor` and more.
 
     Prefix probabilities never grow along a path, so the best prefixes are closed under parents, and their sum
-    is the expected number of accepted tokens: under the drafter's belief there is no better tree.
+    is the expected number of accepted tokens: under the drafter's belief there is no better tree. With a floor,
+    rows of a batch differ in size and smaller ones are padded.
 
     Example: prefixes a .6, b .3, ab .5, aba .1 and nodes = 3 give the tree root -> a -> ab, root -> b.
     """
+    likely = candidates.scores >= math.log(floor) if floor else candidates.scores > float("-inf")
     count = min(nodes, candidates.scores.shape[1])
+    if floor:
+        count = max(1, min(count, int(likely.sum(1).max())))
     # Stable: of equal scores the earlier prefix wins, and parents come first.
     best = candidates.scores.sort(dim=1, descending=True, stable=True).indices[:, :count]
     chosen = best.sort(dim=1).values
@@ -32,7 +38,7 @@ def build_tree(root: torch.Tensor, candidates: Candidates, nodes: int) -> TokenT
         parents=parents,
         depths=_with_root(candidates.depths.gather(1, chosen), 0),
         ancestors=ancestor_matrix(parents),
-        valid=_with_root(scores > float("-inf"), True),
+        valid=_with_root(likely.gather(1, chosen), True),
         scores=_with_root(scores, 0.0),
     )
 

@@ -19,8 +19,8 @@ class DraftSession(Protocol):
         tokens `int64 [B, T]` and features `[B, T, K]` are left-aligned; row b has `counts[b]` of them.
         """
 
-    def propose(self, root: torch.Tensor, nodes: int) -> Candidates:
-        """Prefixes after root `int64 [B]`, enough for a tree of `nodes` nodes."""
+    def propose(self, root: torch.Tensor, nodes: int, floor: float) -> Candidates:
+        """Prefixes after root `int64 [B]`, enough for a tree of `nodes` nodes of probability `floor` and more."""
 
     def select(self, rows: torch.Tensor) -> None:
         """Keeps only these rows of the batch, `int64 [R]`, in this order."""

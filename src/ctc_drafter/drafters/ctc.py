@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ctc_drafter.ctc.lattice import Lattice, lattice
-from ctc_drafter.ctc.search import prefix_search
+from ctc_drafter.ctc.search import Bias, prefix_search
 from ctc_drafter.drafters.config import CTCDrafterConfig
 from ctc_drafter.drafters.layers import Context, DraftLayer, RMSNorm, Rotation, rotation
 from ctc_drafter.drafters.predictor import Predictor
@@ -160,9 +160,9 @@ class CTCDrafter(PreTrainedModel):
 
     def frame_logits(self, blocks: torch.Tensor, head: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
         """Block outputs `[N, 1+F, H]` to float32 token logits `[N, F, V]` and blank logits `[N, F]`."""
-        frames = blocks[:, 1:]
-        tokens = head(frames.to(next(head.parameters()).dtype))
-        return tokens.float(), self.blank_head(frames).squeeze(-1).float()
+        frames = blocks[:, 1:].flatten(0, 1)  # two dimensions: a sliced third one makes PyTorch copy the weights
+        tokens = head(frames.to(next(head.parameters()).dtype)).unflatten(0, (len(blocks), -1))
+        return tokens.float(), self.blank_head(frames).view(len(blocks), -1).float()
 
     def lattice(self, blocks: torch.Tensor, prefixes: torch.Tensor, embed: nn.Module, head: nn.Module) -> Lattice:
         """The lattice of known continuations: prefixes `int64 [N, 1+U]`, the root and y1..yU."""
@@ -170,28 +170,44 @@ class CTCDrafter(PreTrainedModel):
         bias = None
         if self.predictor is not None:
             previous = torch.cat([prefixes.new_full((len(prefixes), 1), -1), prefixes[:, :-1]], 1)
-            bias = self.predictor.bias(self.predictor.state(previous, prefixes, blocks[:, 0], embed)).float()
+            root_state = self.predictor.root(blocks[:, 0])
+            bias = self.predictor.output(self.predictor.state(previous, prefixes, root_state, embed)).float()
         return lattice(tokens, blanks, prefixes[:, 1:], bias)
 
     def candidates(
-        self, blocks: torch.Tensor, root: torch.Tensor, embed: nn.Module, head: nn.Module, nodes: int
+        self,
+        blocks: torch.Tensor,
+        root: torch.Tensor,
+        embed: nn.Module,
+        head: nn.Module,
+        nodes: int,
+        floor: float = 0.0,
     ) -> Candidates:
-        """The prefixes of block outputs `[N, 1+F, H]` after root `int64 [N]`, enough for `nodes` nodes."""
+        """The prefixes of block outputs `[N, 1+F, H]` after root `int64 [N]`, enough for `nodes` nodes; those less
+        likely than `floor` may be missing."""
         tokens, blanks = self.frame_logits(blocks, head)
-        predictor, root_state = self.predictor, blocks[:, 0]
+        predictor = self.predictor
 
-        def bias(previous: torch.Tensor, last: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+        def bias_over(rows: torch.Tensor | None) -> Bias:
             assert predictor is not None
-            return predictor.bias(predictor.state(previous, last, root_state, embed), rows).float()
+            output = predictor.output_rows(rows)
+            root_state = predictor.root(blocks[:, 0])
+
+            def bias(previous: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+                return predictor.state(previous, last, root_state, embed) @ output
+
+            return bias
 
         return prefix_search(
             tokens,
             blanks,
             root,
-            None if predictor is None else bias,
+            None if predictor is None else bias_over,
             width=nodes,
             depth=self.config.draft_length,
             shortlist=self.config.shortlist or None,
+            enough=nodes if root.device.type == "cpu" else None,  # elsewhere the host must not be asked
+            floor=floor,
         )
 
 

@@ -29,16 +29,17 @@ class Predictor(nn.Module):
         """f(prefix) `[B, W, r]`.
 
         previous and last `int64 [B, W]` are the two newest tokens of each prefix, the root included; previous
-        is -1 where there is only the root. root_state `[B, H]` is the block's output at the root.
+        is -1 where there is only the root. root_state `[B, M]` is `root` of the block's output at the root.
         """
         known = (previous >= 0).unsqueeze(-1)
-        dtype = self.root.weight.dtype
-        earlier = torch.where(known, self.previous(embed(previous.clamp(min=0)).to(dtype)), 0.0)
-        inner = fn.silu(earlier + self.last(embed(last).to(dtype)) + self.root(root_state).unsqueeze(1))
+        dtype = self.last.weight.dtype
+        earlier = self.previous(embed(previous.clamp(min=0)).to(dtype)) * known
+        inner = fn.silu(earlier + self.last(embed(last).to(dtype)) + root_state.unsqueeze(1))
         return self.table(last) + self.inner(inner)
 
-    def bias(self, state: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
-        """m `[B, W, V]` for states `[B, W, r]`, or `[B, W, S]` for the token rows `int64 [B, S]` only."""
+    def output_rows(self, rows: torch.Tensor | None) -> torch.Tensor:
+        """W2 as `[r, V]`, or as `[B, r, S]` for token rows `int64 [B, S]`: state @ W2 is the bias."""
+        weight = self.output.weight
         if rows is None:
-            return self.output(state)
-        return state @ self.output.weight[rows].transpose(1, 2)
+            return weight.t()
+        return weight.index_select(0, rows.flatten()).view(*rows.shape, -1).transpose(1, 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,8 +21,11 @@ class CTCSession:
     """Slot s of a row holds the keys and values of the token at position s; blocks are written behind them."""
 
     def __init__(self, drafter: CTCDrafter, embed: nn.Module, head: nn.Module, batch_size: int):
-        self.drafter, self.embed, self.head = drafter, embed, head
         weight, config = drafter.fc.weight, drafter.config
+        self.drafter, self.embed = drafter, embed
+        # A drafter in bfloat16 beside a target in float32 reads half as much: drafts need no precision.
+        same = next(head.parameters()).dtype == weight.dtype
+        self.head = head if same else copy.deepcopy(head).to(weight.dtype)
         self.lengths = torch.zeros(batch_size, dtype=torch.long, device=weight.device)
         shape = (config.num_hidden_layers, 2, batch_size, config.num_key_value_heads, 0, config.head_dim)
         self.cache = weight.new_zeros(shape)
@@ -36,7 +40,7 @@ class CTCSession:
             self._store(index, positions, *layer.self_attn.keys_values(states, by))
         self.lengths = self.lengths + counts
 
-    def propose(self, root: torch.Tensor, nodes: int) -> Candidates:
+    def propose(self, root: torch.Tensor, nodes: int, floor: float = 0.0) -> Candidates:
         """One parallel pass over the block, then the prefix search; see `DraftSession.propose`."""
         positions = self._slots(1 + self.drafter.config.frames)
         end = int(self.lengths.max()) + positions.shape[1]
@@ -55,7 +59,7 @@ class CTCSession:
         states = self.embed(self.drafter.block_tokens(root)).to(self.cache.dtype)
         contexts = [context(index) for index in range(len(self.drafter.layers))]
         blocks = self.drafter.run_layers(states, self.drafter.rotation(positions), contexts, mask)
-        return self.drafter.candidates(blocks, root, self.embed, self.head, nodes)
+        return self.drafter.candidates(blocks, root, self.embed, self.head, nodes, floor)
 
     def select(self, rows: torch.Tensor) -> None:
         self.lengths, self.cache = self.lengths[rows], self.cache[:, :, rows]

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedTokenizerBase
 
-from ctc_drafter.decode.generate import DEFAULT_NODES, Generation, generate, plain_generate
+from ctc_drafter.decode.generate import DEFAULT_FLOOR, DEFAULT_NODES, Generation, generate, plain_generate
 from ctc_drafter.decode.stats import Stats
 from ctc_drafter.drafters.base import Drafter
 from ctc_drafter.evaluate.environment import environment
@@ -127,7 +127,13 @@ class Bench:
 
 
 def decoding_methods(
-    target: Target, drafter: Drafter, tokenizer: PreTrainedTokenizerBase, *, max_new_tokens: int, nodes: int
+    target: Target,
+    drafter: Drafter,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_new_tokens: int,
+    nodes: int,
+    floor: float,
 ) -> dict[str, Method]:
     """The methods by name, plain decoding first."""
     eos = eos_ids(target.model, tokenizer)
@@ -136,7 +142,9 @@ def decoding_methods(
         return plain_generate(target, prompts, max_new_tokens=max_new_tokens, eos=eos, timed=timed)
 
     def ctc(prompts: list[list[int]], timed: bool) -> Generation:
-        return generate(target, drafter, prompts, max_new_tokens=max_new_tokens, nodes=nodes, eos=eos, timed=timed)
+        return generate(
+            target, drafter, prompts, max_new_tokens=max_new_tokens, nodes=nodes, floor=floor, eos=eos, timed=timed
+        )
 
     return {PLAIN: plain, "ctc": ctc}
 
@@ -151,6 +159,7 @@ def evaluate(
     max_new_tokens: int = 128,
     batch_size: int = 1,
     nodes: int = DEFAULT_NODES,
+    floor: float = DEFAULT_FLOOR,
     seed: int = 0,
     meta: dict[str, Any] | None = None,
     save: Callable[[dict[str, Any]], None] | None = None,
@@ -164,11 +173,17 @@ def evaluate(
     batch. After Ctrl-C the object holds what was finished, and `meta["complete"]` is false.
     """
     torch.manual_seed(seed)
-    methods = decoding_methods(target, drafter, tokenizer, max_new_tokens=max_new_tokens, nodes=nodes)
+    methods = decoding_methods(target, drafter, tokenizer, max_new_tokens=max_new_tokens, nodes=nodes, floor=floor)
     bench = Bench(target, tokenizer, methods, max_new_tokens)
     tasks = [Task(task.name, task.prompts[:limit]) for task in tasks]
     settings = {"dtype": str(target.dtype).removeprefix("torch."), "device": str(target.device), "seed": seed}
-    settings |= {"threads": torch.get_num_threads(), "nodes": nodes, "batch_size": batch_size, "limit": limit}
+    settings |= {
+        "threads": torch.get_num_threads(),
+        "nodes": nodes,
+        "floor": floor,
+        "batch_size": batch_size,
+        "limit": limit,
+    }
     settings |= {"max_new_tokens": max_new_tokens, "date": datetime.now(UTC).isoformat(timespec="seconds")}
     head = {**environment(), **settings, "note": STAGES_NOTE, "complete": False, **(meta or {})}
     result: dict[str, Any] = {"meta": head, "rows": []}
