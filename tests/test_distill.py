@@ -61,7 +61,7 @@ def test_summary_and_repeat(tmp_path: Path, unbroken: dict[str, str]) -> None:
 
 def test_progress_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(tmp_path, progress=True)
-    shown = capsys.readouterr().out
+    shown = capsys.readouterr().err
     assert "14/14" in shown
     assert "tokens/s" in shown
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+import helpers
 from ctc_drafter.drafters.ctc import CTCDrafter
+from ctc_drafter.target import Target
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
@@ -33,26 +34,13 @@ def tiny_tokenizer(template: str | None = TEMPLATE) -> PreTrainedTokenizerFast:
 
 
 def tiny_llama(seed: int = 0, context: int = 512, vocab_size: int = 280, layers: int = 2) -> LlamaForCausalLM:
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=context,
-        bos_token_id=0,
-        eos_token_id=1,
-        initializer_range=0.2,
-    )
-    return LlamaForCausalLM(config).eval()
+    sizes = {"vocab_size": vocab_size, "num_hidden_layers": layers, "max_position_embeddings": context}
+    return helpers.tiny_target(seed, **sizes, bos_token_id=0, eos_token_id=1).model
 
 
 def tiny_drafter(model: LlamaForCausalLM, seed: int = 1) -> CTCDrafter:
-    torch.manual_seed(seed)
     sizes = {"frames": 4, "draft_length": 3, "predictor_rank": 8, "predictor_width": 16, "mask_token_id": 4}
-    return CTCDrafter.for_target(model.config, **sizes).eval()
+    return helpers.tiny_drafter(Target.wrap(model), seed, **sizes)
 
 
 def save_pair(folder: Path, template: str | None = TEMPLATE) -> tuple[Path, Path]:

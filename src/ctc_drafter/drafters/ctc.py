@@ -182,9 +182,12 @@ class CTCDrafter(PreTrainedModel):
         head: nn.Module,
         nodes: int,
         floor: float = 0.0,
+        enough: int | None = None,
     ) -> Candidates:
-        """The prefixes of block outputs `[N, 1+F, H]` after root `int64 [N]`, enough for `nodes` nodes; those less
-        likely than `floor` may be missing."""
+        """The prefixes of block outputs `[N, 1+F, H]` after root `int64 [N]`, enough for `nodes` nodes.
+
+        floor and enough let the search stop early: see `prefix_search`.
+        """
         tokens, blanks = self.frame_logits(blocks, head)
         predictor = self.predictor
 
@@ -206,7 +209,7 @@ class CTCDrafter(PreTrainedModel):
             width=nodes,
             depth=self.config.draft_length,
             shortlist=self.config.shortlist or None,
-            enough=nodes if root.device.type == "cpu" else None,  # elsewhere the host must not be asked
+            enough=enough,
             floor=floor,
         )
 

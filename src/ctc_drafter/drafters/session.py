@@ -59,7 +59,8 @@ class CTCSession:
         states = self.embed(self.drafter.block_tokens(root)).to(self.cache.dtype)
         contexts = [context(index) for index in range(len(self.drafter.layers))]
         blocks = self.drafter.run_layers(states, self.drafter.rotation(positions), contexts, mask)
-        return self.drafter.candidates(blocks, root, self.embed, self.head, nodes, floor)
+        enough = nodes if root.device.type == "cpu" else None  # elsewhere the host must not be asked
+        return self.drafter.candidates(blocks, root, self.embed, self.head, nodes, floor, enough)
 
     def select(self, rows: torch.Tensor) -> None:
         self.lengths, self.cache = self.lengths[rows], self.cache[:, :, rows]
