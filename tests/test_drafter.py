@@ -41,7 +41,7 @@ def test_a_session_drafts_what_training_saw(layers):
     anchors = (start + cuts).unsqueeze(1)
     blocks = drafter.blocks(state.features, state.tokens, anchors, target.embed)
     root = state.tokens.gather(1, anchors).squeeze(1)
-    expected = drafter.candidates(blocks[:, 0], root, target.embed, target.head, nodes=8)
+    expected = drafter.candidates(blocks[:, 0], root, target.embed, target.head, nodes=8, enough=8)
     found = session.propose(root, 8)
     assert torch.equal(found.tokens, expected.tokens)
     torch.testing.assert_close(found.scores, expected.scores, atol=2e-5, rtol=0)
