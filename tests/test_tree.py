@@ -41,6 +41,19 @@ def test_impossible_prefixes_are_invalid_nodes():
     assert tree.valid.tolist() == [[T, T, F]]
 
 
+def test_a_floor_leaves_unlikely_nodes_out():
+    tree = build_tree(ROOT, EXAMPLE, nodes=4, floor=0.4)
+    assert tree.tokens.tolist() == [[9, 0, 1]]
+    assert tree.valid.all()
+    # In a batch the likeliest row sets the size, and the others are padded with nodes that are never accepted.
+    unsure = candidates(("a", 0.3), ("b", 0.2), ("ab", 0.1), ("aba", 0.1))
+    both = Candidates(*(torch.cat(pair) for pair in zip(vars(EXAMPLE).values(), vars(unsure).values(), strict=True)))
+    tree = build_tree(ROOT.repeat(2), both, nodes=4, floor=0.4)
+    assert tree.valid.tolist() == [[T, T, T], [T, F, F]]
+    # One node always remains: shapes then never vanish.
+    assert build_tree(ROOT, unsure, nodes=4, floor=0.9).valid.tolist() == [[T, F]]
+
+
 def test_the_best_chain_maximises_the_sum_of_prefix_probabilities():
     chain = best_chain(candidates(("a", 0.5), ("b", 0.4), ("ac", 0.1), ("bc", 0.35), ("acd", 0.05), ("bcd", 0.3)))
     assert chain.tokens.tolist() == [[1, 2, 3]]
