@@ -39,7 +39,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 # In drafters/, a file is shared, a part of one concrete drafter, or, unlisted, a concrete drafter of its own.
 # Concrete drafters do not import each other, and what they share imports none of them.
 SHARED_BY_DRAFTERS = {"base", "layers", "predictor"}
-PART_OF_DRAFTER = {"config": "ctc", "session": "ctc"}
+PART_OF_DRAFTER = {"config": "ctc", "block": "ctc", "session": "ctc"}
 
 # Optional engines, and the only file that may import them. Nobody but `cli` imports integrations, and lazily.
 ENGINES = {"vllm": "integrations.vllm", "sglang": "integrations.sglang"}

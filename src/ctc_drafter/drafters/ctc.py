@@ -1,55 +1,20 @@
-"""The CTC drafter: one parallel pass fills F frames, a prefix search reads token sequences out of them.
-
-A block is [embedding of the root, F masks] at the positions of the tokens they may become. It attends to itself
-and to projections of the target's features for every committed token. Embeddings and LM head are the target's.
-"""
+"""The CTC drafter: made for a target, saved, loaded, and put to work."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
-import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
-from ctc_drafter.ctc.lattice import Lattice, lattice
-from ctc_drafter.ctc.search import Bias, prefix_search
+from ctc_drafter.drafters.block import BlockModel
 from ctc_drafter.drafters.config import CTCDrafterConfig
-from ctc_drafter.drafters.layers import Context, DraftLayer, RMSNorm, Rotation, rotation
-from ctc_drafter.drafters.predictor import Predictor
-from ctc_drafter.types import Candidates, UserError
+from ctc_drafter.drafters.session import CTCSession
+from ctc_drafter.types import UserError
 
 
-class CTCDrafter(PreTrainedModel):
+class CTCDrafter(BlockModel):
     """Save and load it with `save_pretrained` and `from_pretrained` (`config.json`, `model.safetensors`)."""
-
-    config_class = CTCDrafterConfig
-    config: CTCDrafterConfig
-    main_input_name = "features"
-
-    def __init__(self, config: CTCDrafterConfig):
-        super().__init__(config)
-        features = config.hidden_size * len(config.target_layer_ids)
-        self.fc = nn.Linear(features, config.hidden_size, bias=False)
-        self.hidden_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.layers = nn.ModuleList(DraftLayer(config) for _ in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.blank_head = nn.Linear(config.hidden_size, 1)
-        self.predictor = None
-        if config.predictor_rank:
-            self.predictor = Predictor(
-                config.vocab_size, config.hidden_size, config.predictor_rank, config.predictor_width
-            )
-        self.post_init()
-
-    def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, nn.Linear | nn.Embedding):
-            nn.init.normal_(module.weight, std=0.02)
-        if isinstance(module, nn.Linear) and module.bias is not None:
-            nn.init.zeros_(module.bias)
-        if isinstance(module, nn.RMSNorm):
-            nn.init.ones_(module.weight)
 
     @classmethod
     def for_target(cls, target: PreTrainedConfig, **overrides: Any) -> CTCDrafter:
@@ -103,129 +68,6 @@ class CTCDrafter(PreTrainedModel):
         if fingerprint and self.config.target_fingerprint and fingerprint != self.config.target_fingerprint:
             raise UserError("the drafter was made for another tokenizer; use the target that it was trained for")
 
-    def begin(self, embed: nn.Module, head: nn.Module, batch_size: int) -> Any:
-        from ctc_drafter.drafters.session import CTCSession
-
+    def begin(self, embed: nn.Module, head: nn.Module, batch_size: int) -> CTCSession:
+        """See `Drafter.begin`."""
         return CTCSession(self, embed, head, batch_size)
-
-    @property
-    def draft_layers(self) -> list[DraftLayer]:
-        return cast(list[DraftLayer], list(self.layers))
-
-    def context_states(self, features: torch.Tensor) -> torch.Tensor:
-        """Features `[B, T, K]` to what the draft layers attend to, `[B, T, H]`."""
-        return self.hidden_norm(self.fc(features.to(self.fc.weight.dtype)))
-
-    def block_tokens(self, root: torch.Tensor) -> torch.Tensor:
-        """root `int64 [...]` to the block's input `[..., 1+F]`: the root, then masks."""
-        block = root.new_full((*root.shape, 1 + self.config.frames), self.config.mask_token_id)
-        block[..., 0] = root
-        return block
-
-    def rotation(self, positions: torch.Tensor) -> Rotation:
-        return rotation(positions, self.config.head_dim, self.config.rope_theta, self.fc.weight.dtype)
-
-    def run_layers(
-        self, states: torch.Tensor, by: Rotation, contexts: Sequence[Context], mask: torch.Tensor | None
-    ) -> torch.Tensor:
-        """Block states `[B, T, H]` through all layers and the last norm."""
-        for layer, context in zip(self.draft_layers, contexts, strict=True):
-            states = layer(states, by, context, mask)
-        return self.norm(states)
-
-    def blocks(
-        self, features: torch.Tensor, tokens: torch.Tensor, anchors: torch.Tensor, embed: nn.Module
-    ) -> torch.Tensor:
-        """Block outputs `[B, A, 1+F, H]` at many anchors at once, for training.
-
-        features `[B, T, K]` and tokens `int64 [B, T]` of right-padded rows; anchors `int64 [B, A]`. The block
-        of anchor p has root `tokens[p]` and sees the features of the tokens before p, and itself.
-        """
-        batch, length = tokens.shape
-        slots = torch.arange(length, device=tokens.device)
-        size = 1 + self.config.frames
-        positions = (anchors.unsqueeze(-1) + torch.arange(size, device=tokens.device)).flatten(1)
-        mask = block_mask(anchors, length, size)
-        states = embed(self.block_tokens(tokens.gather(1, anchors)).flatten(1)).to(self.fc.weight.dtype)
-
-        context, by = self.context_states(features), self.rotation(slots.expand(batch, -1))
-
-        def join(layer: DraftLayer) -> Context:
-            before = layer.self_attn.keys_values(context, by)
-            return lambda keys, values: (torch.cat([before[0], keys], 2), torch.cat([before[1], values], 2))
-
-        contexts = [join(layer) for layer in self.draft_layers]
-        outputs = self.run_layers(states, self.rotation(positions), contexts, mask)
-        return outputs.unflatten(1, (anchors.shape[1], size))
-
-    def frame_logits(self, blocks: torch.Tensor, head: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
-        """Block outputs `[N, 1+F, H]` to float32 token logits `[N, F, V]` and blank logits `[N, F]`."""
-        frames = blocks[:, 1:].flatten(0, 1)  # two dimensions: a sliced third one makes PyTorch copy the weights
-        tokens = head(frames.to(next(head.parameters()).dtype)).unflatten(0, (len(blocks), -1))
-        return tokens.float(), self.blank_head(frames).view(len(blocks), -1).float()
-
-    def lattice(self, blocks: torch.Tensor, prefixes: torch.Tensor, embed: nn.Module, head: nn.Module) -> Lattice:
-        """The lattice of known continuations: prefixes `int64 [N, 1+U]`, the root and y1..yU."""
-        tokens, blanks = self.frame_logits(blocks, head)
-        bias = None
-        if self.predictor is not None:
-            previous = torch.cat([prefixes.new_full((len(prefixes), 1), -1), prefixes[:, :-1]], 1)
-            root_state = self.predictor.root(blocks[:, 0])
-            bias = self.predictor.output(self.predictor.state(previous, prefixes, root_state, embed)).float()
-        return lattice(tokens, blanks, prefixes[:, 1:], bias)
-
-    def candidates(
-        self,
-        blocks: torch.Tensor,
-        root: torch.Tensor,
-        embed: nn.Module,
-        head: nn.Module,
-        nodes: int,
-        floor: float = 0.0,
-        enough: int | None = None,
-    ) -> Candidates:
-        """The prefixes of block outputs `[N, 1+F, H]` after root `int64 [N]`, enough for `nodes` nodes.
-
-        floor and enough let the search stop early: see `prefix_search`.
-        """
-        tokens, blanks = self.frame_logits(blocks, head)
-        predictor = self.predictor
-
-        def bias_over(rows: torch.Tensor | None) -> Bias:
-            assert predictor is not None
-            output = predictor.output_rows(rows)
-            root_state = predictor.root(blocks[:, 0])
-
-            def bias(previous: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
-                return predictor.state(previous, last, root_state, embed) @ output
-
-            return bias
-
-        return prefix_search(
-            tokens,
-            blanks,
-            root,
-            None if predictor is None else bias_over,
-            width=nodes,
-            depth=self.config.draft_length,
-            shortlist=self.config.shortlist or None,
-            enough=enough,
-            floor=floor,
-        )
-
-
-def block_mask(anchors: torch.Tensor, length: int, size: int) -> torch.Tensor:
-    """`bool [B, 1, A*size, length + A*size]`: a block sees the context before its anchor, and itself.
-
-    Example, length 3, anchors 1 and 2, size 2: the first block sees slot 0, the second slots 0 and 1::
-
-        T F F  T T F F
-        T F F  T T F F
-        T T F  F F T T
-        T T F  F F T T
-    """
-    batch, count = anchors.shape
-    context = torch.arange(length, device=anchors.device) < anchors.unsqueeze(-1)
-    own = torch.eye(count, dtype=torch.bool, device=anchors.device).repeat_interleave(size, 1)
-    rows = torch.cat([context, own.expand(batch, -1, -1)], 2)
-    return rows.repeat_interleave(size, 1).unsqueeze(1)

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
+from ctc_drafter.drafters.block import BlockModel
 from ctc_drafter.drafters.layers import Context
 from ctc_drafter.types import Candidates
-
-if TYPE_CHECKING:
-    from ctc_drafter.drafters.ctc import CTCDrafter
 
 GROWTH = 256  # slots added at a time
 
@@ -20,7 +17,7 @@ GROWTH = 256  # slots added at a time
 class CTCSession:
     """Slot s of a row holds the keys and values of the token at position s; blocks are written behind them."""
 
-    def __init__(self, drafter: CTCDrafter, embed: nn.Module, head: nn.Module, batch_size: int):
+    def __init__(self, drafter: BlockModel, embed: nn.Module, head: nn.Module, batch_size: int):
         weight, config = drafter.fc.weight, drafter.config
         self.drafter, self.embed = drafter, embed
         # A drafter in bfloat16 beside a target in float32 reads half as much: drafts need no precision.
