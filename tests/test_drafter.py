@@ -42,7 +42,7 @@ def test_a_session_drafts_what_training_saw(layers):
     anchors = (start + cuts).unsqueeze(1)
     blocks = drafter.blocks(state.features, state.tokens, anchors, target.embed)
     root = state.tokens.gather(1, anchors).squeeze(1)
-    expected = drafter.candidates(blocks[:, 0], root, target.embed, target.head, nodes=8, enough=8)
+    expected = drafter.candidates(blocks[:, 0], root, target.embed, session.head, nodes=8, enough=8)
     found = session.propose(root, 8)
     assert torch.equal(found.tokens, expected.tokens)
     torch.testing.assert_close(found.scores, expected.scores, atol=2e-5, rtol=0)
@@ -106,6 +106,15 @@ def test_tensor_names_are_those_of_the_dflash_layout():
         f"predictor.{name}.weight" for name in ("table", "previous", "last", "root", "inner", "output")
     }
     assert set(drafter.state_dict()) == layer | {"fc.weight", "hidden_norm.weight", "norm.weight"} | ours
+
+
+def test_the_head_a_session_reads_is_never_the_targets_changed():
+    target = tiny_target()
+    before = target.head.weight.clone()
+    session = tiny_drafter(target).begin(target.embed, target.head, 1)
+    assert target.head.weight.dtype == torch.float32
+    assert torch.equal(target.head.weight, before)
+    torch.testing.assert_close(session.head.weight.float(), before, atol=0, rtol=1e-2)
 
 
 def test_saved_and_loaded_it_is_the_same(tmp_path):

@@ -48,14 +48,7 @@ def load_drafter(name: str | None, target: Target, tokenizer: PreTrainedTokenize
     """A drafter that was made for this target; the shipped one without a name."""
     drafter = CTCDrafter.from_pretrained(name or shipped(DRAFTER_DIR))
     drafter.check_target(target.model.config, fingerprint(tokenizer))
-    return drafter.to(device=target.device, dtype=draft_dtype(target)).eval()
-
-
-def draft_dtype(target: Target) -> torch.dtype:
-    """bfloat16 on processors that multiply it natively, else the target's: drafts need no precision."""
-    # PyTorch has no public question for this; an older one without the private answer gets the target's dtype.
-    native = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    return torch.bfloat16 if target.device.type == "cpu" and native() else target.dtype
+    return drafter.to(device=target.device, dtype=target.dtype).eval()
 
 
 def keep_quiet() -> None:

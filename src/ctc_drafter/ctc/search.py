@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch.nn.functional import pad
@@ -193,12 +194,14 @@ def children(frames: Frames, level: Level, masses: Masses, strength: torch.Tenso
 def complete(levels: list[Level], enough: int, floor: float) -> bool:
     """Whether every row's `enough` best prefixes above the floor are known: deeper ones score no more than the
     best of the newest level."""
-    scores = torch.cat([level.scores for level in levels], 1)
-    best = levels[-1].scores.amax(1)
-    if scores.shape[1] < enough:
-        return bool((best < floor).all())
-    worst = scores.topk(enough, dim=1, sorted=True).values[:, -1]
-    return bool(((best <= worst) | (best < floor)).all())
+    rows = zip(*(level.scores.tolist() for level in levels), strict=True)  # plain numbers: this runs on the host
+    return all(_row_complete(row, enough, floor) for row in rows)
+
+
+def _row_complete(levels: tuple[list[float], ...], enough: int, floor: float) -> bool:
+    scores = sorted(chain.from_iterable(levels), reverse=True)
+    best = max(levels[-1])
+    return best < floor or (len(scores) >= enough and best <= scores[enough - 1])
 
 
 def to_candidates(levels: list[Level]) -> Candidates:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ctc_drafter.drafters.block import BlockModel
-from ctc_drafter.drafters.layers import Context
+from ctc_drafter.drafters.layers import Context, Rotation
 from ctc_drafter.types import Candidates
 
 GROWTH = 256  # slots added at a time
@@ -20,18 +20,17 @@ class CTCSession:
     def __init__(self, drafter: BlockModel, embed: nn.Module, head: nn.Module, batch_size: int):
         weight, config = drafter.fc.weight, drafter.config
         self.drafter, self.embed = drafter, embed
-        # A drafter in bfloat16 beside a target in float32 reads half as much: drafts need no precision.
-        same = next(head.parameters()).dtype == weight.dtype
-        self.head = head if same else copy.deepcopy(head).to(weight.dtype)
+        self.head = draft_head(head)
         self.lengths = torch.zeros(batch_size, dtype=torch.long, device=weight.device)
         shape = (config.num_hidden_layers, 2, batch_size, config.num_key_value_heads, 0, config.head_dim)
         self.cache = weight.new_zeros(shape)
+        self.turns = drafter.rotation(torch.zeros(1, 0, dtype=torch.long, device=weight.device))
 
     def extend(self, tokens: torch.Tensor, features: torch.Tensor | None, counts: torch.Tensor) -> None:
         """Projects the features of new committed tokens once; see `DraftSession.extend`."""
         assert features is not None
         positions = self._slots(features.shape[1])
-        by = self.drafter.rotation(positions)
+        by = self._rotation(positions)
         states = self.drafter.context_states(features)
         for index, layer in enumerate(self.drafter.draft_layers):
             self._store(index, positions, *layer.self_attn.keys_values(states, by))
@@ -55,7 +54,7 @@ class CTCSession:
 
         states = self.embed(self.drafter.block_tokens(root)).to(self.cache.dtype)
         contexts = [context(index) for index in range(len(self.drafter.layers))]
-        blocks = self.drafter.run_layers(states, self.drafter.rotation(positions), contexts, mask)
+        blocks = self.drafter.run_layers(states, self._rotation(positions), contexts, mask)
         enough = nodes if root.device.type == "cpu" else None  # elsewhere the host must not be asked
         return self.drafter.candidates(blocks, root, self.embed, self.head, nodes, floor, enough)
 
@@ -70,9 +69,32 @@ class CTCSession:
             shape = list(self.cache.shape)
             shape[4] = -(-missing // GROWTH) * GROWTH
             self.cache = torch.cat([self.cache, self.cache.new_zeros(shape)], 4)
+            slots = torch.arange(self.cache.shape[4], device=positions.device).unsqueeze(0)
+            self.turns = self.drafter.rotation(slots)
         return positions
+
+    def _rotation(self, positions: torch.Tensor) -> Rotation:
+        """`rotation` of positions `int64 [B, T]`, looked up."""
+        cosines, sines = self.turns
+        if len(positions) == 1:
+            start, count = int(positions[0, 0]), positions.shape[1]
+            return cosines[:, :, start : start + count], sines[:, :, start : start + count]
+        return cosines[0, 0, positions].unsqueeze(1), sines[0, 0, positions].unsqueeze(1)
 
     def _store(self, layer: int, positions: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
         index = positions[:, None, :, None].expand_as(keys)
         self.cache[layer, 0].scatter_(2, index, keys)
         self.cache[layer, 1].scatter_(2, index, values)
+
+
+def draft_head(head: nn.Module) -> nn.Module:
+    """The target's LM head, in bfloat16 on processors that multiply it natively.
+
+    It is most of what a draft reads from memory, and drafts need no precision.
+    """
+    weight = next(head.parameters())
+    # PyTorch has no public question for this; a version without the private answer keeps the head as it is.
+    native = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    if weight.device.type != "cpu" or weight.dtype != torch.float32 or not native():
+        return head
+    return copy.deepcopy(head).to(torch.bfloat16)
