@@ -41,7 +41,8 @@ HEAD = """# Quickstart target and drafter
 Trained from random weights by `make quickstart CORPUS=folder`; no other model's weights are in them. `target/` is a
 Llama of {target_m:.1f} M parameters (8 layers of width 384, 8,192-token byte-level BPE, context 1,024) that exists to
 show and to test speculative decoding without a network. It is far too small to be right about anything: do not use
-its answers. `drafter/` is its CTC drafter of {drafter_m:.1f} M parameters, trained only on text that the target itself
+its answers. Decoded greedily it often falls into loops, which are easy to draft, so that acceptance lengths measured on
+it say little about larger targets. `drafter/` is its CTC drafter of {drafter_m:.1f} M parameters, trained only on text that the target itself
 wrote. Both are stored in bfloat16.
 """
 
