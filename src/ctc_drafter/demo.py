@@ -127,7 +127,7 @@ def titles(console: Console) -> dict[str, str]:
 
 def summary(totals: dict[str, Total]) -> Table:
     """The closing table; the first method is the yardstick."""
-    table = Table("method", "tokens/s", "speedup γ", "acceptance length β", "identical")
+    table = Table("method", "tokens/s", "speedup γ", "acceptance length β", "output")
     first = next(iter(totals.values()))
     for name, total in totals.items():
         same = "yes" if total.outputs == first.outputs else "NO"

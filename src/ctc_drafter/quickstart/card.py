@@ -12,6 +12,7 @@ from safetensors import safe_open
 from ctc_drafter.decode.generate import plain_generate
 from ctc_drafter.load import load_target
 from ctc_drafter.quickstart.corpus import MIX, read_source
+from ctc_drafter.quickstart.pretrain import PHASES, TOKENS_PER_STEP
 from ctc_drafter.text import decode, encode_conversation, eos_ids
 
 SOURCES = {
@@ -41,9 +42,9 @@ HEAD = """# Quickstart target and drafter
 Trained from random weights by `make quickstart CORPUS=folder`; no other model's weights are in them. `target/` is a
 Llama of {target_m:.1f} M parameters (8 layers of width 384, 8,192-token byte-level BPE, context 1,024) that exists to
 show and to test speculative decoding without a network. It is far too small to be right about anything: do not use
-its answers. Decoded greedily it often falls into loops, which are easy to draft, so that acceptance lengths measured on
-it say little about larger targets. `drafter/` is its CTC drafter of {drafter_m:.1f} M parameters, trained only on text that the target itself
-wrote. Both are stored in bfloat16.
+its answers. Decoded greedily it often falls into loops, which are easy to draft, so that acceptance lengths measured
+on it say little about larger targets. `drafter/` is its CTC drafter of {drafter_m:.1f} M parameters, trained only on
+text that the target itself wrote. Both are stored in bfloat16.
 """
 
 
@@ -67,7 +68,9 @@ def data_table(perplexity: dict[str, float]) -> str:
     for source, passes in MIX.items():
         origin, licence = SOURCES[source]
         rows.append(f"| {origin} | {passes:g} | {licence} | {perplexity.get(source, '')} |")
-    return "\n".join([*rows, "\nPerplexity is per token, on held-out documents, in float32.\n"])
+    seen = sum(phase.steps for phase in PHASES) * TOKENS_PER_STEP / 1e6
+    rows += [f"\nTraining saw {seen:.1f} M tokens of this mixture. Perplexity is per token, on held-out documents,"]
+    return "\n".join([*rows, "in float32.\n"])
 
 
 def beta_table(log: list[dict[str, Any]]) -> str:
