@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ctc_drafter.ctc.search import prefix_search
+from ctc_drafter.ctc.search import largest, prefix_search
 from ctc_oracle import prefix_probs, sequence_probs
 
 B, F, V = 3, 4, 3
@@ -254,3 +254,14 @@ def test_a_sure_search_stops_early():
     blank_logits[0, 0] = -9.0
     candidates = prefix_search(frame_logits, blank_logits, ROOTS[:1], None, width=2, depth=F, enough=2)
     assert int(candidates.depths.max()) < F
+
+
+@settings(max_examples=40, deadline=None)
+@given(size=st.integers(1, 20_000), count=st.integers(1, 70), seed=st.integers(0, 2**32 - 1))
+def test_the_largest_are_those_of_topk(size, count, seed):
+    values = torch.rand(2, size, generator=torch.Generator().manual_seed(seed))
+    count = min(count, size)
+    best, index = largest(values, count)
+    assert torch.equal(best, values.topk(count).values)
+    assert torch.equal(values.gather(1, index), best)
+    assert all(len(set(row)) == count for row in index.tolist())

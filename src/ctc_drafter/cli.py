@@ -28,7 +28,7 @@ DrafterOption = Annotated[
 DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Number format of target and drafter.")]
 DeviceOption = Annotated[Device, typer.Option("--device", help="Where to run; auto takes CUDA if there is one.")]
 NodesOption = Annotated[
-    int | None, typer.Option("--nodes", min=1, help="Drafted tokens that one verification checks.", show_default="12")
+    int | None, typer.Option("--nodes", min=1, help="Drafted tokens that one verification checks.", show_default="8")
 ]
 FloorOption = Annotated[
     float | None,

@@ -20,7 +20,7 @@ from ctc_drafter.drafters.base import Drafter
 from ctc_drafter.target import Target
 from ctc_drafter.types import UserError
 
-DEFAULT_NODES = 12
+DEFAULT_NODES = 8
 DEFAULT_FLOOR = 0.03
 
 

@@ -28,7 +28,14 @@ PROMPTS_PER_SOURCE = 1500
 # Sources of which every prompt is answered: reasoning is hard to draft, and needs more text than small talk.
 DEEP = "gsm8k*.train.*"
 ANSWER_TOKENS = 128
-DRAFTER = {"frames": 8, "draft_length": 7, "num_hidden_layers": 1, "predictor_rank": 64, "predictor_width": 256}
+DRAFTER = {
+    "shortlist": 1024,
+    "frames": 8,
+    "draft_length": 7,
+    "num_hidden_layers": 1,
+    "predictor_rank": 64,
+    "predictor_width": 256,
+}
 TRAINING = TrainSettings.parse(
     {
         "steps": 2600,
