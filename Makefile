@@ -40,7 +40,7 @@ bench: $(STAMP) ## evaluate the shipped model, batch 1 and 4, into results/: TAS
 	        --max-new-tokens 128 --dtype float32 --batch-size $$batch --json results/eval-float32-batch$$batch.json \
 	        || exit $$?; \
 	done
-	$(BIN)/python -m ctc_drafter.evaluate.report README.md $(sort $(wildcard results/eval-*.json))
+	$(BIN)/python -m ctc_drafter.evaluate.report README.md results/eval-*.json
 
 clean: ## remove caches and build folders; .venv and runs/ stay
 	rm -rf build dist src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
