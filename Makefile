@@ -32,13 +32,13 @@ quickstart: $(STAMP) ## train the shipped target and drafter anew: CORPUS=folder
 	@test -n "$(CORPUS)" || { echo "say where the corpus is: make quickstart CORPUS=folder" >&2; exit 2; }
 	$(BIN)/python -m ctc_drafter.quickstart.build "$(CORPUS)"
 
-bench: $(STAMP) ## evaluate the shipped model, batch 1 and 4, into results/: TASKS_PATH=folder [LIMIT=40]
+bench: $(STAMP) ## evaluate the shipped model into results/ and the README: TASKS_PATH=folder [LIMIT=40]
 	@test -n "$(TASKS_PATH)" || { echo "say where the task files are: make bench TASKS_PATH=folder" >&2; exit 2; }
 	mkdir -p results
-	for batch in 1 4; do \
+	for run in float32-1 float32-4 bfloat16-1; do \
 	    $(BIN)/ctc-drafter eval --tasks-path "$(TASKS_PATH)" --tasks mt_bench,gsm8k --limit $(LIMIT) \
-	        --max-new-tokens 128 --dtype float32 --batch-size $$batch --json results/eval-float32-batch$$batch.json \
-	        || exit $$?; \
+	        --max-new-tokens 128 --dtype $${run%-*} --batch-size $${run#*-} \
+	        --json results/eval-$${run%-*}-batch$${run#*-}.json || exit $$?; \
 	done
 	$(BIN)/python -m ctc_drafter.evaluate.report README.md results/eval-*.json
 
