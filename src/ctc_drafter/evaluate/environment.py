@@ -20,20 +20,17 @@ def environment() -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """Commit that this file belongs to, with `-dirty` after local changes; None outside a checkout."""
+    """Commit of this source, with `-dirty` after local changes to the package; None outside a checkout."""
     here = Path(__file__)
-    git = ["git", "-C", str(here.parent)]
+    git = ["git", "-C", str(here.parents[1])]
     try:
-        subprocess.run([*git, "ls-files", "--error-unmatch", here.name], check=True, capture_output=True)
-        run = subprocess.run(
-            [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            check=True,
-            capture_output=True,
-            text=True,
-        )
+        subprocess.run([*git, "ls-files", "--error-unmatch", str(here)], check=True, capture_output=True)
+        head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True)
+        # The package alone: a bench that writes its results into the checkout must not mark itself.
+        changes = subprocess.run([*git, "status", "--porcelain", "--", "."], check=True, capture_output=True, text=True)
     except (OSError, subprocess.CalledProcessError):
         return None
-    return run.stdout.strip()
+    return head.stdout.strip() + ("-dirty" if changes.stdout.strip() else "")
 
 
 def _versions() -> dict[str, str]:
