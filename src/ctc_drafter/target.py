@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,6 +39,8 @@ class Target:
     @classmethod
     def load(cls, name: str, dtype: str = "float32", device: str = "cpu") -> Target:
         """Loads a folder or hub id. Raises `UserError` for missing, corrupt or unsupported checkpoints."""
+        if Path(name).is_absolute() and not Path(name).is_dir():
+            raise UserError(f"no causal LM could be loaded from {name}: there is no such folder; give one, or a hub id")
         try:
             config = AutoConfig.from_pretrained(name)
             refuse_config(config)
