@@ -102,7 +102,7 @@ def test_output_stops_at_the_context():
     assert generate(target, tiny_drafter(target), prompts, max_new_tokens=NEW).tokens == result.tokens
 
 
-def test_bfloat16_runs_and_agrees_on_a_target_without_near_ties():
+def test_bfloat16_runs():
     target = tiny_target(dtype=torch.bfloat16)
     result = generate(target, tiny_drafter(target), PROMPTS, max_new_tokens=8)
     assert all(len(row) == 8 for row in result.tokens)

@@ -197,7 +197,6 @@ def test_learns_a_text(tmp_path: Path, loss: str) -> None:
     assert last["eval_beta_64"] >= last["eval_beta_16"] > 2
 
 
-@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
 def test_bf16_is_close_to_float32(tmp_path: Path) -> None:
     losses = []
     for bf16 in (False, True):

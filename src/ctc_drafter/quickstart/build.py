@@ -1,7 +1,7 @@
 """The whole recipe of the shipped model: `python -m ctc_drafter.quickstart.build CORPUS`.
 
 pretrain the target -> let it answer training prompts -> train the drafter on those answers -> package both.
-Every step resumes where it was killed. On two CPU cores it takes about an hour and a half.
+Every step resumes where it was killed.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 import typer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ctc_drafter.drafters.ctc import CTCDrafter
 from ctc_drafter.load import fresh_drafter, keep_quiet, load_target
 from ctc_drafter.quickstart import MODEL_DIR
 from ctc_drafter.quickstart.card import write_card
@@ -77,8 +78,6 @@ def package(corpus: Path, work: Path, out: Path) -> None:
     """Both models in bfloat16, the tokenizer and the model card."""
     AutoModelForCausalLM.from_pretrained(work / "target", dtype=torch.bfloat16).save_pretrained(out / "target")
     AutoTokenizer.from_pretrained(work / "target").save_pretrained(out / "target")
-    from ctc_drafter.drafters.ctc import CTCDrafter
-
     CTCDrafter.from_pretrained(work / "drafter").to(torch.bfloat16).save_pretrained(out / "drafter")
     write_card(corpus, work, out)
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
