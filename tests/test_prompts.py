@@ -116,3 +116,15 @@ def test_path_without_usable_files(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "books.jsonl", [{"text": "a book"}])
     with pytest.raises(UserError, match=r"no usable rows \(.*1 plain text.*expected \.jsonl"):
         read_prompts(tmp_path, tiny_tokenizer())
+
+
+def test_cuts_end_inside_answers_and_texts(tmp_path: Path) -> None:
+    """The conversation itself stays, cuts open the answer to its drawn turn; plain text is only cut."""
+    answered = [TALK[0], {"role": "assistant", "content": "the cat sat"}]
+    rows = [{"messages": answered}, {"text": "a hat too"}, {"messages": [TALK[2], TALK[2]]}]
+    file = write_jsonl(tmp_path / "a.jsonl", rows)
+    opening = "<|bos|><|user|>the cat<|end|><|assistant|>"
+    asked = [text for text in texts(file, cuts=5) if text.startswith(opening) or not text.startswith("<|bos|><|")]
+    assert asked == sorted([opening, opening + "the", opening + "the cat", "<|bos|>a", "<|bos|>a hat"])
+    assert len(texts(file, cuts=1)) == 4
+    assert texts(file, cuts=1) == texts(file, cuts=1)

@@ -171,6 +171,7 @@ def distill(
     max_prompt_tokens: Annotated[
         int | None, typer.Option("--max-prompt-tokens", min=1, help="Longer prompts are left out.", show_default="any")
     ] = None,
+    cuts: Annotated[int, typer.Option("--cuts", min=0, help="Further prompts per row that end in its answer.")] = 0,
     max_new_tokens: NewTokensOption = 256,
     batch_size: BatchOption = 16,
     shard_size: Annotated[int, typer.Option("--shard-size", min=1, help="Answers in a file.")] = 256,
@@ -191,6 +192,7 @@ def distill(
         limit=limit,
         per_file=per_file,
         max_prompt_tokens=max_prompt_tokens,
+        cuts=cuts,
         seed=seed,
     )
     done = run_distill(

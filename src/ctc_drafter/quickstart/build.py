@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -25,9 +25,16 @@ from ctc_drafter.train.settings import TrainSettings
 from ctc_drafter.train.trainer import train_drafter
 from ctc_drafter.types import UserError
 
-PROMPTS_PER_SOURCE = 1500
-# Sources of which every prompt is answered: reasoning is hard to draft, and needs more text than small talk.
-DEEP = "gsm8k*.train.*"
+# What the target answers: folder -> rows of the corpus. Reasoning and long prose are hard to draft and need more
+# text than small talk, so they are also carried on from inside their answers.
+PROMPTS: dict[str, dict[str, Any]] = {
+    "wide": {"pattern": "*.train.*", "per_file": 1500},
+    "reasoning": {"pattern": "gsm8k*.train.*"},
+    "reasoning-cut": {"pattern": "gsm8k*.train.*", "cuts": 3},
+    "prose-cut": {"pattern": "wildbench*.train.*", "cuts": 6},
+    "chat-cut": {"pattern": "arena_hard*.train.*", "cuts": 6},
+    "instructions": {"pattern": "flan_cot*.train.*"},
+}
 ANSWER_TOKENS = 128
 DRAFTER = {
     "shortlist": 1024,
@@ -39,7 +46,7 @@ DRAFTER = {
 }
 TRAINING = TrainSettings.parse(
     {
-        "steps": 2600,
+        "steps": 6000,
         "batch_size": 16,
         "anchors": 32,
         "learning_rate": 2e-3,
@@ -61,16 +68,15 @@ def build(
     if not (target_dir / "model.safetensors").is_file():
         pretrain(corpus, work)
     target, tokenizer = load_target(str(target_dir), "bfloat16", "auto")
-    wide = read_prompts(corpus, tokenizer, pattern="*.train.*", per_file=PROMPTS_PER_SOURCE, max_prompt_tokens=512)
-    deep = read_prompts(corpus, tokenizer, pattern=DEEP, max_prompt_tokens=512)
-    known = {prompt.id for prompt in wide.prompts}
-    rest = [prompt for prompt in deep.prompts if prompt.id not in known]
-    folders = [work / "distilled", work / "distilled-deep"]
-    for folder, prompts in zip(folders, (wide.prompts, rest), strict=True):
+    folders, known = [work / "distilled" / name for name in PROMPTS], set[str]()
+    for folder, rows in zip(folders, PROMPTS.values(), strict=True):
+        found = read_prompts(corpus, tokenizer, max_prompt_tokens=512, **rows).prompts
+        prompts = [prompt for prompt in found if prompt.id not in known]
+        known |= {prompt.id for prompt in prompts}
         distill(target, tokenizer, prompts, folder, max_new_tokens=ANSWER_TOKENS, batch_size=64, name="quickstart")
-    rows, held_out = DistilledDataset.load(folders).split(0.02)
+    train_rows, held_out = DistilledDataset.load(folders).split(0.02)
     drafter = fresh_drafter(target, tokenizer, seed=0, **DRAFTER)
-    train_drafter(target, drafter, rows, held_out, work / "drafter", TRAINING)
+    train_drafter(target, drafter, train_rows, held_out, work / "drafter", TRAINING)
     package(corpus, work, out)
 
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import random
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -33,6 +34,14 @@ class Prompt:
 
 
 @dataclass(frozen=True)
+class Opening:
+    """A conversation that waits for an answer, of which `begun` may already stand there; plain text has no messages."""
+
+    messages: Messages
+    begun: str = ""
+
+
+@dataclass(frozen=True)
 class PromptSet:
     """Prompts, and what became of every row: reason -> rows, `used` among them."""
 
@@ -52,29 +61,32 @@ def read_prompts(
     limit: int | None = None,
     per_file: int | None = None,
     max_prompt_tokens: int | None = None,
+    cuts: int = 0,
     seed: int = 0,
 ) -> PromptSet:
     """Prompts of a .jsonl or .jsonl.gz file, or of a folder of them, in an order that `seed` fixes.
 
     Rows are `{"messages": ...}`, `{"prompt": ...}`, `{"turns": ...}` (the first one) or ShareGPT's
     `{"conversations": ...}`. Of a conversation one user turn is drawn; what was said before is its history.
-    `per_file` caps the conversations of each file, `limit` the prompts in all; `pattern` filters file names.
+    With `cuts` set, that many more prompts end at random places inside its answer, or inside a plain text, for
+    the target to carry on: few prompts then give much and varied text.
+    `per_file` caps the prompts of each file, `limit` all of them; `pattern` filters file names.
     Bad rows, text without a conversation, longer prompts and repeated ones are left out, counted and logged.
     Raises `UserError` if nothing is left.
     """
     counts: Counter[str] = Counter()
-    conversations: list[Messages] = []
+    openings: list[Opening] = []
     for file in corpus_files(path, pattern):
         name = file.relative_to(path).as_posix() if path.is_dir() else file.name
-        conversations += _conversations(file, f"{seed}:{name}", per_file, counts)
-    random.Random(f"{seed}:order").shuffle(conversations)
+        openings += _openings(file, f"{seed}:{name}", per_file, cuts, counts)
+    random.Random(f"{seed}:order").shuffle(openings)
 
     prompts: dict[str, Prompt] = {}
-    for index, messages in enumerate(conversations):
+    for index, opening in enumerate(openings):
         if limit is not None and len(prompts) >= limit:
-            counts["over the limit"] += len(conversations) - index
+            counts["over the limit"] += len(openings) - index
             break
-        ids = encode_messages(tokenizer, messages)
+        ids = encode_opening(tokenizer, opening)
         prompt = Prompt(hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16], ids)
         if not ids:
             counts["bad (refused by template or tokenizer)"] += 1
@@ -92,28 +104,49 @@ def read_prompts(
     return found
 
 
-def _conversations(file: Path, seed: str, cap: int | None, counts: Counter[str]) -> list[Messages]:
-    """Each usable row of a file up to one of its user turns, drawn by a generator of its own."""
-    found = []
+def _openings(file: Path, seed: str, cap: int | None, cuts: int, counts: Counter[str]) -> list[Opening]:
+    """Each usable row of a file up to one of its user turns, and cuts through what follows, all drawn per row."""
+    found: list[Opening] = []
     for number, line in enumerate(read_lines(file)):
         if line is None:
             counts["bad (the rest of a damaged file)"] += 1
             break
         try:
-            messages = parse_row(line)
+            row = parse_row(line)
         except BadRow as error:
             counts[f"bad ({error})"] += 1
             continue
-        if messages is None:
-            counts["plain text"] += 1
+        rng = random.Random(f"{seed}:{number}")
+        if isinstance(row, str):
+            if not cuts:
+                counts["plain text"] += 1
+            found += _cut([], row, cuts, rng)
             continue
-        ends = [i + 1 for i, message in enumerate(messages) if message["role"] == "user"]
-        found.append(messages[: random.Random(f"{seed}:{number}").choice(ends)])
+        end = rng.choice([i + 1 for i, message in enumerate(row) if message["role"] == "user"])
+        found.append(Opening(row[:end]))
+        if end < len(row) and row[end]["role"] == "assistant":
+            found += _cut(row[:end], row[end]["content"], cuts, rng)
     random.Random(seed).shuffle(found)
     if cap is not None and len(found) > cap:
         counts["over the cap of a file"] += len(found) - cap
         found = found[:cap]
     return found
+
+
+def _cut(messages: Messages, text: str, cuts: int, rng: random.Random) -> list[Opening]:
+    """Openings that end before a space of the text, at up to `cuts` places."""
+    places = [match.start() for match in re.finditer(r"(?<=\S)\s", text)]
+    return [Opening(messages, text[:place]) for place in rng.sample(places, min(cuts, len(places)))]
+
+
+def encode_opening(tokenizer: PreTrainedTokenizerBase, opening: Opening) -> list[int]:
+    """Ids that end where the target goes on; empty if template or tokenizer refuse the conversation."""
+    if not opening.messages:
+        return list(tokenizer((tokenizer.bos_token or "") + opening.begun, add_special_tokens=False).input_ids)
+    ids = encode_messages(tokenizer, opening.messages)
+    if not ids or not opening.begun:
+        return ids
+    return ids + list(tokenizer(opening.begun, add_special_tokens=False).input_ids)
 
 
 def encode_messages(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[int]:

@@ -60,8 +60,8 @@ def read_lines(file: Path) -> Iterator[bytes | None]:
         yield None
 
 
-def parse_row(line: bytes) -> Messages | None:
-    """The conversation of a line, None for plain text without any. Raises `BadRow`."""
+def parse_row(line: bytes) -> Messages | str:
+    """The conversation of a line, or its plain text. Raises `BadRow`."""
     try:
         row = json.loads(line)
     except ValueError as error:  # bad UTF-8 too
@@ -77,8 +77,8 @@ def parse_row(line: bytes) -> Messages | None:
         return [_user(turns[0] if isinstance(turns, list) and turns else None)]
     if "prompt" in row:
         return [_user(row["prompt"])]
-    if "text" in row:
-        return None
+    if isinstance(row.get("text"), str):
+        return row["text"]
     raise BadRow("no messages, conversations, turns or prompt")
 
 
