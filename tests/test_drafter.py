@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -42,7 +43,7 @@ def test_a_session_drafts_what_training_saw(layers):
     anchors = (start + cuts).unsqueeze(1)
     blocks = drafter.blocks(state.features, state.tokens, anchors, target.embed)
     root = state.tokens.gather(1, anchors).squeeze(1)
-    expected = drafter.candidates(blocks[:, 0], root, target.embed, session.head, nodes=8, enough=8)
+    expected = drafter.candidates(blocks[:, 0], root, session.borrowed, nodes=8)
     found = session.propose(root, 8)
     assert torch.equal(found.tokens, expected.tokens)
     torch.testing.assert_close(found.scores, expected.scores, atol=2e-5, rtol=0)
@@ -77,7 +78,8 @@ def test_the_search_scores_what_the_loss_trains():
     tokens = torch.tensor([ROWS[0]])
     features = target.hidden_features(tokens, drafter.feature_layers)
     blocks = drafter.blocks(features, tokens, torch.tensor([[4]]), target.embed)[:, 0]
-    found = drafter.candidates(blocks, tokens[:, 4], target.embed, target.head, nodes=6)
+    exact = replace(drafter.borrow(target.embed, target.head), head=target.head)
+    found = drafter.candidates(blocks, tokens[:, 4], exact, nodes=6)
     for node in range(found.tokens.shape[1]):
         path = []
         while node >= 0:
@@ -114,7 +116,7 @@ def test_the_head_a_session_reads_is_never_the_targets_changed():
     session = tiny_drafter(target).begin(target.embed, target.head, 1)
     assert target.head.weight.dtype == torch.float32
     assert torch.equal(target.head.weight, before)
-    torch.testing.assert_close(session.head.weight.float(), before, atol=0, rtol=1e-2)
+    torch.testing.assert_close(session.borrowed.head.weight.float(), before, atol=0, rtol=1e-2)
 
 
 def test_saved_and_loaded_it_is_the_same(tmp_path):
@@ -197,3 +199,14 @@ def test_without_a_predictor_frames_are_independent():
     state = prefill(target, ROWS[:1], drafter.feature_layers)
     session.extend(state.tokens, state.features, state.lengths)
     assert session.propose(state.root, 8).scores.isfinite().any()
+
+
+def test_what_is_borrowed_is_made_again_only_when_weights_change():
+    target = tiny_target()
+    drafter = tiny_drafter(target)
+    first = drafter.borrow(target.embed, target.head)
+    assert drafter.borrow(target.embed, target.head) is first
+    with torch.no_grad():
+        drafter.predictor.table.weight.mul_(2)
+    assert drafter.borrow(target.embed, target.head) is not first
+    assert drafter.borrow(tiny_target().embed, target.head) is not first

@@ -38,14 +38,14 @@ MAY_IMPORT: dict[str, set[str]] = {
 
 # In drafters/, a file is shared, a part of one concrete drafter, or, unlisted, a concrete drafter of its own.
 # Concrete drafters do not import each other, and what they share imports none of them.
-SHARED_BY_DRAFTERS = {"base", "layers", "predictor"}
+SHARED_BY_DRAFTERS = {"base", "borrowed", "layers", "predictor"}
 PART_OF_DRAFTER = {"config": "ctc", "block": "ctc", "session": "ctc"}
 
 # Optional engines, and the only file that may import them. Nobody but `cli` imports integrations, and lazily.
 ENGINES = {"vllm": "integrations.vllm", "sglang": "integrations.sglang"}
 
 # What pure folders may import from outside besides the standard library.
-OUTSIDE = {"types": {"torch"}, "ctc": {"torch"}}
+OUTSIDE = {"types": {"torch"}, "ctc": {"torch", "numpy", "numba"}}
 
 
 @dataclass(frozen=True)

@@ -1,3 +1,4 @@
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -50,8 +51,9 @@ def test_a_floor_leaves_unlikely_nodes_out():
     both = Candidates(*(torch.cat(pair) for pair in zip(vars(EXAMPLE).values(), vars(unsure).values(), strict=True)))
     tree = build_tree(ROOT.repeat(2), both, nodes=4, floor=0.4)
     assert tree.valid.tolist() == [[T, T, T], [T, F, F]]
-    # One node always remains: shapes then never vanish.
-    assert build_tree(ROOT, unsure, nodes=4, floor=0.9).valid.tolist() == [[T, F]]
+    alone = build_tree(ROOT, unsure, nodes=4, floor=0.9)
+    assert alone.tokens.tolist() == [[9]]
+    assert alone.ancestors.tolist() == [[[T]]]
 
 
 def test_the_best_chain_maximises_the_sum_of_prefix_probabilities():
@@ -59,6 +61,16 @@ def test_the_best_chain_maximises_the_sum_of_prefix_probabilities():
     assert chain.tokens.tolist() == [[1, 2, 3]]
     assert chain.parents.tolist() == [[-1, 0, 1]]
     torch.testing.assert_close(chain.scores.exp(), torch.tensor([[0.4, 0.35, 0.3]], dtype=torch.float64))
+
+
+def test_best_chains_of_different_lengths_are_padded():
+    long = candidates(("a", 0.5), ("b", 0.4), ("ac", 0.1), ("bc", 0.35))
+    short = candidates(("a", 0.9), ("b", 0.1), ("bc", 0.1), ("bd", 0.05))
+    both = Candidates(*(torch.cat(pair) for pair in zip(vars(long).values(), vars(short).values(), strict=True)))
+    chain = best_chain(both)
+    assert chain.tokens[0].tolist() == [1, 2]
+    assert chain.tokens[1, 0].item() == 0
+    assert chain.scores.exp().tolist() == [pytest.approx([0.4, 0.35]), [pytest.approx(0.9), 0.0]]
 
 
 @st.composite

@@ -3,7 +3,9 @@
 Level u holds prefixes of u tokens. A prefix carries, for each frame, the probability that it has just been
 completed there; from that and its own predictor state follow its blank and token masses, and from those the
 scores of all its children in one matrix product. Every prefix is built once, so nothing is hashed or merged.
-The scores are exact prefix probabilities of the lattice of `lattice.py`, whatever the beam width.
+The scores are exact prefix probabilities of the lattice of `lattice.py`, whatever the beam width, and the `width` most
+probable prefixes of all are always among those found. Shapes are static and the host is never asked: on a CPU, where
+that is no gain, `best_first.py` finds the same prefixes with less work.
 
 Worked example (F = 2, tokens a and b, no predictor, P(a), P(b), P(blank) = .5, .2, .3 then .1, .6, .3):
 prefix(a) = .5 + .3 * .1 = .53; prefix(a b) = .5 * .6 = .3, which is `a` complete after frame 1, then `b`.
@@ -13,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import chain
 
 import torch
 from torch.nn.functional import pad
@@ -21,49 +22,36 @@ from torch.nn.functional import pad
 from ctc_drafter.ctc.lattice import sum_floor
 from ctc_drafter.types import Candidates
 
-# (previous, last), both int64 [B, W], to the bias of the next token, [B, W, S]. `previous` is -1 and `last` the
+# (previous, last), both int64 [B, W], to the bias of the next token, [B, W, V]. `previous` is -1 and `last` the
 # root where the prefix is empty.
 Bias = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-# Token rows int64 [B, S], or None for the whole vocabulary, to the bias over them.
-BiasOver = Callable[["torch.Tensor | None"], Bias]
-
-
-CHUNK = 64
 
 
 @dataclass(frozen=True)
 class Frames:
-    """What one search needs of its frames; S tokens may be drafted.
+    """What one search needs of its frames.
 
-    weights `[B, F, S]` and columns `[B, S, F]`: exp(token logits), scaled per frame so that nothing overflows.
-    blank `[B, F]`: exp(blank logit), scaled alike. outside `[B, F]`: it and all tokens that may not be drafted.
-    rows `int64 [B, S]`: token ids of the columns; None if they are the vocabulary.
-    later `bool [F-1, F-1]`: true above the diagonal.
+    weights `[B, F, V]` and columns `[B, V, F]`: exp(token logits), scaled per frame so that nothing overflows.
+    blank `[B, F]`: exp(blank logit), scaled alike. later `bool [F-1, F-1]`: true above the diagonal.
     """
 
     weights: torch.Tensor
     columns: torch.Tensor
     blank: torch.Tensor
-    outside: torch.Tensor
-    rows: torch.Tensor | None
     later: torch.Tensor
-
-    def tokens(self, columns: torch.Tensor) -> torch.Tensor:
-        return columns if self.rows is None else self.rows.gather(1, columns)
 
 
 @dataclass(frozen=True)
 class Level:
     """W prefixes of one length.
 
-    last, previous `int64 [B, W]`: their newest tokens; place `int64 [B, W]`: the last one's column.
+    last, previous `int64 [B, W]`: their newest tokens.
     parents `int64 [B, W]`: index in the level above. scores `[B, W]`: prefix probabilities.
     completed `[B, W, F]`: probability that the prefix is completed at each frame.
     """
 
     last: torch.Tensor
     previous: torch.Tensor
-    place: torch.Tensor
     parents: torch.Tensor
     scores: torch.Tensor
     completed: torch.Tensor
@@ -85,44 +73,29 @@ def prefix_search(
     frame_logits: torch.Tensor,
     blank_logits: torch.Tensor,
     root: torch.Tensor,
-    bias_over: BiasOver | None,
+    bias: Bias | None,
     *,
     width: int,
     depth: int,
-    shortlist: int | None = None,
-    enough: int | None = None,
-    floor: float = 0.0,
 ) -> Candidates:
     """The `width` best prefixes of each length up to `depth`, with their prefix probabilities.
 
-    frame_logits `[B, F, V]`, blank_logits `[B, F]`, root `int64 [B]`; float32 or float64. With `shortlist`
-    set, only that many tokens, the best of any frame, may be drafted, and the mass of the others stays in the
-    normaliser without its bias: a little less exact, much cheaper on a CPU. None searches the vocabulary.
-    With `enough` set, levels that cannot hold one of the `enough` best prefixes of probability `floor` and more
-    are left out, which asks the host once a level; those prefixes are the same. Levels hold
+    frame_logits `[B, F, V]`, blank_logits `[B, F]`, root `int64 [B]`; float32 or float64. Levels hold
     `min(width, prefixes there are)` candidates; those of probability 0 score -inf.
     """
-    frames = prepare(frame_logits, blank_logits, shortlist)
-    bias = None if bias_over is None else bias_over(frames.rows)
+    frames = prepare(frame_logits, blank_logits)
     levels = [first_level(frames, root, bias, width)]
-    while len(levels) < depth and not (enough and complete(levels, enough, floor)):
+    while len(levels) < depth:
         levels.append(next_level(frames, levels[-1], bias, width))
     return to_candidates(levels)
 
 
-def prepare(frame_logits: torch.Tensor, blank_logits: torch.Tensor, shortlist: int | None) -> Frames:
-    count, vocabulary = frame_logits.shape[1:]
+def prepare(frame_logits: torch.Tensor, blank_logits: torch.Tensor) -> Frames:
+    count = frame_logits.shape[1]
     top = torch.maximum(frame_logits.amax(-1), blank_logits).unsqueeze(-1)
     weights = (frame_logits - top).exp()
-    blank = (blank_logits - top[..., 0]).exp()
-    outside, rows = blank, None
-    if shortlist is not None and shortlist < vocabulary:
-        total = weights.sum(-1)
-        rows = weights.amax(1).topk(shortlist, dim=-1, sorted=False).indices
-        weights = weights.gather(2, rows.unsqueeze(1).expand(-1, count, -1))
-        outside = blank + (total - weights.sum(-1)).clamp(min=0)
     later = torch.ones(count - 1, count - 1, dtype=torch.bool, device=weights.device).triu(1)
-    return Frames(weights, weights.transpose(1, 2), blank, outside, rows, later)
+    return Frames(weights, weights.transpose(1, 2), (blank_logits - top[..., 0]).exp(), later)
 
 
 def first_level(frames: Frames, root: torch.Tensor, bias: Bias | None, width: int) -> Level:
@@ -133,7 +106,7 @@ def first_level(frames: Frames, root: torch.Tensor, bias: Bias | None, width: in
     blank = frames.blank.unsqueeze(1) * shift / normaliser
     standing = pad(blank[..., :-1].cumprod(-1), (1, 0), value=1.0)
     masses = Masses(standing / normaliser, torch.zeros_like(normaliser), None)
-    above = Level(last, previous, last, last, torch.ones_like(normaliser[..., 0]), normaliser)
+    above = Level(last, previous, last, torch.ones_like(normaliser[..., 0]), normaliser)
     return children(frames, above, masses, strength, width)
 
 
@@ -144,7 +117,7 @@ def next_level(frames: Frames, level: Level, bias: Bias | None, width: int) -> L
     of running products of stay or blank.
     """
     shift, strength, normaliser = normalise(frames, bias, level.previous, level.last)
-    place = level.place.unsqueeze(-1)
+    place = level.last.unsqueeze(-1)
     stay = frames.columns.gather(1, place.expand_as(normaliser)) * strength.gather(2, place) / normaliser
     blank = frames.blank.unsqueeze(1) * shift / normaliser
     stays, blanks = running_products(torch.stack([stay[..., :-1], blank[..., :-1]]), frames.later)
@@ -157,7 +130,7 @@ def next_level(frames: Frames, level: Level, bias: Bias | None, width: int) -> L
 def normalise(
     frames: Frames, bias: Bias | None, previous: torch.Tensor, last: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`exp(-s) [B, W, 1]`, `exp(bias - s) [B, W, S]` and `Z exp(-s) [B, W, F]`; s: the largest bias, at least 0."""
+    """`exp(-s) [B, W, 1]`, `exp(bias - s) [B, W, V]` and `Z exp(-s) [B, W, F]`; s: the largest bias, at least 0."""
     if bias is None:
         shift = frames.weights.new_ones(*last.shape, 1)
         strength = shift.expand(-1, -1, frames.weights.shape[-1])
@@ -166,7 +139,7 @@ def normalise(
         largest = values.amax(-1, keepdim=True).clamp(min=0)
         shift, strength = (-largest).exp(), (values - largest).exp()
     sums = (strength @ frames.columns).clamp(min=sum_floor(strength.dtype))
-    return shift, strength, sums + frames.outside.unsqueeze(1) * shift
+    return shift, strength, sums + frames.blank.unsqueeze(1) * shift
 
 
 def running_products(factors: torch.Tensor, later: torch.Tensor) -> torch.Tensor:
@@ -178,46 +151,20 @@ def children(frames: Frames, level: Level, masses: Masses, strength: torch.Tenso
     """The best children of a level's prefixes and where they are completed."""
     scores = strength * ((masses.blank + masses.token) @ frames.weights)
     if masses.repeat is not None:  # a token equal to the last one is new only after a blank
-        scores.scatter_(2, level.place.unsqueeze(-1), masses.repeat.unsqueeze(-1))
+        scores.scatter_(2, level.last.unsqueeze(-1), masses.repeat.unsqueeze(-1))
     size = scores.shape[-1]
-    best, index = largest(scores.flatten(1), min(width, scores.shape[1] * size))
-    parents, place = index // size, index % size
+    best, index = scores.flatten(1).topk(min(width, scores.shape[1] * size), dim=-1)
+    parents, last = index // size, index % size
 
     wide = parents.unsqueeze(-1).expand(-1, -1, frames.blank.shape[1])
     token = masses.token.gather(1, wide)
     if masses.repeat is not None:
-        token = token.masked_fill((level.place.gather(1, parents) == place).unsqueeze(-1), 0.0)
-    emission = frames.columns.gather(1, place.unsqueeze(-1).expand_as(wide))
+        token = token.masked_fill((level.last.gather(1, parents) == last).unsqueeze(-1), 0.0)
+    emission = frames.columns.gather(1, last.unsqueeze(-1).expand_as(wide))
     completed = (masses.blank.gather(1, wide) + token) * emission * strength.flatten(1).gather(1, index).unsqueeze(-1)
     # Rounding must not lift a child above its parent: trees rely on the order.
     best = torch.minimum(best, level.scores.gather(1, parents))
-    return Level(frames.tokens(place), level.last.gather(1, parents), place, parents, best, completed)
-
-
-def largest(values: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The `count` largest of `[B, M]`, none below 0, and their indices, best first.
-
-    What `topk` gives, five times as fast for large M: the largest lie in the chunks with the largest maxima.
-    """
-    if values.shape[1] < CHUNK * CHUNK:
-        return values.topk(count, dim=-1)
-    chunks = pad(values, (0, -values.shape[1] % CHUNK), value=-1.0).unflatten(1, (-1, CHUNK))
-    chosen = chunks.amax(-1).topk(min(count, chunks.shape[1]), dim=-1).indices
-    best, place = chunks.gather(1, chosen.unsqueeze(-1).expand(-1, -1, CHUNK)).flatten(1).topk(count, dim=-1)
-    return best, chosen.gather(1, place // CHUNK) * CHUNK + place % CHUNK
-
-
-def complete(levels: list[Level], enough: int, floor: float) -> bool:
-    """Whether every row's `enough` best prefixes above the floor are known: deeper ones score no more than the
-    best of the newest level."""
-    rows = zip(*(level.scores.tolist() for level in levels), strict=True)  # plain numbers: this runs on the host
-    return all(_row_complete(row, enough, floor) for row in rows)
-
-
-def _row_complete(levels: tuple[list[float], ...], enough: int, floor: float) -> bool:
-    scores = sorted(chain.from_iterable(levels), reverse=True)
-    best = max(levels[-1])
-    return best < floor or (len(scores) >= enough and best <= scores[enough - 1])
+    return Level(last, level.last.gather(1, parents), parents, best, completed)
 
 
 def to_candidates(levels: list[Level]) -> Candidates:

@@ -14,14 +14,14 @@ def build_tree(root: torch.Tensor, candidates: Candidates, nodes: int, floor: fl
 
     Prefix probabilities never grow along a path, so the best prefixes are closed under parents, and their sum
     is the expected number of accepted tokens: under the drafter's belief there is no better tree. With a floor,
-    rows of a batch differ in size and smaller ones are padded.
+    rows of a batch differ in size and smaller ones are padded; nothing likely leaves the root alone.
 
     Example: prefixes a .6, b .3, ab .5, aba .1 and nodes = 3 give the tree root -> a -> ab, root -> b.
     """
     likely = candidates.scores >= math.log(floor) if floor else candidates.scores > float("-inf")
     count = min(nodes, candidates.scores.shape[1])
-    if floor:
-        count = max(1, min(count, int(likely.sum(1).max())))
+    if floor and count:
+        count = min(count, int(likely.sum(1).max()))
     # Stable: of equal scores the earlier prefix wins, and parents come first.
     best = candidates.scores.sort(dim=1, descending=True, stable=True).indices[:, :count]
     chosen = best.sort(dim=1).values
@@ -56,26 +56,25 @@ def ancestor_matrix(parents: torch.Tensor) -> torch.Tensor:
 
 
 def best_chain(candidates: Candidates) -> Candidates:
-    """The path with the largest sum of prefix probabilities: the best tree that is a chain, `[B, D]`."""
-    probabilities = candidates.scores.exp()
-    parents = candidates.parents
-    levels = int(candidates.depths.max())
+    """The path with the largest sum of prefix probabilities: the best tree that is a chain, `[B, D]`.
+
+    D is the depth of the batch's longest one; shorter ones end in padding of score -inf.
+    """
+    probabilities, parents = candidates.scores.exp(), candidates.parents
     total, pointer = probabilities, parents
-    for _ in range(levels - 1):
+    for _ in range(int(candidates.depths.max()) - 1):
         total = total + torch.where(pointer < 0, 0.0, probabilities.gather(1, pointer.clamp(min=0)))
         pointer = torch.where(pointer < 0, -1, parents.gather(1, pointer.clamp(min=0)))
-    node = torch.where(candidates.depths == levels, total, -1.0).argmax(1, keepdim=True)
-    path = [node]
-    for _ in range(levels - 1):
-        path.append(parents.gather(1, path[-1]))
-    chain = torch.cat(path[::-1], 1)
-    order = torch.arange(levels, device=chain.device).expand_as(chain)
-    return Candidates(
-        tokens=candidates.tokens.gather(1, chain),
-        parents=order - 1,
-        depths=order + 1,
-        scores=candidates.scores.gather(1, chain),
-    )
+    node = total.argmax(1, keepdim=True)
+    lengths = candidates.depths.gather(1, node)
+    path = node.expand(-1, int(lengths.max()))
+    for depth in range(path.shape[1] - 1, 0, -1):  # column i takes the ancestor at depth i + 1
+        above = parents.gather(1, node)
+        node = torch.where(candidates.depths.gather(1, node) > depth, above, node)
+        path = torch.cat([node.expand(-1, depth), path[:, depth:]], 1)
+    order = torch.arange(path.shape[1], device=path.device).expand_as(path)
+    scores = candidates.scores.gather(1, path).masked_fill(order >= lengths, float("-inf"))
+    return Candidates(candidates.tokens.gather(1, path), order - 1, order + 1, scores)
 
 
 def _with_root(values: torch.Tensor, root: float | bool) -> torch.Tensor:

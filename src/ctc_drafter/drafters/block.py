@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ctc_drafter.ctc.lattice import Lattice, lattice
-from ctc_drafter.ctc.search import Bias, prefix_search
+from ctc_drafter.drafters.borrowed import Borrowed
 from ctc_drafter.drafters.config import CTCDrafterConfig
 from ctc_drafter.drafters.layers import Context, DraftLayer, RMSNorm, Rotation, rotation
 from ctc_drafter.drafters.predictor import Predictor
@@ -118,43 +118,13 @@ class BlockModel(PreTrainedModel):
         return lattice(tokens, blanks, prefixes[:, 1:], bias)
 
     def candidates(
-        self,
-        blocks: torch.Tensor,
-        root: torch.Tensor,
-        embed: nn.Module,
-        head: nn.Module,
-        nodes: int,
-        floor: float = 0.0,
-        enough: int | None = None,
+        self, blocks: torch.Tensor, root: torch.Tensor, borrowed: Borrowed, nodes: int, floor: float = 0.0
     ) -> Candidates:
         """The prefixes of block outputs `[N, 1+F, H]` after root `int64 [N]`, enough for `nodes` nodes.
 
-        floor and enough let the search stop early: see `prefix_search`.
+        Prefixes of probability below `floor` may be missing.
         """
-        tokens, blanks = self.frame_logits(blocks, head)
-        predictor = self.predictor
-
-        def bias_over(rows: torch.Tensor | None) -> Bias:
-            assert predictor is not None
-            output = predictor.output_rows(rows)
-            root_state = predictor.root(blocks[:, 0])
-
-            def bias(previous: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
-                return predictor.state(previous, last, root_state, embed) @ output
-
-            return bias
-
-        return prefix_search(
-            tokens,
-            blanks,
-            root,
-            None if predictor is None else bias_over,
-            width=nodes,
-            depth=self.config.draft_length,
-            shortlist=self.config.shortlist or None,
-            enough=enough,
-            floor=floor,
-        )
+        return borrowed.search(*self.frame_logits(blocks, borrowed.head), root, blocks[:, 0], nodes, floor)
 
 
 def block_mask(anchors: torch.Tensor, length: int, size: int) -> torch.Tensor:

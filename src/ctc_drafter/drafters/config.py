@@ -23,7 +23,6 @@ class CTCDrafterConfig(PreTrainedConfig):
         num_hidden_layers, intermediate_size, num_attention_heads, num_key_value_heads, head_dim,
         rms_norm_eps, rope_theta, max_position_embeddings: the draft layers.
         predictor_rank: rank of the predictor's bias, 0 for none. predictor_width: its MLP.
-        shortlist: tokens that a search on a CPU considers, 0 for all.
     """
 
     model_type = "ctc_drafter"
@@ -46,7 +45,6 @@ class CTCDrafterConfig(PreTrainedConfig):
     max_position_embeddings: int = 32768
     predictor_rank: int = 64
     predictor_width: int = 256
-    shortlist: int = 0
 
     def __post_init__(self, **kwargs: Any) -> None:
         known = set(self.__dataclass_fields__)

@@ -8,6 +8,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from ctc_drafter.drafters.block import BlockModel
+from ctc_drafter.drafters.borrowed import Borrowed, borrow
 from ctc_drafter.drafters.config import CTCDrafterConfig
 from ctc_drafter.drafters.session import CTCSession
 from ctc_drafter.types import UserError
@@ -15,6 +16,10 @@ from ctc_drafter.types import UserError
 
 class CTCDrafter(BlockModel):
     """Save and load it with `save_pretrained` and `from_pretrained` (`config.json`, `model.safetensors`)."""
+
+    def __init__(self, config: CTCDrafterConfig):
+        super().__init__(config)
+        self._borrowed: tuple[Any, Borrowed] | None = None
 
     @classmethod
     def for_target(cls, target: PreTrainedConfig, **overrides: Any) -> CTCDrafter:
@@ -70,4 +75,12 @@ class CTCDrafter(BlockModel):
 
     def begin(self, embed: nn.Module, head: nn.Module, batch_size: int) -> CTCSession:
         """See `Drafter.begin`."""
-        return CTCSession(self, embed, head, batch_size)
+        return CTCSession(self, self.borrow(embed, head), batch_size)
+
+    def borrow(self, embed: nn.Module, head: nn.Module) -> Borrowed:
+        """The target's embedding and LM head made ready for drafting; kept until they or the weights change."""
+        weights = [*self.parameters(), *embed.parameters(), *head.parameters()]
+        key = (id(embed), id(head), *((id(w), 0 if w.is_inference() else w._version) for w in weights))
+        if self._borrowed is None or self._borrowed[0] != key:
+            self._borrowed = (key, borrow(self.predictor, self.config.draft_length, embed, head))
+        return self._borrowed[1]

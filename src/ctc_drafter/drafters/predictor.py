@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from torch.nn import functional as fn
 
+from ctc_drafter.ctc.search import Bias
+
 
 class Predictor(nn.Module):
     """vocab V, hidden size H, rank r, width of the MLP."""
@@ -37,9 +39,16 @@ class Predictor(nn.Module):
         inner = fn.silu(earlier + self.last(embed(last).to(dtype)) + root_state.unsqueeze(1))
         return self.table(last) + self.inner(inner)
 
-    def output_rows(self, rows: torch.Tensor | None) -> torch.Tensor:
-        """W2 as `[r, V]`, or as `[B, r, S]` for token rows `int64 [B, S]`: state @ W2 is the bias."""
-        weight = self.output.weight
-        if rows is None:
-            return weight.t()
-        return weight.index_select(0, rows.flatten()).view(*rows.shape, -1).transpose(1, 2)
+    def bias(self, start: torch.Tensor, embed: nn.Module) -> Bias:
+        """What the search asks for, of block outputs at the root `[B, H]`."""
+        root_state, output = self.root(start), self.output.weight.t()
+        return lambda previous, last: self.state(previous, last, root_state, embed) @ output
+
+    def tables(self, embed: nn.Module) -> tuple[torch.Tensor, ...]:
+        """The predictor with both projections worked out for every token: the fields of `best_first.LowRankBias`."""
+        tokens = torch.arange(self.table.num_embeddings, device=self.table.weight.device)
+        weights = torch.cat([self.previous.weight, self.last.weight])
+        # A few thousand tokens at a time: embeddings of a whole vocabulary can be large.
+        parts = [fn.linear(embed(part).to(weights.dtype), weights) for part in tokens.split(4096)]
+        earlier, later = torch.cat(parts).chunk(2, -1)
+        return self.table.weight, earlier, later, self.inner.weight, self.output.weight.t()

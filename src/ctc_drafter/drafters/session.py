@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
-from torch import nn
 
 from ctc_drafter.drafters.block import BlockModel
+from ctc_drafter.drafters.borrowed import Borrowed
 from ctc_drafter.drafters.layers import Context, Rotation
 from ctc_drafter.types import Candidates
 
@@ -17,10 +15,9 @@ GROWTH = 256  # slots added at a time
 class CTCSession:
     """Slot s of a row holds the keys and values of the token at position s; blocks are written behind them."""
 
-    def __init__(self, drafter: BlockModel, embed: nn.Module, head: nn.Module, batch_size: int):
+    def __init__(self, drafter: BlockModel, borrowed: Borrowed, batch_size: int):
         weight, config = drafter.fc.weight, drafter.config
-        self.drafter, self.embed = drafter, embed
-        self.head = draft_head(head)
+        self.drafter, self.borrowed = drafter, borrowed
         self.lengths = torch.zeros(batch_size, dtype=torch.long, device=weight.device)
         shape = (config.num_hidden_layers, 2, batch_size, config.num_key_value_heads, 0, config.head_dim)
         self.cache = weight.new_zeros(shape)
@@ -52,11 +49,10 @@ class CTCSession:
 
             return join
 
-        states = self.embed(self.drafter.block_tokens(root)).to(self.cache.dtype)
+        states = self.borrowed.embed(self.drafter.block_tokens(root)).to(self.cache.dtype)
         contexts = [context(index) for index in range(len(self.drafter.layers))]
         blocks = self.drafter.run_layers(states, self._rotation(positions), contexts, mask)
-        enough = nodes if root.device.type == "cpu" else None  # elsewhere the host must not be asked
-        return self.drafter.candidates(blocks, root, self.embed, self.head, nodes, floor, enough)
+        return self.drafter.candidates(blocks, root, self.borrowed, nodes, floor)
 
     def select(self, rows: torch.Tensor) -> None:
         self.lengths, self.cache = self.lengths[rows], self.cache[:, :, rows]
@@ -85,16 +81,3 @@ class CTCSession:
         index = positions[:, None, :, None].expand_as(keys)
         self.cache[layer, 0].scatter_(2, index, keys)
         self.cache[layer, 1].scatter_(2, index, values)
-
-
-def draft_head(head: nn.Module) -> nn.Module:
-    """The target's LM head, in bfloat16 on processors that multiply it natively.
-
-    It is most of what a draft reads from memory, and drafts need no precision.
-    """
-    weight = next(head.parameters())
-    # PyTorch has no public question for this; a version without the private answer keeps the head as it is.
-    native = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    if weight.device.type != "cpu" or weight.dtype != torch.float32 or not native():
-        return head
-    return copy.deepcopy(head).to(torch.bfloat16)

@@ -33,11 +33,10 @@ PROMPTS: dict[str, dict[str, Any]] = {
     "reasoning-cut": {"pattern": "gsm8k*.train.*", "cuts": 3},
     "prose-cut": {"pattern": "wildbench*.train.*", "cuts": 6},
     "chat-cut": {"pattern": "arena_hard*.train.*", "cuts": 6},
-    "instructions": {"pattern": "flan_cot*.train.*"},
+    "instructions": {"pattern": "flan_cot*.train.*", "per_file": 6000},
 }
 ANSWER_TOKENS = 128
 DRAFTER = {
-    "shortlist": 1024,
     "frames": 8,
     "draft_length": 7,
     "num_hidden_layers": 1,

@@ -39,6 +39,7 @@ def offline_beta(
     drafter.eval()
     totals: dict[str, float] = {}
     count = 0
+    borrowed = drafter.borrow(target.embed, target.head)
     for batch, positions in _batches(rows, draft_positions(rows, drafter, max_positions, max_rows, seed), batch_size):
         tokens, lengths = batch["input_ids"].to(device), batch["lengths"].to(device)
         places = torch.nn.utils.rnn.pad_sequence([torch.tensor(p) for p in positions], batch_first=True)
@@ -48,7 +49,7 @@ def offline_beta(
         blocks = drafter.blocks(features, tokens, anchors.positions, target.embed)[anchors.used]
         prefixes = anchors.prefixes[anchors.used]
         for part, truth in zip(blocks.split(chunk), prefixes.split(chunk), strict=True):
-            candidates = drafter.candidates(part, truth[:, 0], target.embed, target.head, max(nodes))
+            candidates = drafter.candidates(part, truth[:, 0], borrowed, max(nodes))
             for name, accepted in accepted_lengths(candidates, truth, nodes).items():
                 totals[name] = totals.get(name, 0.0) + float((accepted + 1).sum())
             count += len(truth)

@@ -1,0 +1,233 @@
+"""Best-first prefix search on a CPU: exactly the n most probable prefixes of each row, in one compiled call.
+
+A prefix is never more probable than the prefix it extends. So prefixes can be settled in the order of their
+probability, as in Dijkstra's algorithm, and n expansions find the n best, whatever the depth of the tree.
+`search.py` finds the same prefixes level by level with static shapes, which suits a GPU, and expands n a level.
+
+For a prefix with last token y, at frame t (P depends on the prefix, as in `lattice.py`):
+
+    n(t), b(t)    it is complete and frame t holds y, or a blank
+    n(t) = arrives(t) + n(t-1) P(y | t),  b(t) = (b(t-1) + n(t-1)) P(blank | t)
+    child v != y  sum over t of (b(t-1) + n(t-1)) P(v | t); child y: sum over t of b(t-1) P(y | t)
+
+and a child's arrives(t) is its parent's term of that sum. The root has b = 1 before the first frame and no n.
+
+Worked example: frames (a .5, b .2, blank .3) and (a .1, b .6, blank .3), the three best prefixes. The root's children
+are a .53 and b .38. First a is settled, and gives ab .3; then b, and its child ba .02 comes too late.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numba import njit
+
+from ctc_drafter.ctc.lattice import sum_floor
+from ctc_drafter.types import Candidates
+
+
+class LowRankBias(NamedTuple):
+    """What a prefix adds to the logit of token v, all arrays float32, vocabulary V, rank r, width M:
+
+    `output[:, v] @ (table[last] + inner @ silu(earlier[previous] + later[last] + root))`, without `earlier` right
+    after the root. table `[V, r]`, earlier and later `[V, M]`, inner `[r, M]`, output `[r, V]`; r = 0 for no bias.
+    """
+
+    table: np.ndarray
+    earlier: np.ndarray
+    later: np.ndarray
+    inner: np.ndarray
+    output: np.ndarray
+
+
+class Pool(NamedTuple):
+    """The root and the prefixes found so far, most probable first; an entry is final once its turn has come.
+
+    last: newest token; strength: exp(bias) of it after its parent, scaled. blank and token `[N, F]`: b(t-1) and
+    n(t-1) over the normaliser of frame t, of expanded entries.
+    """
+
+    last: np.ndarray
+    parent: np.ndarray
+    depth: np.ndarray
+    score: np.ndarray
+    strength: np.ndarray
+    blank: np.ndarray
+    token: np.ndarray
+
+
+def best_prefixes(
+    frame_logits: torch.Tensor,
+    blank_logits: torch.Tensor,
+    root: torch.Tensor,
+    bias: LowRankBias,
+    root_states: torch.Tensor,
+    *,
+    count: int,
+    depth: int,
+    floor: float = 0.0,
+) -> Candidates:
+    """The `count` most probable prefixes of up to `depth` tokens with probability `floor` or more, best first.
+
+    frame_logits `[B, F, V]`, blank_logits `[B, F]`, root `int64 [B]`, root_states `[B, M]` (`root` in
+    `LowRankBias`), float32 on the CPU. Rows that have fewer prefixes than others are padded with score -inf.
+    """
+    top = torch.maximum(frame_logits.amax(-1), blank_logits).unsqueeze(-1)
+    weights, blank = (frame_logits - top).exp_(), (blank_logits - top[..., 0]).exp_()
+    tiny = np.float32(sum_floor(torch.float32))
+    arrays = _search_rows(
+        weights.numpy(), blank.numpy(), root.numpy(), bias, root_states.numpy(), count, depth, floor, tiny
+    )
+    tokens, parents, depths, scores = map(torch.from_numpy, arrays)
+    return Candidates(tokens, parents, depths, scores.log_())
+
+
+# Compiled from here on. Weights are exp(logit), scaled so that a frame's best symbol has 1.
+
+
+@njit(cache=True, nogil=True)
+def _search_rows(weights, blank, roots, bias, root_states, count, depth, floor, tiny):  # type: ignore[no-untyped-def]
+    rows, longest = len(roots), 0
+    tokens, parents = np.zeros((rows, count), np.int64), np.full((rows, count), -1, np.int64)
+    depths, scores = np.ones((rows, count), np.int64), np.zeros((rows, count), np.float32)
+    for row in range(rows):
+        pool = _new_pool(1 + count, weights.shape[1], roots[row])
+        found = _search(weights[row], blank[row], pool, bias, root_states[row], depth, floor, tiny) - 1
+        tokens[row, :found], parents[row, :found] = pool.last[1 : found + 1], pool.parent[1 : found + 1] - 1
+        depths[row, :found], scores[row, :found] = pool.depth[1 : found + 1], pool.score[1 : found + 1]
+        longest = max(longest, found)
+    return tokens[:, :longest], parents[:, :longest], depths[:, :longest], scores[:, :longest]
+
+
+@njit(cache=True, nogil=True)
+def _new_pool(places, frames, root):  # type: ignore[no-untyped-def]
+    whole, real = np.zeros((3, places), np.int64), np.zeros((2, places), np.float32)
+    masses = np.zeros((2, places, frames), np.float32)
+    pool = Pool(whole[0], whole[1], whole[2], real[0], real[1], masses[0], masses[1])
+    pool.last[0], pool.score[0] = root, 1
+    return pool
+
+
+@njit(cache=True, nogil=True)
+def _search(weights, blank, pool, bias, root_state, depth, floor, tiny):  # type: ignore[no-untyped-def]
+    """Expands entries in their order; returns how many there are in the end."""
+    found = 1
+    for i in range(len(pool.last) - 1):  # no room would be left for children of the last one
+        if i == found:
+            break
+        if pool.depth[i] < depth:
+            strength, shift = _strength(pool, i, bias, root_state, weights.shape[1])
+            normaliser = np.empty_like(blank)
+            for t in range(len(blank)):
+                normaliser[t] = max(_dot(weights[t], strength), tiny) + blank[t] * shift
+            repeat = _stand(weights, blank, pool, i, strength, shift, normaliser)
+            found = _offer(weights, pool, found, i, strength, repeat, floor)
+    return found
+
+
+@njit(cache=True, nogil=True)
+def _strength(pool, i, bias, root_state, vocabulary):  # type: ignore[no-untyped-def]
+    """exp(bias - s) of every token after entry i, `[V]`, and exp(-s); s: the largest bias, at least 0."""
+    rank, width = bias.inner.shape
+    if rank == 0:
+        return np.ones(vocabulary, np.float32), np.float32(1)
+    last = pool.last[i]
+    inner = bias.later[last] + root_state
+    if i > 0:
+        inner += bias.earlier[pool.last[pool.parent[i]]]
+    for m in range(width):
+        inner[m] /= 1 + math.exp(-inner[m])
+    state = bias.table[last].copy()
+    for r in range(rank):
+        state[r] += _dot(bias.inner[r], inner)
+    strength = _combine(state, bias.output)
+    largest = max(np.float32(0), strength.max())
+    _exp(strength, largest)
+    return strength, np.float32(math.exp(-largest))
+
+
+@njit(cache=True, nogil=True)
+def _stand(weights, blank, pool, i, strength, shift, normaliser):  # type: ignore[no-untyped-def]
+    """Fills entry i's `blank` and `token`; returns the score of the child that repeats its last token."""
+    parent, last = pool.parent[i], pool.last[i]
+    repeats = parent > 0 and pool.last[parent] == last
+    after_blank, after_token, repeat = 1.0 if i == 0 else 0.0, 0.0, 0.0
+    for t in range(len(normaliser)):
+        pool.blank[i, t], pool.token[i, t] = after_blank / normaliser[t], after_token / normaliser[t]
+        arrives = stay = 0.0
+        if i > 0:
+            before = pool.blank[parent, t] + (0.0 if repeats else pool.token[parent, t])
+            arrives = before * weights[t, last] * pool.strength[i]
+            stay = weights[t, last] * strength[last] / normaliser[t]
+        repeat += after_blank * stay
+        after_blank = (after_blank + after_token) * blank[t] * shift / normaliser[t]
+        after_token = arrives + after_token * stay
+    return repeat
+
+
+@njit(cache=True, nogil=True)
+def _offer(weights, pool, found, i, strength, repeat, floor):  # type: ignore[no-untyped-def]
+    """Gives entry i's children places in the pool's order, where they earn one; returns how many entries it has."""
+    places, scores = len(pool.last), _combine(pool.blank[i] + pool.token[i], weights) * strength
+    if i > 0:
+        scores[pool.last[i]] = repeat
+    least = pool.score[places - 1] if found == places else np.float32(0)
+    for v in range(len(scores)):
+        if scores[v] > least and scores[v] >= floor:
+            score = min(scores[v], pool.score[i])  # rounding must not lift a child above its parent
+            j = min(found, places - 1)
+            while pool.score[j - 1] < score:
+                pool.last[j], pool.parent[j], pool.depth[j] = pool.last[j - 1], pool.parent[j - 1], pool.depth[j - 1]
+                pool.score[j], pool.strength[j] = pool.score[j - 1], pool.strength[j - 1]
+                j -= 1
+            pool.last[j], pool.parent[j], pool.depth[j] = v, i, pool.depth[i] + 1
+            pool.score[j], pool.strength[j] = score, strength[v]
+            found = min(found + 1, places)
+            least = pool.score[places - 1] if found == places else np.float32(0)
+    return found
+
+
+# The order of additions is free here, so that they run in parallel lanes.
+@njit(cache=True, nogil=True, fastmath={"reassoc", "contract"})
+def _dot(left, right):  # type: ignore[no-untyped-def]
+    total = np.float32(0)
+    for i in range(len(left)):
+        total += left[i] * right[i]
+    return total
+
+
+@njit(cache=True, nogil=True, fastmath={"reassoc", "contract"})
+def _combine(factors, rows):  # type: ignore[no-untyped-def]
+    """factors `[R]` @ rows `[R, V]`, eight rows at a time: the sums are then read and written less often."""
+    sums, whole = np.zeros(rows.shape[1], np.float32), len(factors) // 8 * 8
+    for r in range(0, whole, 8):
+        f, a = factors[r : r + 8], rows[r : r + 8]
+        for i in range(len(sums)):
+            low = f[0] * a[0, i] + f[1] * a[1, i] + f[2] * a[2, i] + f[3] * a[3, i]
+            sums[i] += low + f[4] * a[4, i] + f[5] * a[5, i] + f[6] * a[6, i] + f[7] * a[7, i]
+    for r in range(whole, len(factors)):
+        for i in range(len(sums)):
+            sums[i] += factors[r] * rows[r, i]
+    return sums
+
+
+LOG2, LOG2_HIGH, LOG2_LOW = np.float32(1 / math.log(2)), np.float32(0.693359375), np.float32(-2.12194440e-4)
+TAYLOR = tuple(np.float32(1 / math.factorial(n)) for n in range(7))
+
+
+@njit(cache=True, nogil=True)
+def _exp(values, largest):  # type: ignore[no-untyped-def]
+    """exp(values - largest) in place, to 2e-7 of it: 2^k times the series at what is left, all lanes in parallel."""
+    bits = np.empty(len(values), np.int32)
+    for i in range(len(values)):
+        x = max(values[i] - largest, np.float32(-87))
+        k = np.floor(x * LOG2 + np.float32(0.5))
+        x = x - k * LOG2_HIGH - k * LOG2_LOW
+        series = TAYLOR[5] + x * TAYLOR[6]
+        series = TAYLOR[3] + x * (TAYLOR[4] + x * series)
+        values[i] = TAYLOR[0] + x * (TAYLOR[1] + x * (TAYLOR[2] + x * series))
+        bits[i] = (np.int32(k) + 127) << 23
+    values *= bits.view(np.float32)

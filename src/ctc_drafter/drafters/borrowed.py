@@ -1,0 +1,76 @@
+"""What a drafter takes from its target, made ready once: embedding, LM head, and the search that fits the device."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ctc_drafter.ctc.search import prefix_search
+from ctc_drafter.drafters.predictor import Predictor
+from ctc_drafter.types import Candidates
+
+# (frame logits [N, F, V], blank logits [N, F], root int64 [N], block output at the root [N, H], nodes, floor)
+Search = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int, float], Candidates]
+
+
+@dataclass(frozen=True)
+class Borrowed:
+    """embed and head are for drafting only: the head may be of lower precision than the target's."""
+
+    embed: nn.Module
+    head: nn.Module
+    search: Search
+
+
+@torch.no_grad()
+def borrow(predictor: Predictor | None, depth: int, embed: nn.Module, head: nn.Module) -> Borrowed:
+    """From the target's embedding and LM head; `depth` is the longest prefix to search."""
+    device = next(head.parameters()).device
+    make = best_first if device.type == "cpu" else level_by_level
+    return Borrowed(embed, draft_head(head), make(predictor, depth, embed))
+
+
+def best_first(predictor: Predictor | None, depth: int, embed: nn.Module) -> Search:
+    """The search for a CPU; what the predictor makes of every token is worked out here."""
+    from ctc_drafter.ctc.best_first import LowRankBias, best_prefixes
+
+    nothing = torch.zeros(0, 0)
+    tables = (nothing,) * 5 if predictor is None else predictor.tables(embed)
+    bias = LowRankBias(*(table.float().contiguous().numpy() for table in tables))
+
+    def search(
+        tokens: torch.Tensor, blanks: torch.Tensor, root: torch.Tensor, start: torch.Tensor, nodes: int, floor: float
+    ) -> Candidates:
+        state = start.new_zeros(len(start), 0) if predictor is None else predictor.root(start)
+        return best_prefixes(tokens, blanks, root, bias, state.float(), count=nodes, depth=depth, floor=floor)
+
+    return search
+
+
+def level_by_level(predictor: Predictor | None, depth: int, embed: nn.Module) -> Search:
+    """The search of static shapes, which never asks the host."""
+
+    def search(
+        tokens: torch.Tensor, blanks: torch.Tensor, root: torch.Tensor, start: torch.Tensor, nodes: int, _floor: float
+    ) -> Candidates:
+        bias = None if predictor is None else predictor.bias(start, embed)
+        return prefix_search(tokens, blanks, root, bias, width=nodes, depth=depth)
+
+    return search
+
+
+def draft_head(head: nn.Module) -> nn.Module:
+    """The target's LM head, in bfloat16 on processors that multiply it natively.
+
+    It is most of what a draft reads from memory, and drafts need no precision.
+    """
+    weight = next(head.parameters())
+    # PyTorch has no public question for this; a version without the private answer keeps the head as it is.
+    native = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    if weight.device.type != "cpu" or weight.dtype != torch.float32 or not native():
+        return head
+    return copy.deepcopy(head).to(torch.bfloat16)
