@@ -20,7 +20,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "types": set(),
     "text": {"types"},
     "ctc": {"types"},
-    "target": {"types"},
+    "layout": set(),
+    "target": {"types", "layout"},
     "drafters": {"types", "ctc"},
     "decode": {"types", "target", "drafters.base"},
     "train": {"types", "text", "ctc", "target", "drafters", "decode"},
@@ -29,7 +30,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "integrations": {"types", "ctc", "target", "drafters"},
     "quickstart": {"types", "text", "ctc", "target", "drafters", "decode", "train", "load"},
     # The rows below serve the command line and the user; nothing above imports them.
-    "load": {"types", "text", "target", "drafters", "quickstart"},
+    "load": {"types", "text", "layout", "target", "drafters", "quickstart"},
     "demo": {"types", "text", "target", "drafters", "decode", "quickstart"},
     "answer": {"types", "text", "target", "drafters", "decode", "evaluate"},
     "cli": {"*"},

@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from ctc_drafter.drafters.ctc import CTCDrafter
+from ctc_drafter.layout import columns_first
 from ctc_drafter.quickstart import DRAFTER_DIR, TARGET_DIR
 from ctc_drafter.target import Target, first_line
 from ctc_drafter.text import fingerprint
@@ -48,7 +49,9 @@ def load_drafter(name: str | None, target: Target, tokenizer: PreTrainedTokenize
     """A drafter that was made for this target; the shipped one without a name."""
     drafter = CTCDrafter.from_pretrained(name or shipped(DRAFTER_DIR))
     drafter.check_target(target.model.config, fingerprint(tokenizer))
-    return drafter.to(device=target.device, dtype=target.dtype).eval()
+    drafter = drafter.to(device=target.device, dtype=target.dtype).eval()
+    columns_first(drafter)
+    return drafter
 
 
 def keep_quiet() -> None:

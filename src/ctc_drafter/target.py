@@ -8,6 +8,7 @@ lies beyond is garbage that masks hide, so ragged rows need no padding on the le
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,9 +20,11 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 
+from ctc_drafter.layout import GrowingLayer, columns_first
 from ctc_drafter.types import UserError, Verification
 
 UNLIMITED_CONTEXT = 1 << 30
+FORCE_GROUPED = "TRANSFORMERS_SDPA_FORCE_GQA"
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,9 @@ class Target:
             if isinstance(error, UserError):
                 raise
             raise UserError(f"no causal LM could be loaded from {name}: {first_line(error)}") from error
-        return cls.wrap(model.to(device).eval())
+        model = model.to(device).eval()
+        columns_first(model)
+        return cls.wrap(model)
 
     @property
     def config(self) -> PreTrainedConfig:
@@ -101,7 +106,7 @@ class Target:
 
     def new_cache(self) -> Cache:
         """An empty cache whose layers all keep every token, sliding ones too: their window is in the mask."""
-        return DynamicCache()
+        return Cache(layer_class_to_replicate=GrowingLayer)
 
     @torch.inference_mode()
     def forward(
@@ -128,7 +133,7 @@ class Target:
         slices = keep is not None and "logits_to_keep" in inspect.signature(self.model.forward).parameters
         if slices:
             options["logits_to_keep"] = keep
-        with captured(self.model, layers) as outputs:
+        with captured(self.model, layers) as outputs, grouped_heads(tokens.device):
             result = self.model(
                 input_ids=tokens, position_ids=positions, past_key_values=cache, use_cache=True, **options
             )
@@ -198,6 +203,21 @@ def captured(model: PreTrainedModel, layers: Sequence[int]) -> Iterator[dict[int
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def grouped_heads(device: torch.device) -> Iterator[None]:
+    """On a CPU, lets attention under a mask read grouped keys as they are. transformers would first repeat them for
+    each head, which takes longer than the attention; its switch for that is this variable of the environment."""
+    before = os.environ.get(FORCE_GROUPED)
+    if device.type != "cpu" or before is not None:
+        yield
+        return
+    os.environ[FORCE_GROUPED] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[FORCE_GROUPED]
 
 
 def concatenate(outputs: dict[int, torch.Tensor], layers: Sequence[int]) -> torch.Tensor | None:

@@ -45,7 +45,7 @@ DRAFTER = {
 }
 TRAINING = TrainSettings.parse(
     {
-        "steps": 6000,
+        "steps": 5000,
         "batch_size": 16,
         "anchors": 32,
         "learning_rate": 2e-3,
