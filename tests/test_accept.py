@@ -1,8 +1,9 @@
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ctc_drafter.decode.accept import accept_greedy, follow
+from ctc_drafter.decode.accept import accept_greedy, follow, follow_statically
 from ctc_drafter.decode.tree import ancestor_matrix
 from ctc_drafter.types import TokenTree
 
@@ -26,28 +27,32 @@ def tree_of(tokens: list[int], parents: list[int]) -> TokenTree:
 EXAMPLE = tree_of([9, 0, 1, 1], [0, 0, 0, 1])
 
 
-def test_the_worked_example():
-    result = follow(EXAMPLE, torch.tensor([[0, 1, 5, 2]]))
+@pytest.mark.parametrize("walk", [follow, follow_statically])
+def test_the_worked_example(walk):
+    result = walk(EXAMPLE, torch.tensor([[0, 1, 5, 2]]))
     assert result.counts.tolist() == [2]
     assert result.path[:, :3].tolist() == [[0, 1, 3]]
     assert result.tokens[:, :3].tolist() == [[0, 1, 2]]
     assert result.bonus.tolist() == [2]
 
 
-def test_nothing_agrees():
-    result = follow(EXAMPLE, torch.tensor([[7, 1, 5, 2]]))
+@pytest.mark.parametrize("walk", [follow, follow_statically])
+def test_nothing_agrees(walk):
+    result = walk(EXAMPLE, torch.tensor([[7, 1, 5, 2]]))
     assert result.counts.tolist() == [0]
     assert result.path.tolist() == [[0, 0, 0, 0]]
     assert result.tokens.tolist() == [[7, 7, 7, 7]]
 
 
-def test_a_node_below_a_wrong_one_is_not_accepted():
-    assert follow(EXAMPLE, torch.tensor([[1, 1, 6, 2]])).path[:, :2].tolist() == [[0, 2]]
+@pytest.mark.parametrize("walk", [follow, follow_statically])
+def test_a_node_below_a_wrong_one_is_not_accepted(walk):
+    assert walk(EXAMPLE, torch.tensor([[1, 1, 6, 2]])).path[:, :2].tolist() == [[0, 2]]
 
 
-def test_invalid_nodes_are_never_accepted():
+@pytest.mark.parametrize("walk", [follow, follow_statically])
+def test_invalid_nodes_are_never_accepted(walk):
     tree = TokenTree(**{**vars(EXAMPLE), "valid": torch.tensor([[True, True, True, False]])})
-    assert follow(tree, torch.tensor([[0, 1, 5, 2]])).counts.tolist() == [1]
+    assert walk(tree, torch.tensor([[0, 1, 5, 2]])).counts.tolist() == [1]
 
 
 def test_greedy_follows_the_argmax():
@@ -55,8 +60,9 @@ def test_greedy_follows_the_argmax():
     assert accept_greedy(EXAMPLE, logits).tokens[0, :3].tolist() == [0, 1, 2]
 
 
-@given(st.data())
-def test_agrees_with_a_walk(data):
+@pytest.mark.parametrize("walk", [follow, follow_statically])
+@given(data=st.data())
+def test_agrees_with_a_walk(walk, data):
     size = data.draw(st.integers(1, 10))
     parents, tokens = [0], [9]
     for node in range(1, size):
@@ -71,7 +77,7 @@ def test_agrees_with_a_walk(data):
         if not below:
             break
         path.append(below[0])
-    result = follow(tree_of(tokens, parents), torch.tensor([wanted]))
+    result = walk(tree_of(tokens, parents), torch.tensor([wanted]))
     count = int(result.counts)
     assert result.path[0, : count + 1].tolist() == path
     assert result.tokens[0, : count + 1].tolist() == emitted

@@ -1,9 +1,11 @@
+import math
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ctc_drafter.decode.tree import ancestor_matrix, best_chain, build_tree
+from ctc_drafter.decode.tree import ancestor_matrix, best_chain, build_tree, build_tree_statically
 from ctc_drafter.types import Candidates
 
 T, F = True, False
@@ -110,3 +112,26 @@ def test_trees_are_closed_and_best(drawn, nodes):
 def test_long_chains_reach_the_root():
     parents = torch.tensor([[0, *range(20)]])
     assert torch.equal(ancestor_matrix(parents)[0], torch.ones(21, 21).tril().bool())
+
+
+@given(random_candidates(), random_candidates(), st.integers(1, 14), st.sampled_from([0.0, 0.1, 0.4, 0.9]))
+def test_the_compiled_tree_is_the_static_one(first, second, nodes, floor):
+    """In a batch, with padding among the candidates and below the floor."""
+    size = max(len(first.tokens[0]), len(second.tokens[0]))
+    fillers = {"tokens": 0, "parents": -1, "depths": 1, "scores": float("-inf")}
+    both = Candidates(
+        *(
+            torch.cat(
+                [
+                    torch.nn.functional.pad(vars(c)[name], (0, size - c.tokens.shape[1]), value=v)
+                    for c in (first, second)
+                ]
+            )
+            for name, v in fillers.items()
+        )
+    )
+    roots = torch.tensor([9, 8])
+    wanted = build_tree_statically(roots, both, nodes, math.log(floor) if floor else None)
+    tree = build_tree(roots, both, nodes, floor)
+    for name, value in vars(wanted).items():
+        assert torch.equal(vars(tree)[name], value), name

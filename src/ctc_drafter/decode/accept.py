@@ -18,6 +18,15 @@ def follow(tree: TokenTree, wanted: torch.Tensor) -> Acceptance:
     Worked example: root -> a -> ab, root -> b, the target wants a after the root, b after `a`, c after `ab`.
     The path is root, a, ab; two nodes are accepted, the bonus token is c, and `a b c` is emitted.
     """
+    if wanted.device.type == "cpu":
+        from ctc_drafter.decode import compiled
+
+        return compiled.follow(tree, wanted)
+    return follow_statically(tree, wanted)
+
+
+def follow_statically(tree: TokenTree, wanted: torch.Tensor) -> Acceptance:
+    """`follow` in tensor operations."""
     agrees = (tree.tokens == wanted.gather(1, tree.parents)) & tree.valid
     agrees[:, 0] = True
     on_path = ~(tree.ancestors & ~agrees.unsqueeze(1)).any(-1)

@@ -18,9 +18,19 @@ def build_tree(root: torch.Tensor, candidates: Candidates, nodes: int, floor: fl
 
     Example: prefixes a .6, b .3, ab .5, aba .1 and nodes = 3 give the tree root -> a -> ab, root -> b.
     """
-    likely = candidates.scores >= math.log(floor) if floor else candidates.scores > float("-inf")
+    least = math.log(floor) if floor else None
+    if root.device.type == "cpu":
+        from ctc_drafter.decode import compiled
+
+        return compiled.build_tree(root, candidates, nodes, least)
+    return build_tree_statically(root, candidates, nodes, least)
+
+
+def build_tree_statically(root: torch.Tensor, candidates: Candidates, nodes: int, least: float | None) -> TokenTree:
+    """`build_tree` in tensor operations; least: log of the floor, None without one."""
+    likely = candidates.scores >= least if least is not None else candidates.scores > float("-inf")
     count = min(nodes, candidates.scores.shape[1])
-    if floor and count:
+    if least is not None and count:
         count = min(count, int(likely.sum(1).max()))
     # Stable: of equal scores the earlier prefix wins, and parents come first.
     best = candidates.scores.sort(dim=1, descending=True, stable=True).indices[:, :count]
