@@ -38,16 +38,7 @@ def test_scripted_drafts_on_the_gpu_are_all_accepted():
     target = on_gpu(torch.float32)
     expected = plain_generate(target, PROMPTS[:1], max_new_tokens=24).tokens
 
-    class OnGpu(ScriptedDrafter):
-        def begin(self, embed, head, batch_size):
-            session = super().begin(embed, head, batch_size)
-            levels = session.levels
-            session.levels = lambda scripts: type(levels(scripts))(
-                **{name: value.cuda() for name, value in vars(levels(scripts)).items()}
-            )
-            return session
-
-    drafter = OnGpu([PROMPTS[0] + expected[0]], 4)
+    drafter = ScriptedDrafter([PROMPTS[0] + expected[0]], 4)
     result = generate(target, drafter, PROMPTS[:1], max_new_tokens=24, nodes=12)
     assert result.tokens == expected
     assert result.stats.beta > 4

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -9,6 +12,7 @@ from torch import nn
 from transformers import DynamicLayer
 
 GROWTH = 256  # slots that a cache adds at a time
+FORCE_GROUPED = "TRANSFORMERS_SDPA_FORCE_GQA"
 
 
 def columns_first(model: nn.Module) -> None:
@@ -18,8 +22,25 @@ def columns_first(model: nn.Module) -> None:
     of the time at 9 tokens, nothing at 1. Shared parameters stay shared.
     """
     for weight in model.parameters():
+        if type(weight) is not nn.Parameter:  # quantised
+            continue
         if weight.dim() == 2 and weight.dtype == torch.float32 and weight.device.type == "cpu":
             weight.data = weight.data.t().contiguous().t()
+
+
+@contextmanager
+def grouped_heads(device: torch.device) -> Iterator[None]:
+    """On a CPU, lets attention under a mask read grouped keys as they are. transformers would first repeat them for
+    each head, which takes longer than the attention; its switch for that is this variable of the environment."""
+    before = os.environ.get(FORCE_GROUPED)
+    if device.type != "cpu" or before is not None:
+        yield
+        return
+    os.environ[FORCE_GROUPED] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[FORCE_GROUPED]
 
 
 class GrowingLayer(DynamicLayer):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from transformers import Cache
+from transformers.cache_utils import CacheLayerMixin, StaticLayer
 
 
 def compact(cache: Cache, lengths: torch.Tensor, first: int, path: torch.Tensor, counts: torch.Tensor) -> None:
@@ -25,8 +26,16 @@ def compact(cache: Cache, lengths: torch.Tensor, first: int, path: torch.Tensor,
         if not in_place:
             move(layer.keys, source, goal)
             move(layer.values, source, goal)
-        layer.keys = layer.keys[:, :, :keep]
-        layer.values = layer.values[:, :, :keep]
+        truncate(layer, keep)
+
+
+def truncate(layer: CacheLayerMixin, slots: int) -> None:
+    """Keeps the first `slots` slots. A static layer keeps its tensors, and counts anew."""
+    if isinstance(layer, StaticLayer):
+        layer.cumulative_length.fill_(slots)
+    else:
+        layer.keys = layer.keys[:, :, :slots]
+        layer.values = layer.values[:, :, :slots]
 
 
 def move(states: torch.Tensor, source: torch.Tensor, goal: torch.Tensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -28,6 +29,8 @@ def speculate(
     would change the output otherwise than by the argmax, and a drafter of another target, raise `UserError`.
     """
 
+    wrap = lru_cache(maxsize=1)(Target.wrap)  # tries a model once, not in every call
+
     def decode(
         model: PreTrainedModel,
         input_ids: torch.Tensor,
@@ -44,7 +47,7 @@ def speculate(
         eos = generation_config.eos_token_id
         ends = [eos] if isinstance(eos, int) else list(eos or [])
         result = generate(
-            Target.wrap(model),
+            wrap(model),
             drafter,
             unpadded(input_ids, prepared.get("attention_mask")),
             max_new_tokens=generation_config.max_length - input_ids.shape[1],

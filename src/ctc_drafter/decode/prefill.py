@@ -11,35 +11,59 @@ from transformers import Cache
 from ctc_drafter.target import Target
 from ctc_drafter.types import UserError
 
+CHUNK = 512  # tokens of a forward
+
 
 @dataclass(frozen=True)
 class Prefill:
-    """cache; lengths `int64 [B]`; tokens `int64 [B, T]`, right-padded; features `[B, T, K]`; root `int64 [B]`."""
+    """What is known once the prompts are in the cache.
+
+    cache; lengths `int64 [B]`; tokens `int64 [B, T]`, right-padded; features `[B, T, K]`, None if none were asked
+    for; logits `[B, V]` of the token after each prompt.
+    """
 
     cache: Cache
     lengths: torch.Tensor
     tokens: torch.Tensor
     features: torch.Tensor | None
-    root: torch.Tensor
+    logits: torch.Tensor
+
+    @property
+    def root(self) -> torch.Tensor:
+        """The likeliest first token of each row, `int64 [B]`."""
+        return self.logits.argmax(-1)
 
 
 def prefill(target: Target, prompts: Sequence[Sequence[int]], layers: Sequence[int] = ()) -> Prefill:
     """Raises `UserError` for an empty prompt, an unknown token, or a prompt that fills the context.
 
     Rows are padded on the right: causal attention keeps the padding from everything before it, and later
-    masks hide its slots.
+    masks hide its slots. Long prompts go through in chunks, so that no mask and no attention matrix is as wide
+    as the prompt in both directions.
     """
     check_prompts(target, prompts)
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=target.device)
     width = max(len(prompt) for prompt in prompts)
     rows = [list(prompt) + [0] * (width - len(prompt)) for prompt in prompts]
     tokens = torch.tensor(rows, device=target.device)
     positions = torch.arange(width, device=target.device).expand_as(tokens)
-    ends, place = (lengths - 1).unique(return_inverse=True)
-    cache = target.new_cache()
-    result = target.forward(tokens, positions, cache, layers=layers, keep=ends)
-    logits = result.logits[torch.arange(len(prompts), device=target.device), place]
-    return Prefill(cache, lengths, tokens, result.features, logits.argmax(-1))
+    cache = target.new_cache(width)
+    ends = sorted({len(prompt) - 1 for prompt in prompts})
+    logits: dict[int, torch.Tensor] = {}
+    features: list[torch.Tensor] = []
+    for start in range(0, width, CHUNK):
+        part = slice(start, min(start + CHUNK, width))
+        here = [end for end in ends if part.start <= end < part.stop]
+        keep = torch.tensor(here or [part.stop - 1], device=target.device) - start  # no model is asked for nothing
+        result = target.forward(tokens[:, part], positions[:, part], cache, layers=layers, keep=keep)
+        logits |= {end: result.logits[:, column] for column, end in enumerate(here)}
+        features += [result.features] if result.features is not None else []
+    return Prefill(
+        cache,
+        torch.tensor([len(prompt) for prompt in prompts], device=target.device),
+        tokens,
+        torch.cat(features, 1) if features else None,
+        torch.stack([logits[len(prompt) - 1][row] for row, prompt in enumerate(prompts)]),
+    )
 
 
 def check_prompts(target: Target, prompts: Sequence[Sequence[int]]) -> None:

@@ -1,0 +1,78 @@
+"""Where a target keeps its decoder blocks and its final norm, and hooks that catch what the blocks put out.
+
+Found by structure, not by name: families call the same things `layers`, `h`, `blocks`, `norm`, `ln_f` and more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ctc_drafter.types import UserError
+
+
+def decoder_blocks(model: PreTrainedModel) -> nn.ModuleList:
+    """The list of decoder layers: the first module list as long as the model is deep."""
+    return decoder_stack(model)[1]
+
+
+def decoder_stack(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
+    """The module that holds the decoder blocks, and their list. Raises `UserError` when there is none."""
+    depth = model.config.get_text_config(decoder=True).num_hidden_layers
+    for module in model.base_model.modules():
+        for child in module.children():
+            if isinstance(child, nn.ModuleList) and len(child) == depth:
+                return module, child
+    raise UserError(f"no list of {depth} decoder layers found in {type(model).__name__}; it cannot be a target")
+
+
+def final_norm(model: PreTrainedModel) -> nn.Module | None:
+    """The norm after the last block: the last sibling of the blocks that holds one weight per hidden unit."""
+    size = model.config.get_text_config(decoder=True).hidden_size
+    siblings = [child for child in decoder_stack(model)[0].children() if not isinstance(child, nn.ModuleList)]
+    norms = [m for m in siblings if getattr(getattr(m, "weight", None), "shape", None) == (size,)]
+    return norms[-1] if norms else None
+
+
+@torch.no_grad()
+def norm_scale(norm: nn.Module, size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """What a root-mean-square or layer norm multiplies its normalised input by, `[size]`.
+
+    Some families store the weight minus one, so the norm itself is asked: signs that alternate have mean 0 and
+    root mean square 1, and the difference of both orders drops a bias.
+    """
+    signs = torch.ones(size, dtype=dtype, device=device)
+    signs[1::2] = -1
+    return (norm(signs) - norm(-signs)) / 2 * signs
+
+
+@contextmanager
+def captured(model: PreTrainedModel, layers: Sequence[int]) -> Iterator[dict[int, torch.Tensor]]:
+    """While open, the outputs of these blocks (before the final norm) land in the dictionary."""
+    outputs: dict[int, torch.Tensor] = {}
+    if not layers:
+        yield outputs
+        return
+
+    def keeper(layer: int) -> Any:
+        def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            outputs[layer] = output[0] if isinstance(output, tuple) else output
+
+        return keep
+
+    blocks = decoder_blocks(model)
+    handles = [blocks[layer].register_forward_hook(keeper(layer)) for layer in layers]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def concatenate(outputs: dict[int, torch.Tensor], layers: Sequence[int]) -> torch.Tensor | None:
+    return torch.cat([outputs[layer] for layer in layers], -1) if layers else None

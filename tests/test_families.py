@@ -1,0 +1,111 @@
+"""Families of models, tiny and random: each is exact or refused, and docs/families.md says which."""
+
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+from ctc_drafter.evaluate.families import (
+    FAMILIES,
+    NEW_TOKENS,
+    PROMPTS,
+    Verdict,
+    exact,
+    family_model,
+    main,
+    page,
+    stock_continuations,
+    verdict,
+)
+from ctc_drafter.features import decoder_blocks, final_norm
+from ctc_drafter.target import CACHES, Target
+
+DOCS = Path(__file__).parents[1] / "docs" / "families.md"
+NAMES = [name for name, _, _ in FAMILIES]
+FIRST_REFUSED = NAMES.index("Falcon, alibi")
+ACCEPTED, REFUSED = NAMES[:FIRST_REFUSED], NAMES[FIRST_REFUSED:]
+KINDS = ["Llama", "Qwen2, sliding from the second layer", "Mistral, sliding", "Gemma 3", "OPT", "Mixtral"]
+
+
+@cache
+def known(name: str) -> Verdict:
+    return verdict(name)
+
+
+@cache
+def model_and_text(name: str):
+    model = family_model(name)
+    return model, stock_continuations(model, PROMPTS, NEW_TOKENS)
+
+
+@pytest.mark.parametrize("name", ACCEPTED)
+def test_never_always_and_sometimes_right_drafts_leave_the_text_of_generate(name):
+    """Both caches, both kernels, batch 1 and 3, and an untrained CTC drafter as well."""
+    found = known(name)
+    assert found.refusal == ""
+    assert set(found.cells.values()) <= {"exact", "not offered"}
+    assert [found.cells[cache, "eager"] for cache in CACHES] == ["exact"] * len(CACHES)
+
+
+@pytest.mark.parametrize("name", ACCEPTED)
+def test_the_text_can_tell_right_from_wrong(name):
+    _, texts = model_and_text(name)
+    assert len({token for text in texts for token in text}) >= NEW_TOKENS // 2
+    assert len({tuple(text) for text in texts}) == len(texts)
+
+
+@pytest.mark.parametrize("nodes", [1, 64])
+@pytest.mark.parametrize("kind", CACHES)
+@pytest.mark.parametrize("name", KINDS)
+def test_other_trees_leave_the_text_too(name, kind, nodes):
+    model, expected = model_and_text(name)
+    assert exact(Target.wrap(model, kind), expected, nodes)
+    assert not exact(Target.wrap(model, kind), [text[::-1] for text in expected], nodes)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_follow_a_tree_is_refused_in_one_line(name):
+    refusal = known(name).refusal
+    assert refusal
+    assert "\n" not in refusal
+
+
+def test_the_page_says_so():
+    assert DOCS.read_text(encoding="utf-8") == page([known(name) for name in NAMES])
+
+
+def test_the_command_needs_a_place(capsys):
+    assert main([]) == 2
+    assert "families.md" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ACCEPTED)
+@torch.inference_mode()
+def test_features_norm_embeddings_and_head_are_found(name):
+    model, _ = model_and_text(name)
+    target = Target(model)
+    tokens = torch.tensor([PROMPTS[0]])
+    depth = target.num_layers
+    everything = model(tokens, output_hidden_states=True, use_cache=False)
+    features = target.hidden_features(tokens, range(depth))
+    for layer, part in enumerate(features.split(target.hidden_size, -1)[:-1]):
+        torch.testing.assert_close(part, everything.hidden_states[layer + 1])
+    last = final_norm(model)(features[..., -target.hidden_size :])
+    torch.testing.assert_close(last, everything.hidden_states[-1])
+    assert len(decoder_blocks(model)) == depth
+    # Soft caps and logit scales are monotonous: the head's own argmax is the model's.
+    assert torch.equal(target.head(last).argmax(-1), everything.logits.argmax(-1))
+    assert target.embed(tokens).shape == (1, len(PROMPTS[0]), target.hidden_size)
+
+
+@pytest.mark.parametrize("name", ["Llama", "Gemma 3", "GPT-2", "OPT", "Cohere 2"])
+def test_the_norm_scale_is_what_the_final_norm_multiplies_by(name):
+    model = family_model(name)
+    norm = final_norm(model)
+    with torch.no_grad():
+        norm.weight.uniform_(0.5, 2.0)
+        if getattr(norm, "bias", None) is not None:
+            norm.bias.uniform_(-1.0, 1.0)
+    stored = norm.weight + 1 if name == "Gemma 3" else norm.weight
+    torch.testing.assert_close(Target(model).norm_scale, stored.detach(), atol=1e-4, rtol=1e-4)
