@@ -135,7 +135,8 @@ from ctc_drafter.target import Target
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
-model = LlamaForCausalLM(tiny_config(num_hidden_layers=1, max_position_embeddings=20000, attn_implementation=sys.argv[2])).eval()
+config = tiny_config(num_hidden_layers=1, max_position_embeddings=20000, attn_implementation=sys.argv[2])
+model = LlamaForCausalLM(config).eval()
 target = Target.wrap(model, sys.argv[3])
 prompt = [1 + i * i % 96 for i in range(16000)]
 generate(target, ScriptedDrafter([prompt[:64]], 2), [prompt[:64]], max_new_tokens=4)

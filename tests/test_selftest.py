@@ -118,7 +118,7 @@ def test_dropout_is_named():
     Target.wrap(model.eval())
 
 
-def test_it_costs_five_short_forwards_and_leaves_no_trace():
+def test_it_costs_six_short_forwards_and_leaves_no_trace():
     model = tiny_target().model
     tokens = []
     handle = model.register_forward_hook(
@@ -126,8 +126,8 @@ def test_it_costs_five_short_forwards_and_leaves_no_trace():
     )
     config, names, state = copy.deepcopy(model.config.to_dict()), set(vars(model)), torch.get_rng_state()
     Target.wrap(model)
-    assert len(tokens) == 5
-    assert sum(tokens) < 80
+    assert len(tokens) == 6
+    assert sum(tokens) < 90
     assert (model.config.to_dict(), set(vars(model))) == (config, names)
     assert torch.equal(torch.get_rng_state(), state)
     handle.remove()

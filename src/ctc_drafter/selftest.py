@@ -25,9 +25,10 @@ BUDGET = {"cpu": 1e10, "cuda": 2e14}
 # Of the logits' spread. Correct targets stay below a tenth of it, in the trials behind these figures; wrong ones
 # are at .02 to 2 in any number format.
 TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-# A target whose own logits depend on the batch, as with int8 activations, may differ by so many times that, ...
+# Rounded activations (int8) make the smallest differences large: so many times what the model's own cache changes
+# in its logits is allowed, but nothing as wild as dropout.
 NOISE = 8
-LARGEST = 0.2  # ... but not as wildly as with dropout.
+LARGEST = 0.2
 
 
 class Trial(Protocol):
@@ -83,7 +84,7 @@ def disagreement(target: Trial) -> tuple[float, float]:
     plain = plain_logits(target.model, paths, 4)
     expected = torch.stack([plain[1, 0], plain[0, 1], plain[1, 1], plain[0, 2], plain[1, 2], plain[1, 3]])
     found = torch.cat(tree_logits(target, prompt, tree, after))
-    noise = difference(plain_logits(target.model, paths[1:], 4)[0], plain[1])
+    noise = difference(resumed_logits(target.model, paths[1:], length)[0], plain[1])
     tolerance = max(TOLERANCE.get(target.model.dtype, 1e-1), min(NOISE * noise, LARGEST))
     return difference(found, expected), tolerance
 
@@ -124,6 +125,12 @@ def plain_logits(model: PreTrainedModel, rows: torch.Tensor, last: int) -> torch
     return model(input_ids=rows, use_cache=False, **options).logits[:, -last:]
 
 
+def resumed_logits(model: PreTrainedModel, rows: torch.Tensor, length: int) -> torch.Tensor:
+    """Logits `[B, T - length, V]` of the rest of rows, their first `length` tokens lying in the model's own cache."""
+    cache = model(input_ids=rows[:, :length], use_cache=True).past_key_values
+    return model(input_ids=rows[:, length:], past_key_values=cache, use_cache=True).logits
+
+
 def difference(mine: torch.Tensor, other: torch.Tensor) -> float:
     """The largest root mean square difference of rows `[N, V]`, in root mean squares around the row's mean."""
     mine, other = mine.float(), other.float()
@@ -138,6 +145,6 @@ def trial_tokens(count: int, vocab_size: int) -> torch.Tensor:
 
 def prompt_length(target: Trial) -> int:
     """Tokens before the tree: more than a sliding window holds, where that is cheap."""
-    most = BUDGET.get(target.model.device.type, BUDGET["cpu"]) / (4 * max(1, target.model.num_parameters()))
+    most = BUDGET.get(target.model.device.type, BUDGET["cpu"]) / (5 * max(1, target.model.num_parameters()))
     crossing = (target.window or 0) + SHORT
     return max(1, min(crossing if crossing <= most else SHORT, target.context - 6))
