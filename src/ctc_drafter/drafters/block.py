@@ -104,7 +104,8 @@ class BlockModel(PreTrainedModel):
     def frame_logits(self, blocks: torch.Tensor, head: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
         """Block outputs `[N, 1+F, H]` to float32 token logits `[N, F, V]` and blank logits `[N, F]`."""
         frames = blocks[:, 1:].flatten(0, 1)  # two dimensions: a sliced third one makes PyTorch copy the weights
-        tokens = head(frames.to(next(head.parameters()).dtype)).unflatten(0, (len(blocks), -1))
+        dtype = next((w.dtype for w in head.parameters() if w.is_floating_point()), frames.dtype)
+        tokens = head(frames.to(dtype)).unflatten(0, (len(blocks), -1))
         return tokens.float(), self.blank_head(frames).view(len(blocks), -1).float()
 
     def lattice(self, blocks: torch.Tensor, prefixes: torch.Tensor, embed: nn.Module, head: nn.Module) -> Lattice:

@@ -29,7 +29,7 @@ class Borrowed:
 @torch.no_grad()
 def borrow(predictor: Predictor | None, depth: int, embed: nn.Module, head: nn.Module) -> Borrowed:
     """From the target's embedding and LM head; `depth` is the longest prefix to search."""
-    device = next(head.parameters()).device
+    device = next(embed.parameters()).device
     make = best_first if device.type == "cpu" else level_by_level
     return Borrowed(embed, draft_head(head), make(predictor, depth, embed))
 
@@ -66,9 +66,11 @@ def level_by_level(predictor: Predictor | None, depth: int, embed: nn.Module) ->
 def draft_head(head: nn.Module) -> nn.Module:
     """The target's LM head, in bfloat16 on processors that multiply it natively.
 
-    It is most of what a draft reads from memory, and drafts need no precision.
+    It is most of what a draft reads from memory, and drafts need no precision. A quantised head stays as it is.
     """
-    weight = next(head.parameters())
+    weight = getattr(head, "weight", None)
+    if type(weight) is not nn.Parameter:
+        return head
     # PyTorch has no public question for this; a version without the private answer keeps the head as it is.
     native = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     if weight.device.type != "cpu" or weight.dtype != torch.float32 or not native():

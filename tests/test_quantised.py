@@ -1,0 +1,61 @@
+"""Targets whose weights are not plain tensors: torchao's int8, loaded through from_pretrained."""
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from transformers import TorchAoConfig
+
+from ctc_drafter.decode.generate import generate, plain_generate
+from ctc_drafter.drafters.borrowed import draft_head
+from ctc_drafter.drafters.ctc import CTCDrafter
+from ctc_drafter.evaluate.families import NEW_TOKENS, PROMPTS, exact, family_model, stock_continuations
+from ctc_drafter.selftest import disagreement
+from ctc_drafter.target import CACHES, Target
+
+pytest.importorskip("torchao")
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # torchao's own, when it looks for its compiled kernels
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+
+
+def int8(folder, config, **options) -> Target:
+    family_model("Llama").save_pretrained(folder)
+    return Target.load(str(folder), quantization_config=TorchAoConfig(config, **options))
+
+
+@pytest.mark.parametrize("everything", [False, True], ids=["blocks", "embedding and head too"])
+def test_int8_weights_decode_exactly(tmp_path, everything):
+    target = int8(tmp_path, Int8WeightOnlyConfig(), include_input_output_embeddings=everything)
+    projection = target.model.model.layers[0].self_attn.q_proj.weight
+    assert type(projection) is not nn.Parameter
+    assert (type(target.head.weight) is not nn.Parameter) == everything
+    assert (target.dtype, target.device.type) == (torch.float32, "cpu")
+    assert torch.isfinite(target.norm_scale).all()
+    expected = stock_continuations(target.model, PROMPTS, NEW_TOKENS)
+    assert expected != stock_continuations(family_model("Llama"), PROMPTS, NEW_TOKENS)
+    for kind in CACHES:
+        assert exact(Target.wrap(target.model, kind), expected)
+
+
+def test_a_quantised_head_is_drafted_with_as_it_is(tmp_path):
+    target = int8(tmp_path, Int8WeightOnlyConfig(), include_input_output_embeddings=True)
+    assert draft_head(target.head) is target.head
+    drafter = CTCDrafter.for_target(target.config, frames=3, draft_length=2, predictor_rank=4, predictor_width=8)
+    blocks = torch.randn(2, 4, target.hidden_size)
+    tokens, _ = drafter.frame_logits(blocks, target.head)
+    assert torch.equal(tokens.flatten(0, 1), target.head(blocks[:, 1:].flatten(0, 1)).float())
+
+
+def test_rounded_activations_are_told_from_a_wrong_target(tmp_path):
+    """Their own rounding is larger than float32's tolerance: the trial allows for it, and decoding runs."""
+    target = int8(tmp_path, Int8DynamicActivationInt8WeightConfig())
+    error, tolerance = disagreement(target)
+    assert 1e-3 < error < tolerance
+    drafter = CTCDrafter.for_target(target.config, frames=3, draft_length=2, predictor_rank=4, predictor_width=8)
+    prompts = [list(prompt) for prompt in PROMPTS]
+    found = generate(target, drafter.eval(), prompts, max_new_tokens=4).tokens
+    assert [len(row) for row in found] == [len(row) for row in plain_generate(target, prompts, max_new_tokens=4).tokens]
