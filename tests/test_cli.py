@@ -11,7 +11,7 @@ from ctc_drafter.cli import app, main
 from ctc_drafter.decode.generate import DEFAULT_NODES
 from tiny_models import save_pair, tiny_llama, tiny_tokenizer
 
-COMMANDS = ("demo", "generate", "eval", "distill", "train")
+COMMANDS = ("demo", "generate", "eval", "exactness", "distill", "train")
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +88,19 @@ def test_eval_writes_and_shows_results(models: list[str], tasks_path: str, tmp_p
     assert "\x1b" not in shown.out
 
 
+@pytest.mark.parametrize("drafts", ["the drafter's", "made up"])
+def test_exactness_writes_and_shows_results(models: list[str], tasks_path: str, tmp_path: Path, capfd, drafts) -> None:
+    out = tmp_path / "out.json"
+    names = models if drafts == "the drafter's" else models[:2]
+    options = ["--tasks-path", tasks_path, "--tasks", "chat", "--max-new-tokens", "8", "--dtype", "float32"]
+    assert main(["exactness", *names, *options, "--batch-size", "2", "--nodes", "5", "--json", str(out)]) == 0
+    result = json.loads(out.read_text())
+    assert {"command", "commit", "versions", "hardware", "dtype", "kernel"} <= result["meta"].keys()
+    assert (result["meta"]["drafter"] is None) == (drafts == "made up")
+    assert [(row["outputs"], row["different"]) for row in result["rows"]] == [(4, 0)] * 4
+    assert "trees of 5" in capfd.readouterr().out
+
+
 def test_demo_without_a_terminal(models: list[str], capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["demo", *models, "--max-new-tokens", "10"]) == 0
     shown = capfd.readouterr()
@@ -117,6 +130,8 @@ def test_from_prompts_to_a_drafter(models: list[str], tmp_path: Path, capfd: pyt
 
 
 BAD = {
+    "exactness without a target": (["exactness", "--drafter", "d"], "give --target as well"),
+    "exactness without a folder": (["exactness", "--tasks", "chat"], "give --tasks and --tasks-path together"),
     "no prompt": (["generate"], "give either --prompt or --prompts-file"),
     "two prompts": (["generate", "--prompt", "a", "--prompts-file", "b"], "give either --prompt or --prompts-file"),
     "empty prompt": (["generate", "--prompt", " "], "the prompt is empty"),

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from ctc_drafter.evaluate.families import (
     FAMILIES,
@@ -12,6 +13,7 @@ from ctc_drafter.evaluate.families import (
     PROMPTS,
     Verdict,
     exact,
+    family_config,
     family_model,
     main,
     page,
@@ -19,7 +21,10 @@ from ctc_drafter.evaluate.families import (
     verdict,
 )
 from ctc_drafter.features import decoder_blocks, final_norm
+from ctc_drafter.load import fresh_drafter
 from ctc_drafter.target import CACHES, Target
+from ctc_drafter.types import UserError
+from tiny_models import tiny_tokenizer
 
 DOCS = Path(__file__).parents[1] / "docs" / "families.md"
 NAMES = [name for name, _, _ in FAMILIES]
@@ -109,3 +114,11 @@ def test_the_norm_scale_is_what_the_final_norm_multiplies_by(name):
             norm.bias.uniform_(-1.0, 1.0)
     stored = norm.weight + 1 if name == "Gemma 3" else norm.weight
     torch.testing.assert_close(Target(model).norm_scale, stored.detach(), atol=1e-4, rtol=1e-4)
+
+
+def test_a_target_with_narrow_embeddings_gets_no_ctc_drafter():
+    config = family_config("OPT")
+    config.word_embed_proj_dim = 16
+    target = Target.wrap(AutoModelForCausalLM.from_config(config).eval())
+    with pytest.raises(UserError, match="embeddings have 16"):
+        fresh_drafter(target, tiny_tokenizer(), 0)

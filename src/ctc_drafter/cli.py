@@ -159,6 +159,63 @@ def evaluate(
 
 
 @app.command()
+def exactness(
+    target: TargetOption = None,
+    drafter: Annotated[
+        str | None, typer.Option("--drafter", help="Its drafter. With --target alone, drafts are made up.")
+    ] = None,
+    tasks_path: Annotated[
+        Path | None, typer.Option("--tasks-path", help="Folder with a <task>.jsonl for each.", show_default="demo's")
+    ] = None,
+    tasks: Annotated[str, typer.Option("--tasks", help="Names of tasks, with commas between them.")] = "",
+    limit: LimitOption = None,
+    max_new_tokens: NewTokensOption = 128,
+    batch_size: BatchOption = 4,
+    nodes: NodesOption = None,
+    dtype: DtypeOption = "bfloat16",
+    device: DeviceOption = "auto",
+    threads: ThreadsOption = None,
+    json_out: JsonOption = None,
+) -> None:
+    """Counts outputs that differ from plain decoding, beside what another batch size or kernel changes."""
+    import torch
+    from rich.console import Console
+
+    from ctc_drafter.decode.generate import DEFAULT_NODES
+    from ctc_drafter.demo import PROMPTS
+    from ctc_drafter.evaluate.exactness import exactness as compare
+    from ctc_drafter.evaluate.exactness import exactness_table
+    from ctc_drafter.evaluate.run import check_place, write_json
+    from ctc_drafter.evaluate.tasks import Prompt, Task, read_tasks
+    from ctc_drafter.load import load_drafter, load_target
+
+    if (tasks_path is None) != (not tasks):
+        refuse("give --tasks and --tasks-path together, or neither for the demo's prompts")
+    if drafter and not target:
+        refuse("give --target as well: a drafter serves one target only")
+    check_place(json_out)
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    chosen = read_tasks(tasks_path, names) if tasks_path else []
+    if threads:
+        torch.set_num_threads(threads)
+    lm, tokenizer = load_target(target, dtype, device)
+    result = compare(
+        lm,
+        load_drafter(drafter, lm, tokenizer) if drafter or not target else None,
+        tokenizer,
+        chosen or [Task("demo", tuple(Prompt(f"demo/{i}", "demo", (text,)) for i, text in enumerate(PROMPTS)))],
+        limit=limit,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        nodes=nodes or DEFAULT_NODES,
+        meta=meta(target, drafter) | ({"drafter": None} if target and not drafter else {}),
+    )
+    if json_out:
+        write_json(json_out, result)
+    Console().print(exactness_table(result))
+
+
+@app.command()
 def distill(
     prompts: Annotated[Path, typer.Option("--prompts", help="JSONL file (.gz too), or a folder of them.")],
     out: Annotated[Path, typer.Option("--out", help="Folder for the answers; the same command resumes it.")],

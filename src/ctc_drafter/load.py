@@ -65,6 +65,12 @@ def keep_quiet() -> None:
 
 def fresh_drafter(target: Target, tokenizer: PreTrainedTokenizerBase, seed: int, **sizes: int | None) -> CTCDrafter:
     """An untrained drafter for this target; sizes that are None are the config's. It starts with the target's norm."""
+    width = target.embed(torch.zeros(1, dtype=torch.long, device=target.device)).shape[-1]
+    if width != target.hidden_size:
+        raise UserError(
+            f"the target's embeddings have {width} numbers and its blocks {target.hidden_size}; "
+            "a CTC drafter needs a target where both are the same"
+        )
     torch.manual_seed(seed)
     fillers = (tokenizer.mask_token_id, tokenizer.unk_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     chosen = {name: size for name, size in sizes.items() if size is not None}

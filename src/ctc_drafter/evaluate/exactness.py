@@ -1,0 +1,235 @@
+"""How often an output differs from plain decoding, and how near the choice was: rounding, measured.
+
+In float32 nothing may differ. In shorter formats a forward over several tokens and one over a single token round
+differently, so near-ties of the two likeliest tokens can fall the other way. Plain decoding in another batch or
+with another kernel does the same, which is the yardstick.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+import torch
+from rich.table import Column, Table
+from transformers import Cache, PreTrainedTokenizerBase
+
+from ctc_drafter.decode.generate import DEFAULT_FLOOR, generate, plain_generate
+from ctc_drafter.drafters.base import Drafter
+from ctc_drafter.evaluate.environment import environment
+from ctc_drafter.evaluate.scripted import ScriptedDrafter
+from ctc_drafter.evaluate.tasks import Prompt, Task
+from ctc_drafter.support import KERNELS
+from ctc_drafter.target import Target
+from ctc_drafter.text import decode, encode_conversation, eos_ids
+from ctc_drafter.types import UserError, Verification
+
+RIGHT = (3, 1, 4, 0, 2)  # right tokens of the drafts that stand in for a drafter's
+
+
+@dataclass(frozen=True)
+class Case:
+    """One turn of a prompt: its token ids, what plain decoding writes, and its logit margin at each token."""
+
+    task: str
+    id: str
+    turn: int
+    prompt: list[int]
+    tokens: list[int]
+    margins: list[float]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The first difference of one output: new tokens before it, and the best less the second-best plain logit."""
+
+    task: str
+    id: str
+    turn: int
+    position: int
+    margin: float | None
+    plain: int | None
+    other: int | None
+
+
+@dataclass(frozen=True)
+class Margins(Target):
+    """A target that keeps the margin of the token that follows each position, for a batch of one row."""
+
+    kept: dict[int, float] = field(default_factory=dict)
+
+    def forward(
+        self, tokens: torch.Tensor, positions: torch.Tensor, cache: Cache, *rest: Any, **named: Any
+    ) -> Verification:
+        result = super().forward(tokens, positions, cache, *rest, **named)
+        best = result.logits[0, -1].float().topk(2).values
+        self.kept[int(positions[0, -1])] = float(best[0] - best[1])
+        return result
+
+
+Way = Callable[[Sequence[Case]], list[list[int]]]
+
+
+@dataclass(frozen=True)
+class Runner:
+    """Decodes cases in the ways that are compared."""
+
+    target: Target
+    drafter: Drafter | None
+    eos: tuple[int, ...]
+    max_new_tokens: int
+    nodes: int
+
+    def plain(self, prompts: list[list[int]]) -> list[list[int]]:
+        return plain_generate(self.target, prompts, max_new_tokens=self.max_new_tokens, eos=self.eos).tokens
+
+    def drafted(self, cases: Sequence[Case]) -> list[list[int]]:
+        """With the drafter, or without one with drafts from plain decoding's own text that are right now and then."""
+        drafter = self.drafter or ScriptedDrafter([c.prompt + c.tokens for c in cases], RIGHT, self.target.vocab_size)
+        options: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "nodes": self.nodes, "eos": self.eos}
+        return generate(self.target, drafter, [c.prompt for c in cases], floor=DEFAULT_FLOOR, **options).tokens
+
+    def case(self, task: str, prompt: Prompt, turn: int, ids: list[int]) -> Case:
+        target = Margins(self.target.model, self.target.cache)
+        tokens = plain_generate(target, [ids], max_new_tokens=self.max_new_tokens, eos=self.eos).tokens[0]
+        margins = [target.kept[len(ids) - 1 + i] for i in range(len(tokens))]
+        return Case(task, prompt.id, turn, ids, tokens, margins)
+
+
+def plain_cases(runner: Runner, tokenizer: PreTrainedTokenizerBase, task: Task) -> Iterator[Case]:
+    """Every turn that fits the context; plain decoding's answers are the history of the next."""
+    for prompt in task.prompts:
+        answers: list[str] = []
+        for turn in range(len(prompt.turns)):
+            ids = encode_conversation(tokenizer, prompt.turns[: turn + 1], answers)
+            if len(ids) + runner.max_new_tokens > runner.target.context:
+                break
+            case = runner.case(task.name, prompt, turn, ids)
+            answers.append(decode(tokenizer, case.tokens))
+            yield case
+
+
+def first_difference(case: Case, other: Sequence[int]) -> Difference | None:
+    """Where another output leaves plain decoding's; None when it does not."""
+    if list(other) == case.tokens:
+        return None
+    pairs = zip(case.tokens, other, strict=False)
+    position = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(case.tokens), len(other)))
+
+    def at(values: Sequence[Any]) -> Any:
+        return values[position] if position < len(values) else None
+
+    return Difference(case.task, case.id, case.turn, position, at(case.margins), at(case.tokens), at(other))
+
+
+@contextmanager
+def kernel_of(target: Target, kernel: str) -> Iterator[None]:
+    """Another attention kernel for a while. Raises `ValueError` where the family does not offer it."""
+    before = target.model.config._attn_implementation
+    target.model.set_attn_implementation(kernel)
+    try:
+        yield
+    finally:
+        target.model.set_attn_implementation(before)
+
+
+def ways(runner: Runner, batch_size: int) -> Iterator[tuple[str, Way]]:
+    """The compared ways by name: drafted alone and in a batch, then the yardsticks."""
+
+    def batches(cases: Sequence[Case], run: Way) -> list[list[int]]:
+        parts = [cases[start : start + batch_size] for start in range(0, len(cases), batch_size)]
+        return [row for part in parts for row in run(part)]
+
+    def plain(cases: Sequence[Case]) -> list[list[int]]:
+        return runner.plain([case.prompt for case in cases])
+
+    yield f"trees of {runner.nodes}", lambda cases: [runner.drafted([case])[0] for case in cases]
+    yield f"trees of {runner.nodes}, batch {batch_size}", lambda cases: batches(cases, runner.drafted)
+    yield f"plain, batch {batch_size}", lambda cases: batches(cases, plain)
+    now = runner.target.model.config._attn_implementation
+    for kernel in KERNELS:
+        if kernel != now:
+
+            def other(cases: Sequence[Case], kernel: str = kernel) -> list[list[int]]:
+                with kernel_of(runner.target, kernel):
+                    return [plain([case])[0] for case in cases]
+
+            yield f"plain, {kernel} kernel", other
+
+
+def exactness(
+    target: Target,
+    drafter: Drafter | None,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[Task],
+    *,
+    limit: int | None = None,
+    max_new_tokens: int = 128,
+    batch_size: int = 4,
+    nodes: int = 8,
+    meta: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Compares outputs with greedy plain decoding, one prompt at a time, of the first `limit` prompts of each task.
+
+    Returns `{"meta", "rows"}`, a row per way of decoding: `outputs`, how many are `different`, their `share`, the
+    `tokens` that were compared (up to the first difference of each output), `median_margin` and `largest_margin` of
+    the first differences in logits, and each of them in `differences`.
+    """
+    runner = Runner(target, drafter, tuple(eos_ids(target.model, tokenizer)), max_new_tokens, nodes)
+    cases = [case for task in tasks for case in plain_cases(runner, tokenizer, Task(task.name, task.prompts[:limit]))]
+    rows = []
+    for name, run in ways(runner, batch_size):
+        try:
+            outputs = run(cases)
+        except ValueError as error:
+            if isinstance(error, UserError):
+                raise
+            continue  # transformers does not offer that kernel for this family
+        rows.append(summary(name, cases, outputs))
+    settings: dict[str, Any] = {
+        "dtype": str(target.dtype).removeprefix("torch."),
+        "device": str(target.device),
+        "cache": target.cache,
+    }
+    settings |= {"kernel": target.model.config._attn_implementation, "threads": torch.get_num_threads()}
+    settings |= {"tasks": [task.name for task in tasks], "limit": limit, "max_new_tokens": max_new_tokens}
+    settings |= {"nodes": nodes, "batch_size": batch_size, "date": datetime.now(UTC).isoformat(timespec="seconds")}
+    return {"meta": {**environment(), **settings, **(meta or {})}, "rows": rows}
+
+
+def summary(name: str, cases: Sequence[Case], outputs: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """One row of the result."""
+    found = [first_difference(case, output) for case, output in zip(cases, outputs, strict=True)]
+    differences = [difference for difference in found if difference is not None]
+    margins = [difference.margin for difference in differences if difference.margin is not None]
+    agreed = [d.position if d else len(case.tokens) for case, d in zip(cases, found, strict=True)]
+    return {
+        "method": name,
+        "outputs": len(cases),
+        "different": len(differences),
+        "share": len(differences) / len(cases) if cases else None,
+        "tokens": sum(agreed) + len(differences),
+        "median_margin": statistics.median(margins) if margins else None,
+        "largest_margin": max(margins, default=None),
+        "differences": [asdict(difference) for difference in differences],
+    }
+
+
+def exactness_table(result: dict[str, Any]) -> Table:
+    """The result for a terminal."""
+    columns = ("against plain decoding", "outputs", "different", "share", "in 1,000 tokens", "median margin", "largest")
+    table = Table(
+        Column(columns[0], no_wrap=True),
+        *columns[1:],
+        title=f"{result['meta']['dtype']}, {result['meta']['kernel']} kernel",
+    )
+    for row in result["rows"]:
+        rate = 1000 * row["different"] / row["tokens"] if row["tokens"] else 0.0
+        margins = ["" if row[key] is None else f"{row[key]:.3g}" for key in ("median_margin", "largest_margin")]
+        share = "" if row["share"] is None else f"{row['share']:.1%}"
+        table.add_row(row["method"], str(row["outputs"]), str(row["different"]), share, f"{rate:.2f}", *margins)
+    return table
