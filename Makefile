@@ -8,7 +8,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 LIMIT ?= 40
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow check quickstart bench clean $(VENV)
+.PHONY: help demo test test-slow test-quant check quickstart bench clean $(VENV)
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -21,6 +21,11 @@ test: $(STAMP) ## fast tests
 
 test-slow: $(STAMP) ## tests that take minutes
 	$(BIN)/python -m pytest -m slow --timeout 3600
+
+# torchao in a folder of its own: transformers imports it wherever it is installed, which takes long.
+test-quant: $(STAMP) ## tests of int8 targets
+	$(PIP) install -q --no-deps -c constraints.txt --target .quant --upgrade torchao
+	PYTHONPATH=.quant $(BIN)/python -m pytest tests/test_quantised.py
 
 check: $(STAMP) ## format, lint, types, import rule
 	$(BIN)/ruff format --check

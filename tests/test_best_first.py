@@ -19,7 +19,9 @@ def problem(seed=0, batch=B, frames=F, rank=R, scale=1.5):
     generator = torch.Generator().manual_seed(seed)
     shapes = (batch, frames, V), (batch, frames), (V, rank), (V, M), (V, M), (rank, M), (rank, V), (batch, M)
     frame_logits, blank_logits, *tables, states = (scale * torch.randn(*s, generator=generator) for s in shapes)
-    return frame_logits, blank_logits, [table / 2 for table in tables], states
+    tables = [table / 2 for table in tables]
+    tables.insert(4, 0.5 + torch.rand(rank, generator=generator))
+    return frame_logits, blank_logits, tables, states
 
 
 def search(frame_logits, blank_logits, tables, states, **options):
@@ -30,9 +32,9 @@ def search(frame_logits, blank_logits, tables, states, **options):
 
 def bias_of(tables, state, history):
     """The bias after a history that begins with the root, in float64, as the docstring writes it."""
-    table, earlier, later, inner, output = (t.double() for t in tables)
+    table, earlier, later, inner, scale, output = (t.double() for t in tables)
     mixed = later[history[-1]] + state.double() + (earlier[history[-2]] if len(history) > 1 else 0)
-    return (output.T @ (table[history[-1]] + inner @ torch.nn.functional.silu(mixed))).tolist()
+    return (output.T @ (scale * (table[history[-1]] + inner @ torch.nn.functional.silu(mixed)))).tolist()
 
 
 def expected(row, frame_logits, blank_logits, tables, states, depth=F):
@@ -71,11 +73,13 @@ def assert_best(found, reference):
         assert probability == pytest.approx(known[prefix], abs=1e-6)
 
 
+@pytest.mark.parametrize("kind", [torch.float32, torch.int8])
 @pytest.mark.parametrize("rank", [0, 2, 9])
 @pytest.mark.parametrize("count", [1, 2, 5, 20, ALL])
-def test_the_best_prefixes_of_brute_force(count, rank):
+def test_the_best_prefixes_of_brute_force(count, rank, kind):
     """Repeats, children equal to the root, and rows of different sizes included."""
     given_ = problem(rank=rank)
+    given_[2][-1] = given_[2][-1].mul(3 if kind == torch.int8 else 1).to(kind)
     candidates = search(*given_, count=count, depth=F)
     assert candidates.scores.dtype == torch.float32
     assert candidates.tokens.dtype == candidates.parents.dtype == candidates.depths.dtype == torch.int64
@@ -89,7 +93,7 @@ def test_the_best_prefixes_of_brute_force(count, rank):
 def test_the_example_of_the_docstring():
     """n = 3: a .53, b .38, ab .3."""
     logits, blank = torch.tensor([[[0.5, 0.2], [0.1, 0.6]]]).log(), torch.tensor([[0.3, 0.3]]).log()
-    nothing = LowRankBias(*(torch.zeros(shape).numpy() for shape in ((2, 0), (2, 0), (2, 0), (0, 0), (0, 2))))
+    nothing = LowRankBias(*(torch.zeros(shape).numpy() for shape in ((2, 0), (2, 0), (2, 0), (0, 0), (0,), (0, 2))))
     candidates = best_prefixes(logits, blank, torch.tensor([0]), nothing, torch.zeros(1, 0), count=3, depth=2)
     assert paths(candidates, 0) == [
         ((0,), pytest.approx(0.53)),

@@ -70,7 +70,7 @@ def test_later_tokens_do_not_reach_a_block():
 
 @torch.inference_mode()
 def test_the_search_scores_what_the_loss_trains():
-    """Prefix probabilities of the lattice equal the scores of the same prefixes in the search."""
+    """Prefix probabilities of the lattice equal the scores of the search, but for its int8 matrix."""
     from ctc_drafter.ctc.loss import prefix_log_probs
 
     target = tiny_target()
@@ -88,7 +88,7 @@ def test_the_search_scores_what_the_loss_trains():
         prefix = found.tokens[:, path[::-1]]
         lattice = drafter.lattice(blocks, torch.cat([tokens[:, 4:5], prefix], 1), target.embed, target.head)
         scores = prefix_log_probs(lattice, prefix)[0]
-        torch.testing.assert_close(scores, found.scores[0, path[::-1]], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(scores, found.scores[0, path[::-1]], atol=1e-3, rtol=0)
 
 
 def test_tensor_names_are_those_of_the_dflash_layout():

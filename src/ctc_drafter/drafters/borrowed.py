@@ -39,8 +39,8 @@ def best_first(predictor: Predictor | None, depth: int, embed: nn.Module) -> Sea
     from ctc_drafter.ctc.best_first import LowRankBias, best_prefixes
 
     nothing = torch.zeros(0, 0)
-    tables = (nothing,) * 5 if predictor is None else predictor.tables(embed)
-    bias = LowRankBias(*(table.float().contiguous().numpy() for table in tables))
+    tables = (*(nothing,) * 4, torch.zeros(0), nothing) if predictor is None else predictor.tables(embed)
+    bias = LowRankBias(*(table.contiguous().numpy() for table in tables))
 
     def search(
         tokens: torch.Tensor, blanks: torch.Tensor, root: torch.Tensor, start: torch.Tensor, nodes: int, floor: float
