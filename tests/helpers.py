@@ -40,6 +40,17 @@ def tiny_drafter(target: Target, seed: int = 0, **overrides) -> CTCDrafter:
     return drafter.to(target.dtype).eval()
 
 
+def chi_square_p(counts: torch.Tensor, expected: torch.Tensor, least: float = 10.0) -> float:
+    """Pearson's p-value; cells that expect fewer than `least` are put together."""
+    counts, expected = counts.double(), expected.double()
+    few = expected < least
+    counts = torch.cat([counts[~few], counts[few].sum().unsqueeze(0)])
+    expected = torch.cat([expected[~few], expected[few].sum().unsqueeze(0)])
+    counts, expected = counts[expected > 0], expected[expected > 0]
+    statistic = ((counts - expected) ** 2 / expected).sum()
+    return float(torch.special.gammaincc(torch.tensor((len(counts) - 1) / 2.0), (statistic / 2).float()))
+
+
 class ScriptedDrafter(scripted.ScriptedDrafter):
     """With the vocabulary of the tiny targets."""
 
