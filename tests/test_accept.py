@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ctc_drafter.decode.accept import accept_greedy, follow, follow_statically
+from ctc_drafter.decode.accept import follow, follow_statically
 from ctc_drafter.decode.tree import ancestor_matrix
 from ctc_drafter.types import TokenTree
 
@@ -55,9 +55,10 @@ def test_invalid_nodes_are_never_accepted(walk):
     assert walk(tree, torch.tensor([[0, 1, 5, 2]])).counts.tolist() == [1]
 
 
-def test_greedy_follows_the_argmax():
-    logits = torch.nn.functional.one_hot(torch.tensor([[0, 1, 5, 2]]), 10).float()
-    assert accept_greedy(EXAMPLE, logits).tokens[0, :3].tolist() == [0, 1, 2]
+@pytest.mark.parametrize("walk", [follow, follow_statically])
+def test_nodes_that_nobody_asked_about_are_off_the_path(walk):
+    result = walk(EXAMPLE, torch.tensor([[0, 1, -1, 2]]))
+    assert result.tokens[:, :3].tolist() == [[0, 1, 2]]
 
 
 @pytest.mark.parametrize("walk", [follow, follow_statically])

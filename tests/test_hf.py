@@ -1,12 +1,33 @@
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from transformers import (
+    DynamicCache,
+    LlamaForCausalLM,
+    LogitsProcessor,
+    SynthIDTextWatermarkingConfig,
+    TextStreamer,
+)
 
 from ctc_drafter.decode.hf import speculate
 from ctc_drafter.types import UserError
 from helpers import tiny_config, tiny_drafter, tiny_target
+from tiny_models import tiny_tokenizer
 
 PROMPTS = [[3, 1, 4, 1, 5, 9], [2, 7]]
+
+
+class Counter(LogitsProcessor):
+    calls = 0
+
+    def __call__(self, input_ids, scores):
+        self.calls += 1
+        return scores
+
+
+class FirstRowOnly(LogitsProcessor):
+    def __call__(self, input_ids, scores):
+        scores[1:] = 0.0
+        return scores
 
 
 def padded():
@@ -52,17 +73,50 @@ def test_streams():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"do_sample": True}, "greedily"),
         ({"num_beams": 2}, "beams"),
-        ({"repetition_penalty": 1.3}, "RepetitionPenalty"),
-        ({"max_time": 5.0}, "MaxTime"),
+        ({"use_cache": False}, "use_cache"),
         ({"output_logits": True, "return_dict_in_generate": True}, "output_logits"),
+        ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens"),
+        ({"guidance_scale": 1.5}, "guidance_scale"),
+        ({"encoder_repetition_penalty": 1.5}, "encoder_repetition_penalty"),
+        ({"watermarking_config": SynthIDTextWatermarkingConfig(3, [1, 2, 3])}, "watermarking_config"),
+        ({"seeds": [1, 2]}, "do_sample=True"),
+        ({"do_sample": True, "seeds": [1]}, "1 seeds for 2 rows"),
+        ({"do_sample": True, "num_return_sequences": 2, "seeds": [1, 2]}, "2 seeds for 4 rows"),
+        ({"position_ids": torch.arange(6).expand(2, -1) + 1}, "position_ids"),
+        ({"output_router_logits": True}, "output_router_logits"),
+        ({"logits_processor": [Counter()]}, "Counter keeps a state"),
+        ({"logits_processor": [FirstRowOnly()]}, "FirstRowOnly keeps a state"),
     ],
+    ids=lambda value: next(reversed(value)) if isinstance(value, dict) else None,
 )
 def test_what_it_cannot_honour_is_refused(options, message):
     model, drafter = model_and_drafter()
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=message) as caught:
         model.generate(**padded(), max_new_tokens=4, pad_token_id=0, custom_generate=speculate(drafter), **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_cache_in_use_is_refused():
+    model, drafter = model_and_drafter()
+    cache, ids = DynamicCache(), torch.tensor(PROMPTS[:1])
+    model(ids[:, :-1], past_key_values=cache)
+    with pytest.raises(UserError, match="past_key_values"):
+        model.generate(ids, past_key_values=cache, max_new_tokens=2, custom_generate=speculate(drafter))
+
+
+def test_embeddings_are_refused():
+    model, drafter = model_and_drafter()
+    states = model.get_input_embeddings()(torch.tensor(PROMPTS[:1]))
+    with pytest.raises(UserError, match="input_ids"):
+        model.generate(inputs_embeds=states, max_new_tokens=2, custom_generate=speculate(drafter))
+
+
+def test_a_streamer_shows_one_row():
+    model, drafter = model_and_drafter()
+    decode = speculate(drafter, streamer=TextStreamer(tiny_tokenizer()))
+    with pytest.raises(UserError, match="one row"):
+        model.generate(**padded(), max_new_tokens=2, pad_token_id=0, custom_generate=decode)
 
 
 def test_another_targets_drafter_is_refused():

@@ -7,13 +7,8 @@ import torch
 from ctc_drafter.types import Acceptance, TokenTree
 
 
-def accept_greedy(tree: TokenTree, logits: torch.Tensor) -> Acceptance:
-    """Follows the target's argmax, logits `[B, 1+N, V]`, from the root for as long as it is a child."""
-    return follow(tree, logits.argmax(-1))
-
-
 def follow(tree: TokenTree, wanted: torch.Tensor) -> Acceptance:
-    """Follows `wanted int64 [B, 1+N]`, the token that the target chooses after each node.
+    """Follows `wanted int64 [B, 1+N]`, the token that the target chooses after each node (-1: unknown, off the path).
 
     Worked example: root -> a -> ab, root -> b, the target wants a after the root, b after `a`, c after `ab`.
     The path is root, a, ab; two nodes are accepted, the bonus token is c, and `a b c` is emitted.

@@ -7,14 +7,14 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
-from transformers import Cache
+from transformers import Cache, StoppingCriteriaList
 
-from ctc_drafter.decode.accept import accept_greedy
+from ctc_drafter.decode.batch import Batch, Method
 from ctc_drafter.decode.cache import compact
+from ctc_drafter.decode.choose import ARGMAX, Chooser
 from ctc_drafter.decode.prefill import prefill
+from ctc_drafter.decode.rows import Row
 from ctc_drafter.decode.stats import Stats, Stopwatch
-from ctc_drafter.decode.tree import build_tree
-from ctc_drafter.decode.verify import verify
 from ctc_drafter.decode.writer import OnTokens, Writer
 from ctc_drafter.drafters.base import Drafter
 from ctc_drafter.target import Target
@@ -22,6 +22,7 @@ from ctc_drafter.types import UserError
 
 DEFAULT_NODES = 8
 DEFAULT_FLOOR = 0.03
+NO_CRITERIA = StoppingCriteriaList()
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,6 @@ class Generation:
     stats: Stats
 
 
-@torch.inference_mode()
 def generate(
     target: Target,
     drafter: Drafter,
@@ -42,54 +42,44 @@ def generate(
     nodes: int = DEFAULT_NODES,
     floor: float = DEFAULT_FLOOR,
     eos: Collection[int] = (),
+    chooser: Chooser = ARGMAX,
+    criteria: StoppingCriteriaList = NO_CRITERIA,
     on_tokens: OnTokens | None = None,
     timed: bool = False,
 ) -> Generation:
-    """The target's greedy continuation of each prompt, drafted in trees of up to `nodes` nodes.
+    """The target's continuation of each prompt, drafted in trees of up to `nodes` nodes.
 
-    Prefixes less likely than `floor` are not worth the time that a node adds to a verification.
+    Prefixes less likely than `floor` are not worth the time that a node adds to a verification. Greedy, or as
+    `chooser` says: `Sampled(seeds, warpers(temperature=0.8))`. A row ends at an eos, at `max_new_tokens`, at the
+    target's context, or where `criteria` say so.
 
     `on_tokens(row, tokens)` is called with what each verification emits. Rows may differ in length and finish
-    at different times; a finished row leaves the batch. Output stops at the target's context.
+    at different times; a finished row leaves the batch.
     Raises `UserError` for prompts or settings that cannot be decoded.
     """
-    check_settings(max_new_tokens, nodes, floor)
-    begin, clock, stats = time.perf_counter(), Stopwatch(target.device, timed), Stats()
-    with clock("prefill"):
-        state = prefill(target, prompts, drafter.feature_layers)
-        session = drafter.begin(target.embed, target.head, len(prompts))
-        session.extend(state.tokens, state.features, state.lengths)
-    cache, lengths, root = state.cache, state.lengths, state.root
-    writer = Writer(limits(target, prompts, max_new_tokens), eos, stats, on_tokens)
-    places = writer.start(root.tolist())
+    method = Method(target, drafter, nodes, floor, chooser)
+    return run(method, new_rows(target, prompts, max_new_tokens, eos), criteria, on_tokens, timed)
+
+
+@torch.inference_mode()
+def run(
+    method: Method,
+    rows: Sequence[Row],
+    criteria: StoppingCriteriaList = NO_CRITERIA,
+    on_tokens: OnTokens | None = None,
+    timed: bool = False,
+) -> Generation:
+    """Decodes rows that start together until all of them are done; see `generate`."""
+    device = method.target.device
+    begin, clock, stats = time.perf_counter(), Stopwatch(device, timed), Stats()
+    batch, writer = Batch(method, clock), Writer(stats, on_tokens, criteria, device)
+    batch.keep(writer.start(rows, batch.admit(rows)))
     stats.prefill_seconds = time.perf_counter() - begin
-
-    while places:
-        if len(places) < len(root):
-            rows = torch.tensor(places, device=target.device)
-            cache.batch_select_indices(rows)
-            session.select(rows)
-            lengths, root = lengths[rows], root[rows]
-        with clock("draft"):
-            candidates = session.propose(root, nodes, floor)
-        with clock("tree"):
-            tree = build_tree(root, candidates, nodes, floor)
-        with clock("verify"):
-            slots = cache.get_seq_length()
-            verification = verify(target, cache, lengths, tree, drafter.feature_layers)
-        with clock("accept"):
-            acceptance = accept_greedy(tree, verification.logits)
-            counts = acceptance.counts.tolist()
-            path = acceptance.path[:, : max(counts) + 1]
-        with clock("compact"):
-            compact(cache, lengths, slots, path, acceptance.counts)
-        with clock("draft"):
-            session.extend(*committed(tree.tokens, verification.features, path), acceptance.counts + 1)
-        lengths, root = lengths + acceptance.counts + 1, acceptance.bonus
-        places = writer.write(acceptance.tokens.tolist(), counts)
-
+    while batch.rows:
+        tokens, accepted = batch.step()
+        batch.keep(writer.write(batch.rows, tokens, accepted))
     stats.seconds, stats.stages_ms = time.perf_counter() - begin, dict(clock.total_ms)
-    return Generation(writer.tokens, stats)
+    return Generation([row.tokens for row in rows], stats)
 
 
 @torch.inference_mode()
@@ -99,35 +89,40 @@ def plain_generate(
     *,
     max_new_tokens: int,
     eos: Collection[int] = (),
+    chooser: Chooser = ARGMAX,
+    criteria: StoppingCriteriaList = NO_CRITERIA,
     on_tokens: OnTokens | None = None,
     timed: bool = False,
 ) -> Generation:
-    """Greedy decoding, a token a step, with the same kernel, cache and stopping rules as `generate`."""
-    check_settings(max_new_tokens)
+    """A token a step, with the same kernel, cache, choice and stopping rules as `generate`."""
+    rows = new_rows(target, prompts, max_new_tokens, eos)
     begin, clock, stats = time.perf_counter(), Stopwatch(target.device, timed), Stats()
     with clock("prefill"):
         state = prefill(target, prompts)
-    cache, lengths, root = state.cache, state.lengths, state.root
-    writer = Writer(limits(target, prompts, max_new_tokens), eos, stats, on_tokens)
-    places = writer.start(root.tolist())
+        chooser.check(rows[0], state.logits[:1])
+    cache, lengths, root, active = state.cache, state.lengths, chooser.next(state.logits, rows), rows
+    writer = Writer(stats, on_tokens, criteria, target.device)
+    places = writer.start(active, root.tolist())
     stats.prefill_seconds = time.perf_counter() - begin
     path = torch.zeros(len(root), 1, dtype=torch.long, device=target.device)
 
     while places:
-        if len(places) < len(root):
-            rows = torch.tensor(places, device=target.device)
-            cache.batch_select_indices(rows)
-            lengths, root, path = lengths[rows], root[rows], path[rows]
+        if len(places) < len(active):
+            kept = torch.tensor(places, device=target.device)
+            cache.batch_select_indices(kept)
+            lengths, root, path = lengths[kept], root[kept], path[kept]
+            active = [active[place] for place in places]
         with clock("verify"):
             slots = cache.get_seq_length()
             logits = step(target, cache, lengths, root)
         with clock("compact"):
             compact(cache, lengths, slots, path, torch.zeros_like(lengths))
-        lengths, root = lengths + 1, logits[:, -1].argmax(-1)
-        places = writer.write(root.unsqueeze(1).tolist(), [0] * len(root))
+        with clock("accept"):
+            lengths, root = lengths + 1, chooser.next(logits[:, -1], active)
+        places = writer.write(active, root.unsqueeze(1).tolist(), [0] * len(active))
 
     stats.seconds, stats.stages_ms = time.perf_counter() - begin, dict(clock.total_ms)
-    return Generation(writer.tokens, stats)
+    return Generation([row.tokens for row in rows], stats)
 
 
 def step(target: Target, cache: Cache, lengths: torch.Tensor, root: torch.Tensor) -> torch.Tensor:
@@ -140,24 +135,14 @@ def step(target: Target, cache: Cache, lengths: torch.Tensor, root: torch.Tensor
     return target.forward(tokens, positions, cache, seen.unsqueeze(1), torch.cat([cached, positions], 1)).logits
 
 
-def committed(
-    tokens: torch.Tensor, features: torch.Tensor | None, path: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Tokens and features of the path's nodes, which have entered the cache."""
-    if features is not None:
-        features = features.gather(1, path.unsqueeze(-1).expand(-1, -1, features.shape[-1]))
-    return tokens.gather(1, path), features
-
-
-def limits(target: Target, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[int]:
-    """New tokens that each row may have: as asked, or as many as its context still holds."""
-    return [min(max_new_tokens, target.context - len(prompt)) for prompt in prompts]
-
-
-def check_settings(max_new_tokens: int, nodes: int = 1, floor: float = 0.0) -> None:
+def new_rows(
+    target: Target, prompts: Sequence[Sequence[int]], max_new_tokens: int, eos: Collection[int], first: int = 0
+) -> list[Row]:
+    """Rows with room for as many new tokens as asked, or as the target's context still holds."""
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens is {max_new_tokens}; give at least 1")
-    if nodes < 1:
-        raise UserError(f"nodes is {nodes}; give at least 1, or use plain_generate")
-    if not 0 <= floor < 1:
-        raise UserError(f"floor is {floor}; give a probability, at least 0 and below 1")
+    ends = frozenset(eos)
+    return [
+        Row(first + place, prompt, min(max_new_tokens, target.context - len(prompt)), ends)
+        for place, prompt in enumerate(prompts)
+    ]

@@ -1,47 +1,60 @@
-"""Collects what rows emit and says when each of them is done."""
+"""Lets rows take what they emit, token by token, and says when each of them is done."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
+import torch
+from transformers import StoppingCriteriaList
+
+from ctc_drafter.decode.rows import Row
 from ctc_drafter.decode.stats import Stats
 
 OnTokens = Callable[[int, list[int]], None]
 
 
 class Writer:
-    """Rows of emitted tokens, cut at the first eos (which is kept) and at each row's limit."""
+    """Rows end at their eos (which is kept), at their limit, or where a stopping criterion says so.
 
-    def __init__(self, limits: Sequence[int], eos: Collection[int], stats: Stats, on_tokens: OnTokens | None):
-        self.limits, self.eos, self.stats, self.on_tokens = limits, frozenset(eos), stats, on_tokens
-        self.tokens: list[list[int]] = [[] for _ in limits]
-        self.active = list(range(len(limits)))  # rows still in the batch, in its order
+    Criteria are asked after every single token about the row's text up to it, `int64 [1, T]`, as plain decoding
+    of that row would ask them; they get no scores. `on_tokens(row index, tokens)` is told what was kept.
+    """
 
-    def start(self, first: Sequence[int]) -> list[int]:
+    def __init__(self, stats: Stats, on_tokens: OnTokens | None, criteria: StoppingCriteriaList, device: torch.device):
+        self.stats, self.on_tokens, self.criteria, self.device = stats, on_tokens, criteria, device
+
+    def start(self, rows: Sequence[Row], first: Sequence[int]) -> list[int]:
         """Takes the prefill's token of every row; returns the places in the batch that go on."""
         self.stats.tokens += len(first)
-        return self._keep([self._emit(row, [token]) for row, token in zip(self.active, first, strict=True)])
+        return places(self._emit(row, [token]) for row, token in zip(rows, first, strict=True))
 
-    def write(self, tokens: Sequence[Sequence[int]], accepted: Sequence[int]) -> list[int]:
+    def write(self, rows: Sequence[Row], tokens: Sequence[Sequence[int]], accepted: Sequence[int]) -> list[int]:
         """Takes one verification: `tokens[i][: accepted[i] + 1]` for place i; returns the places that go on."""
         alive = []
-        for row, emitted, count in zip(self.active, tokens, accepted, strict=True):
-            before = len(self.tokens[row])
+        for row, emitted, count in zip(rows, tokens, accepted, strict=True):
+            before = len(row.tokens)
             alive.append(self._emit(row, emitted[: count + 1]))
-            self.stats.count(count, len(self.tokens[row]) - before)
-        return self._keep(alive)
+            self.stats.count(count, len(row.tokens) - before)
+        return places(alive)
 
-    def _emit(self, row: int, tokens: Sequence[int]) -> bool:
-        kept = list(tokens[: self.limits[row] - len(self.tokens[row])])
-        stop = next((i for i, token in enumerate(kept) if token in self.eos), None)
-        if stop is not None:
-            kept = kept[: stop + 1]
-        self.tokens[row] += kept
+    def _emit(self, row: Row, tokens: Sequence[int]) -> bool:
+        kept: list[int] = []
+        goes_on = True
+        for token in tokens:
+            row.tokens.append(token)
+            kept.append(token)
+            goes_on = not (row.ended or self._stopped(row))
+            if not goes_on:
+                break
         if self.on_tokens is not None:
-            self.on_tokens(row, kept)
-        return stop is None and len(self.tokens[row]) < self.limits[row]
+            self.on_tokens(row.index, kept)
+        return goes_on
 
-    def _keep(self, alive: list[bool]) -> list[int]:
-        places = [place for place, goes_on in enumerate(alive) if goes_on]
-        self.active = [self.active[place] for place in places]
-        return places
+    def _stopped(self, row: Row) -> bool:
+        if not self.criteria:
+            return False
+        return bool(self.criteria(torch.tensor([row.text], device=self.device), None).all())
+
+
+def places(alive: Iterable[bool]) -> list[int]:
+    return [place for place, goes_on in enumerate(alive) if goes_on]

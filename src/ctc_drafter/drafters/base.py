@@ -22,6 +22,9 @@ class DraftSession(Protocol):
     def propose(self, root: torch.Tensor, nodes: int, floor: float) -> Candidates:
         """Prefixes after root `int64 [B]`, enough for a tree of `nodes` nodes of probability `floor` and more."""
 
+    def join(self, tokens: torch.Tensor, features: torch.Tensor | None, counts: torch.Tensor) -> None:
+        """Adds rows behind those that are there, with these tokens to start with, as in `extend`."""
+
     def select(self, rows: torch.Tensor) -> None:
         """Keeps only these rows of the batch, `int64 [R]`, in this order."""
 

@@ -54,6 +54,17 @@ class CTCSession:
         blocks = self.drafter.run_layers(states, self._rotation(positions), contexts, mask)
         return self.drafter.candidates(blocks, root, self.borrowed, nodes, floor)
 
+    def join(self, tokens: torch.Tensor, features: torch.Tensor | None, counts: torch.Tensor) -> None:
+        """See `DraftSession.join`."""
+        lengths, cache = self.lengths, self.cache
+        shape = list(cache.shape)
+        shape[2] = len(counts)
+        self.lengths, self.cache = torch.zeros_like(counts), cache.new_zeros(shape)
+        self.extend(tokens, features, counts)
+        missing = self.cache.shape[4] - cache.shape[4]
+        self.cache = torch.cat([torch.nn.functional.pad(cache, (0, 0, 0, missing)), self.cache], 2)
+        self.lengths = torch.cat([lengths, self.lengths])
+
     def select(self, rows: torch.Tensor) -> None:
         self.lengths, self.cache = self.lengths[rows], self.cache[:, :, rows]
 

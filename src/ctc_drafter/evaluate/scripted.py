@@ -38,9 +38,15 @@ class ScriptedSession:
     def __init__(self, drafter: ScriptedDrafter, rows: list[int]):
         self.drafter, self.rows, self.step = drafter, rows, 0
         self.lengths = [0] * len(rows)
+        self.known = len(rows)
 
     def extend(self, tokens: torch.Tensor, features: torch.Tensor | None, counts: torch.Tensor) -> None:
         self.lengths = [length + count for length, count in zip(self.lengths, counts.tolist(), strict=True)]
+
+    def join(self, tokens: torch.Tensor, features: torch.Tensor | None, counts: torch.Tensor) -> None:
+        self.rows += range(self.known, self.known + len(counts))
+        self.known += len(counts)
+        self.lengths += counts.tolist()
 
     def select(self, rows: torch.Tensor) -> None:
         self.rows = [self.rows[i] for i in rows.tolist()]

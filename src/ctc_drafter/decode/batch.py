@@ -1,0 +1,113 @@
+"""Rows that are decoded together: one step drafts, verifies, accepts and commits for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import Cache
+
+from ctc_drafter.decode.accept import follow
+from ctc_drafter.decode.cache import compact
+from ctc_drafter.decode.choose import Chooser
+from ctc_drafter.decode.join import join
+from ctc_drafter.decode.prefill import prefill
+from ctc_drafter.decode.rows import Row
+from ctc_drafter.decode.stats import Stopwatch
+from ctc_drafter.decode.tree import build_tree
+from ctc_drafter.decode.verify import verify
+from ctc_drafter.drafters.base import Drafter, DraftSession
+from ctc_drafter.target import Target
+from ctc_drafter.types import UserError
+
+
+@dataclass(frozen=True)
+class Method:
+    """How rows are decoded: by which target and drafter, in which trees, and who chooses the tokens."""
+
+    target: Target
+    drafter: Drafter
+    nodes: int
+    floor: float
+    chooser: Chooser
+
+    def __post_init__(self) -> None:
+        if self.nodes < 1:
+            raise UserError(f"nodes is {self.nodes}; give at least 1, or use plain_generate")
+        if not 0 <= self.floor < 1:
+            raise UserError(f"floor is {self.floor}; give a probability, at least 0 and below 1")
+
+
+class Batch:
+    """The rows at work, in the order of cache, drafter session, lengths and roots."""
+
+    cache: Cache
+    session: DraftSession
+    lengths: torch.Tensor  # committed tokens, int64 [B]
+    root: torch.Tensor  # newest tokens, int64 [B]
+
+    def __init__(self, method: Method, clock: Stopwatch):
+        self.method, self.clock = method, clock
+        self.rows: list[Row] = []
+
+    def admit(self, rows: Sequence[Row]) -> list[int]:
+        """Prefills new rows, which take the last places; returns the first token of each."""
+        target, drafter, chooser = self.method.target, self.method.drafter, self.method.chooser
+        with self.clock("prefill"):
+            state = prefill(target, [row.prompt for row in rows], drafter.feature_layers)
+            chooser.check(rows[0], state.logits[:1])
+            root = chooser.next(state.logits, rows)
+            if self.rows:
+                join(self.cache, state.cache)
+                self.session.join(state.tokens, state.features, state.lengths)
+                self.lengths = torch.cat([self.lengths, state.lengths])
+                self.root = torch.cat([self.root, root])
+            else:
+                self.session = drafter.begin(target.embed, target.head, len(rows))
+                self.session.extend(state.tokens, state.features, state.lengths)
+                self.cache, self.lengths, self.root = state.cache, state.lengths, root
+        self.rows += rows
+        return root.tolist()
+
+    def keep(self, places: Sequence[int]) -> None:
+        """Leaves only these places of the batch."""
+        if len(places) == len(self.rows):
+            return
+        self.rows = [self.rows[place] for place in places]
+        if not places:
+            return
+        rows = torch.tensor(places, device=self.root.device)
+        self.cache.batch_select_indices(rows)
+        self.session.select(rows)
+        self.lengths, self.root = self.lengths[rows], self.root[rows]
+
+    def step(self) -> tuple[list[list[int]], list[int]]:
+        """One verification of every row: tokens to emit, as in `Acceptance`, and accepted nodes."""
+        target, nodes, floor = self.method.target, self.method.nodes, self.method.floor
+        with self.clock("draft"):
+            candidates = self.session.propose(self.root, nodes, floor)
+        with self.clock("tree"):
+            tree = build_tree(self.root, candidates, nodes, floor)
+        with self.clock("verify"):
+            slots = self.cache.get_seq_length()
+            verification = verify(target, self.cache, self.lengths, tree, self.method.drafter.feature_layers)
+        with self.clock("accept"):
+            acceptance = follow(tree, self.method.chooser.along(tree, verification.logits, self.rows))
+            counts = acceptance.counts.tolist()
+            path = acceptance.path[:, : max(counts) + 1]
+        with self.clock("compact"):
+            compact(self.cache, self.lengths, slots, path, acceptance.counts)
+        with self.clock("draft"):
+            self.session.extend(*committed(tree.tokens, verification.features, path), acceptance.counts + 1)
+        self.lengths, self.root = self.lengths + acceptance.counts + 1, acceptance.bonus
+        return acceptance.tokens.tolist(), counts
+
+
+def committed(
+    tokens: torch.Tensor, features: torch.Tensor | None, path: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Tokens and features of the path's nodes, which have entered the cache."""
+    if features is not None:
+        features = features.gather(1, path.unsqueeze(-1).expand(-1, -1, features.shape[-1]))
+    return tokens.gather(1, path), features
