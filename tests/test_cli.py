@@ -72,6 +72,37 @@ def test_generate_from_a_file(models: list[str], tmp_path: Path, batch_size: str
     assert json.loads(out.read_text())["outputs"] == drafted["outputs"]
 
 
+def test_generate_samples_by_prompt_and_seed(models: list[str], tmp_path: Path, capfd) -> None:
+    prompts, out = tmp_path / "p.txt", tmp_path / "out.json"
+    prompts.write_text("the cat\nthe cat\nmat\n")
+    options = ["generate", *models, "--prompts-file", str(prompts), "--max-new-tokens", "12", "--json", str(out)]
+
+    def texts(*more: str) -> list[list[int]]:
+        assert main([*options, *more]) == 0
+        return [output["tokens"] for output in json.loads(out.read_text())["outputs"]]
+
+    sampled = ["--temperature", "0.8", "--top-p", "0.9", "--top-k", "50"]
+    drafted = texts(*sampled, "--seed", "3")
+    assert drafted == texts(*sampled, "--seed", "3", "--batch-size", "3")
+    assert drafted == texts(*sampled, "--seed", "3", "--plain")
+    assert drafted != texts(*sampled, "--seed", "4")
+    assert drafted[0] != drafted[1]
+    assert drafted != texts()
+
+
+def test_generate_stops_at_a_text(models: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+    options = ["generate", *models, "--prompt", "the cat", "--max-new-tokens", "24"]
+    assert main(options) == 0
+    full = capfd.readouterr().out.rstrip("\n")
+    stop = full[len(full) // 2 :][:2]
+    assert main([*options, "--stop", stop, "--stop", "never written"]) == 0
+    cut = capfd.readouterr().out.rstrip("\n")
+    assert cut != full
+    assert full.startswith(cut)
+    assert stop in cut
+    assert stop not in cut[: -len(stop) - 8]
+
+
 def test_eval_writes_and_shows_results(models: list[str], tasks_path: str, tmp_path: Path, capfd) -> None:
     out = tmp_path / "out.json"
     options = ["--tasks-path", tasks_path, "--tasks", "chat, maths", "--limit", "1", "--max-new-tokens", "8"]
@@ -140,6 +171,10 @@ BAD = {
     "no folder": (["generate", "--prompt", "a", "--json", "none/out.json"], "cannot write none/out.json"),
     "zero tokens": (["generate", "--prompt", "a", "--max-new-tokens", "0"], "--max-new-tokens"),
     "negative nodes": (["demo", "--nodes", "-1"], "--nodes"),
+    "top-p without temperature": (["generate", "--prompt", "a", "--top-p", "0.9"], "--temperature"),
+    "no mass": (["generate", "--prompt", "a", "--temperature", "1", "--top-p", "0"], "top_p"),
+    "cold": (["generate", "--prompt", "a", "--temperature", "-1"], "--temperature"),
+    "empty stop": (["generate", "--prompt", "a", "--stop", ""], "--stop"),
     "unknown dtype": (["demo", "--dtype", "int3"], "--dtype"),
     "unknown option": (["eval", "--task", "x"], "--task"),
     "unknown command": (["evil"], "evil"),

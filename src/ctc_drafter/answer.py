@@ -8,9 +8,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from transformers import PreTrainedTokenizerBase
+from transformers import LogitsProcessorList, PreTrainedTokenizerBase, StoppingCriteriaList, StopStringCriteria
 
+from ctc_drafter.decode.choose import ARGMAX, Chooser, Sampled, warpers
 from ctc_drafter.decode.generate import Generation, generate, plain_generate
+from ctc_drafter.decode.noise import row_seeds
 from ctc_drafter.decode.prefill import check_prompts
 from ctc_drafter.decode.stats import Stats
 from ctc_drafter.decode.writer import OnTokens
@@ -24,12 +26,30 @@ from ctc_drafter.types import UserError
 
 @dataclass(frozen=True)
 class AnswerSettings:
-    """`raw` leaves the chat template out."""
+    """`raw` leaves the chat template out. Temperature 0 is greedy; `stop` holds texts that end an answer.
+
+    Raises `UserError` for contradictions.
+    """
 
     max_new_tokens: int
     batch_size: int
     nodes: int
     raw: bool = False
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.temperature and (self.top_k or self.top_p != 1):
+            raise UserError("top-k and top-p are for sampling; give --temperature above 0 as well")
+        if not all(self.stop):
+            raise UserError("an empty text cannot end an answer; give some text to --stop")
+        self.warpers()
+
+    def warpers(self) -> LogitsProcessorList:
+        return warpers(self.temperature, self.top_k, self.top_p) if self.temperature else LogitsProcessorList()
 
 
 @dataclass(frozen=True)
@@ -50,14 +70,27 @@ class Answerer:
         check_prompts(self.target, encoded)
         return encoded
 
-    def run(self, prompts: list[list[int]], on_tokens: OnTokens | None = None) -> Generation:
-        limit, eos = self.settings.max_new_tokens, eos_ids(self.target.model, self.tokenizer)
+    def run(self, prompts: list[list[int]], start: int = 0, on_tokens: OnTokens | None = None) -> Generation:
+        """Continues prompts number `start` and onwards, by which their seeds go."""
+        options: dict[str, Any] = {
+            "max_new_tokens": self.settings.max_new_tokens,
+            "eos": eos_ids(self.target.model, self.tokenizer),
+            "chooser": self.chooser(range(start, start + len(prompts))),
+            "criteria": self.criteria(),
+            "on_tokens": on_tokens,
+        }
         if self.drafter is None:
-            return plain_generate(self.target, prompts, max_new_tokens=limit, eos=eos, on_tokens=on_tokens)
-        nodes = self.settings.nodes
-        return generate(
-            self.target, self.drafter, prompts, max_new_tokens=limit, nodes=nodes, eos=eos, on_tokens=on_tokens
-        )
+            return plain_generate(self.target, prompts, **options)
+        return generate(self.target, self.drafter, prompts, nodes=self.settings.nodes, **options)
+
+    def chooser(self, numbers: Sequence[int]) -> Chooser:
+        if not self.settings.temperature:
+            return ARGMAX
+        return Sampled(row_seeds(self.settings.seed, numbers), self.settings.warpers())
+
+    def criteria(self) -> StoppingCriteriaList:
+        stop = list(self.settings.stop)
+        return StoppingCriteriaList([StopStringCriteria(self.tokenizer, stop)] if stop else [])
 
 
 def answer(
@@ -70,7 +103,7 @@ def answer(
     size = answerer.settings.batch_size
     for start in range(0, len(prompts), size):
         batch = encoded[start : start + size]
-        generation = _stream(answerer, batch, out) if len(prompts) == 1 else answerer.run(batch)
+        generation = _stream(answerer, batch, out) if len(prompts) == 1 else answerer.run(batch, start)
         stats += generation.stats
         for prompt, tokens in zip(prompts[start : start + size], generation.tokens, strict=True):
             text = decode(answerer.tokenizer, tokens)
@@ -86,6 +119,10 @@ def answer(
 
 def _stream(answerer: Answerer, prompts: list[list[int]], out: TextIO) -> Generation:
     stream = TextStream(answerer.tokenizer)
-    generation = answerer.run(prompts, lambda _row, tokens: print(stream.push(tokens), end="", file=out, flush=True))
+
+    def show(_row: int, tokens: list[int]) -> None:
+        print(stream.push(tokens), end="", file=out, flush=True)
+
+    generation = answerer.run(prompts, on_tokens=show)
     print(stream.close(), file=out, flush=True)
     return generation

@@ -80,6 +80,13 @@ def generate(
     device: DeviceOption = "auto",
     plain: Annotated[bool, typer.Option("--plain", help="Decode without a drafter.")] = False,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")] = False,
+    temperature: Annotated[
+        float, typer.Option("--temperature", min=0.0, help="Sample, the wilder the higher; 0 is greedy.")
+    ] = 0.0,
+    top_p: Annotated[float, typer.Option("--top-p", help="Sample from the likeliest tokens of this mass.")] = 1.0,
+    top_k: Annotated[int, typer.Option("--top-k", min=0, help="Sample from so many likeliest tokens; 0: all.")] = 0,
+    seed: SeedOption = 0,
+    stop: Annotated[list[str] | None, typer.Option("--stop", help="Text that ends an answer; may be repeated.")] = None,
     json_out: JsonOption = None,
 ) -> None:
     """Answers a prompt, or every prompt of a file, in the target's own words."""
@@ -94,12 +101,14 @@ def generate(
     if prompt is not None and not prompt.strip():
         refuse("the prompt is empty; give some text to --prompt")
     check_place(json_out)
+    settings = AnswerSettings(
+        max_new_tokens, batch_size, nodes or DEFAULT_NODES, raw, temperature, top_k, top_p, seed, tuple(stop or ())
+    )
     prompts = read_prompts(prompts_file) if prompts_file else (Prompt("prompt", "prompt", (prompt or "",)),)
     names = (target, None) if plain and target else pair(target, drafter)
     lm, tokenizer = load_target(names[0], dtype, device)
     draft = None if plain else load_drafter(names[1], lm, tokenizer)
     details = meta(*names) | ({"drafter": None} if plain else {})
-    settings = AnswerSettings(max_new_tokens, batch_size, nodes or DEFAULT_NODES, raw)
     answer(Answerer(lm, draft, tokenizer, settings), prompts, details, json_out, sys.stdout)
 
 

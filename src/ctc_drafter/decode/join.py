@@ -20,8 +20,7 @@ def join(cache: Cache, new: Cache) -> None:
         layer.values = stacked(layer.values, other.values)
 
 
-def stacked(states: torch.Tensor, new: torch.Tensor, slots: int = 2, rows: int = 0) -> torch.Tensor:
-    """Both, one behind the other in dimension `rows`, filled up with zeros to the same length in `slots`."""
-    size = max(states.shape[slots], new.shape[slots])
-    filled = [pad(part, [0, 0] * (part.dim() - 1 - slots) + [0, size - part.shape[slots]]) for part in (states, new)]
-    return torch.cat(filled, rows)
+def stacked(states: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    """Both `[B, heads, S, dim]`, one behind the other, filled up with zeros to the same number of slots."""
+    slots = max(states.shape[2], new.shape[2])
+    return torch.cat([pad(part, (0, 0, 0, slots - part.shape[2])) for part in (states, new)])
