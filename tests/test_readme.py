@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from ctc_drafter.evaluate.report import insert_figures, markdown_figures
+from ctc_drafter.quickstart import DRAFTER_DIR, TARGET_DIR
 from ctc_drafter.types import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -28,6 +29,16 @@ def listed() -> set[str]:
         else:
             paths.add("/".join([*folders, name]))
     return paths
+
+
+def test_the_examples_run(capsys):
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(blocks) >= 5
+    names = {"TARGET": str(TARGET_DIR), "DRAFTER": str(DRAFTER_DIR)}
+    for block in blocks:
+        exec(re.sub(r"(max_new_tokens\W+)\d+", r"\g<1>8", block), names)
+    assert names["output"].shape[0] == 2
+    assert capsys.readouterr().out
 
 
 def test_the_tree_is_the_tree():

@@ -12,8 +12,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ctc_drafter.decode.choose import Sampled, warpers
     from ctc_drafter.decode.generate import Generation, generate, plain_generate
     from ctc_drafter.decode.hf import speculate
+    from ctc_drafter.decode.queue import generate_many
     from ctc_drafter.decode.stats import Stats
     from ctc_drafter.drafters.config import CTCDrafterConfig
     from ctc_drafter.drafters.ctc import CTCDrafter
@@ -24,24 +26,30 @@ __all__ = [
     "CTCDrafter",
     "CTCDrafterConfig",
     "Generation",
+    "Sampled",
     "Stats",
     "Target",
     "UserError",
     "generate",
+    "generate_many",
     "plain_generate",
     "speculate",
+    "warpers",
 ]
 
 _HOMES = {
     "CTCDrafter": "drafters.ctc",
     "CTCDrafterConfig": "drafters.config",
     "Generation": "decode.generate",
+    "Sampled": "decode.choose",
     "Stats": "decode.stats",
     "Target": "target",
     "UserError": "types",
     "generate": "decode.generate",
+    "generate_many": "decode.queue",
     "plain_generate": "decode.generate",
     "speculate": "decode.hf",
+    "warpers": "decode.choose",
 }
 
 
