@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from ctc_drafter.decode.choose import Sampled, warpers
 from ctc_drafter.decode.generate import generate, plain_generate
 from ctc_drafter.target import Target
 from helpers import ScriptedDrafter, tiny_drafter, tiny_target
@@ -25,6 +26,14 @@ def test_drafts_never_change_the_output(nodes):
     drafter = tiny_drafter(target).to("cuda")
     assert generate(target, drafter, PROMPTS, max_new_tokens=24, nodes=nodes).tokens == expected
     assert plain_generate(tiny_target(), PROMPTS, max_new_tokens=24).tokens == expected
+
+
+def test_draws_are_those_of_the_cpu():
+    target = on_gpu(torch.float32)
+    options = {"max_new_tokens": 24, "chooser": Sampled([1, 2, 3], warpers(temperature=1.5, top_p=0.95))}
+    expected = plain_generate(tiny_target(), PROMPTS, **options).tokens
+    assert plain_generate(target, PROMPTS, **options).tokens == expected
+    assert generate(target, tiny_drafter(target).to("cuda"), PROMPTS, **options).tokens == expected
 
 
 def test_bfloat16_runs_with_the_stages_timed():

@@ -77,6 +77,7 @@ def test_streams():
         ({"use_cache": False}, "use_cache"),
         ({"output_logits": True, "return_dict_in_generate": True}, "output_logits"),
         ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens"),
+        ({"penalty_alpha": 0.6, "top_k": 4}, "contrastive_search"),
         ({"guidance_scale": 1.5}, "guidance_scale"),
         ({"encoder_repetition_penalty": 1.5}, "encoder_repetition_penalty"),
         ({"watermarking_config": SynthIDTextWatermarkingConfig(3, [1, 2, 3])}, "watermarking_config"),
