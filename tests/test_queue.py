@@ -1,14 +1,15 @@
 import pytest
 import torch
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, MistralConfig
 
 from ctc_drafter.decode.choose import Sampled
 from ctc_drafter.decode.generate import generate
 from ctc_drafter.decode.join import join
 from ctc_drafter.decode.prefill import prefill
 from ctc_drafter.decode.queue import generate_many
+from ctc_drafter.target import Target
 from ctc_drafter.types import UserError
-from helpers import ScriptedDrafter, tiny_config, tiny_drafter, tiny_target
+from helpers import ScriptedDrafter, tiny_drafter, tiny_target
 
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6], [2, 7], [8, 2, 8, 1], [5], [31, 41, 59, 26, 5, 35, 8, 97 - 1, 9, 3, 2, 3], [6, 6]]
 NEW = 16
@@ -93,9 +94,20 @@ def test_joined_caches_are_those_of_one_prefill():
             assert ours.keys.shape == theirs.keys.shape
 
 
-def test_a_cache_of_fixed_rows_is_refused():
-    cache = StaticCache(tiny_config(), max_cache_len=8)
-    state = torch.zeros(1, 2, 1, 16)
+def test_rows_join_static_caches_that_must_grow():
+    target = Target.wrap(tiny_target(max_position_embeddings=600).model, cache="static")
+    drafter = tiny_drafter(target)
+    prompts = [*PROMPTS[:2], [n % 90 + 1 for n in range(300)], PROMPTS[3]]
+    full = generate(target, drafter, prompts, max_new_tokens=NEW).tokens
+    eos = {full[0][2]}
+    expected = generate(target, drafter, prompts, max_new_tokens=NEW, eos=eos).tokens
+    found = dict(generate_many(target, drafter, prompts, in_flight=2, max_new_tokens=NEW, eos=eos))
+    assert [found[row] for row in range(4)] == expected
+
+
+def test_a_cache_that_rolls_is_refused():
+    config = MistralConfig(sliding_window=4, num_hidden_layers=1)
+    cache, state = DynamicCache(config=config), torch.zeros(1, 2, 1, 16)
     cache.update(state, state, 0)
-    with pytest.raises(UserError, match="StaticLayer"):
-        join(cache, DynamicCache(config=tiny_config()))
+    with pytest.raises(UserError, match="SlidingWindow"):
+        join(cache, cache)

@@ -11,6 +11,7 @@ from ctc_drafter.decode.accept import follow
 from ctc_drafter.decode.choose import Sampled, walk, warpers
 from ctc_drafter.decode.generate import generate, plain_generate
 from ctc_drafter.decode.noise import row_seeds
+from ctc_drafter.target import Target
 from ctc_drafter.types import Candidates, UserError
 from helpers import ScriptedDrafter, chi_square_p, tiny_drafter, tiny_target
 
@@ -140,8 +141,9 @@ def test_the_whole_distribution_of_many_samples():
 @pytest.mark.parametrize("right", [0, 4, (0, 3, 1, 4)], ids=["never", "always", "sometimes"])
 @pytest.mark.parametrize("nodes", [1, 8, 64])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_equals_plain_sampling_with_the_same_stream(right, nodes, batch):
-    target, prompts = tiny_target(), PROMPTS[:batch]
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_equals_plain_sampling_with_the_same_stream(right, nodes, batch, cache):
+    target, prompts = Target.wrap(tiny_target().model, cache=cache), PROMPTS[:batch]
     chooser = Sampled(SEEDS, warpers(temperature=1.5, top_p=0.95))
     expected = plain_generate(target, prompts, max_new_tokens=NEW, chooser=chooser)
     scripts = [p + t for p, t in zip(prompts, expected.tokens, strict=True)]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch.nn.functional import pad
-from transformers import Cache, DynamicLayer
+from transformers import Cache
+from transformers.cache_utils import StaticLayer
 
 from ctc_drafter.types import UserError
 
@@ -14,10 +15,13 @@ def join(cache: Cache, new: Cache) -> None:
     for layer, other in zip(cache.layers, new.layers, strict=True):
         if layer.keys is None:  # shares another layer's keys
             continue
-        if not isinstance(layer, DynamicLayer) or layer.is_sliding:  # slots are positions in neither
+        if layer.is_sliding:  # its slots are no positions
             raise UserError(f"rows cannot join a cache with a {type(layer).__name__}; decode them in batches instead")
         layer.keys = stacked(layer.keys, other.keys)
         layer.values = stacked(layer.values, other.values)
+        if isinstance(layer, StaticLayer):
+            layer.max_cache_len = layer.keys.shape[2]
+            layer.cumulative_length.copy_(torch.maximum(layer.cumulative_length, other.cumulative_length))
 
 
 def stacked(states: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
