@@ -1,0 +1,144 @@
+"""Prompt lookup: drafts are copied from the row's own text, after earlier places that read like its end.
+
+Source: Saxena, "Prompt Lookup Decoding" (2023); `prompt_lookup_num_tokens` of transformers. There the first match of
+the longest n-gram gives one chain. Here all matches give a tree, with probabilities to choose its nodes by:
+
+    P(v | prefix) = weight of matches that go on with v / (weight of matches that go on + prior / length)
+
+A match weighs `RECENCY` times the one after it in the text, and `SHORTER` for each token that its n-gram is shorter
+than the longest one. `length` is that of the longest n-gram plus the tokens already copied: the longer the agreement,
+the surer the next token, as in prediction by partial matching.
+
+Worked example, `longest` 2, text `a b c a b d`, root `a`: the newest n-gram `d a` is nowhere, `a` is at 0 and 3. Both
+go on with b, then the later one with d (weight 1), the earlier one with c (.8): b .47 = 1.8 / (1.8 + 2), bd .17, bc .14.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ctc_drafter.types import Candidates, UserError
+
+PRIOR = 2.0
+RECENCY = 0.8
+SHORTER = 0.25
+MATCHES = 16  # newest ones that are looked at, for each length of n-gram
+
+# (tokens of the prefix, log-probability, index of its parent, depth)
+Found = tuple[int, float, int, int]
+
+
+@dataclass(frozen=True)
+class PromptLookup:
+    """A drafter without weights. longest: tokens of the longest n-gram; draft_length: most tokens to copy."""
+
+    longest: int = 3
+    draft_length: int = 10
+
+    def __post_init__(self) -> None:
+        for name in ("longest", "draft_length"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; give at least 1")
+
+    @property
+    def feature_layers(self) -> tuple[int, ...]:
+        return ()
+
+    def begin(self, embed: nn.Module, head: nn.Module, batch_size: int) -> LookupSession:
+        """See `Drafter.begin`."""
+        return LookupSession(self, [Text(self.longest) for _ in range(batch_size)])
+
+
+class Text:
+    """A row's committed tokens, and where each of its n-grams ends."""
+
+    def __init__(self, longest: int):
+        self.longest = longest
+        self.tokens: list[int] = []
+        self.ends: dict[tuple[int, ...], list[int]] = {}
+
+    def extend(self, tokens: Sequence[int]) -> None:
+        for token in tokens:
+            self.tokens.append(token)
+            end = len(self.tokens)
+            for size in range(1, min(self.longest, end) + 1):
+                self.ends.setdefault(tuple(self.tokens[end - size :]), []).append(end)
+
+    def matches(self, root: int) -> tuple[list[tuple[int, float]], int]:
+        """Where n-grams like the text's end go on, newest first, with their weights; and the longest one's size."""
+        weights: dict[int, float] = {}
+        recent, best = [*self.tokens[len(self.tokens) - self.longest + 1 :], root][-self.longest :], 0
+        for size in range(len(recent), 0, -1):
+            ends = self.ends.get(tuple(recent[-size:]), [])[-MATCHES:]
+            best = best or (size if ends else 0)
+            for age, end in enumerate(reversed(ends)):
+                weights.setdefault(end, RECENCY**age * SHORTER ** (best - size))
+        return sorted(weights.items(), reverse=True), best
+
+    def prefixes(self, root: int, count: int, depth: int, floor: float) -> list[Found]:
+        """The `count` best prefixes of probability `floor` and more, best first and parents before children."""
+        matches, length = self.matches(root)
+        tokens = [*self.tokens, root]
+        found: list[Found] = []
+        waiting: list[tuple[float, int, int, int, int, list[tuple[int, float]]]] = []
+        order = 0
+
+        def offer(parent: int, level: int, score: float, group: list[tuple[int, float]]) -> None:
+            nonlocal order
+            branches: dict[int, list[tuple[int, float]]] = {}
+            for place, weight in group:
+                if place < len(tokens):
+                    branches.setdefault(tokens[place], []).append((place + 1, weight))
+            total = sum(weight for branch in branches.values() for _, weight in branch) + PRIOR / (length + level)
+            for token, branch in branches.items():  # the newest match stands first, and wins among equals
+                child = score + math.log(sum(weight for _, weight in branch) / total)
+                if child >= least:
+                    order += 1
+                    heapq.heappush(waiting, (-child, order, token, parent, level + 1, branch))
+
+        least = math.log(floor) if floor else -math.inf
+        if length:
+            offer(-1, 0, 0.0, matches)
+        while waiting and len(found) < count:
+            negative, _, token, parent, level, group = heapq.heappop(waiting)
+            found.append((token, -negative, parent, level))
+            if level < depth:
+                offer(len(found) - 1, level, -negative, group)
+        return found
+
+
+class LookupSession:
+    """See `DraftSession`. Works on the host."""
+
+    def __init__(self, drafter: PromptLookup, rows: list[Text]):
+        self.drafter, self.rows = drafter, rows
+
+    def extend(self, tokens: torch.Tensor, features: torch.Tensor | None, counts: torch.Tensor) -> None:
+        for row, new, count in zip(self.rows, tokens.tolist(), counts.tolist(), strict=True):
+            row.extend(new[:count])
+
+    def propose(self, root: torch.Tensor, nodes: int, floor: float = 0.0) -> Candidates:
+        depth = self.drafter.draft_length
+        rows = [row.prefixes(token, nodes, depth, floor) for row, token in zip(self.rows, root.tolist(), strict=True)]
+        width = max(map(len, rows))
+        padding: Found = (0, -math.inf, -1, 1)
+        tokens, scores, parents, depths = (
+            torch.tensor([[each[part] for each in row] + [padding[part]] * (width - len(row)) for row in rows])
+            for part in range(4)
+        )
+        tokens, parents, depths = (part.to(root.device, torch.long) for part in (tokens, parents, depths))
+        return Candidates(tokens, parents, depths, scores.to(root.device, torch.float32))
+
+    def join(self, tokens: torch.Tensor, features: torch.Tensor | None, counts: torch.Tensor) -> None:
+        new = LookupSession(self.drafter, [Text(self.drafter.longest) for _ in counts])
+        new.extend(tokens, features, counts)
+        self.rows += new.rows
+
+    def select(self, rows: torch.Tensor) -> None:
+        self.rows = [self.rows[i] for i in rows.tolist()]
