@@ -4,14 +4,8 @@ import pytest
 import torch
 
 from ctc_drafter.ctc.lattice import lattice
-from ctc_drafter.ctc.loss import ctc_loss
-from ctc_drafter.train.anchors import (
-    ctc_objective,
-    draft_loss,
-    draw_anchors,
-    label_anchors,
-    prefix_objective,
-)
+from ctc_drafter.ctc.loss import ctc_loss, ctc_objective, prefix_objective
+from ctc_drafter.train.anchors import draft_loss, draw_anchors, label_anchors
 from ctc_drafter.train.data import LengthSampler, collate
 from train_helpers import pair, written_rows
 

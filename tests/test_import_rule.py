@@ -44,8 +44,11 @@ MAY_IMPORT: dict[str, set[str]] = {
 
 # In drafters/, a file is shared, a part of one concrete drafter, or, unlisted, a concrete drafter of its own.
 # Concrete drafters do not import each other, and what they share imports none of them.
-SHARED_BY_DRAFTERS = {"base", "borrowed", "layers", "predictor"}
-PART_OF_DRAFTER = {"config": "ctc", "block": "ctc", "session": "ctc"}
+SHARED_BY_DRAFTERS = {
+    *("base", "trainable", "sizes", "borrowed", "layers", "context", "predictor"),
+    *("block", "session"),
+}
+PART_OF_DRAFTER = {"config": "ctc"}
 
 # Optional engines, and the only file that may import them. Nobody but `cli` imports integrations, and lazily.
 ENGINES = {"vllm": "integrations.vllm", "sglang": "integrations.sglang"}
@@ -195,7 +198,7 @@ def write_package(root: Path, files: dict[str, str]) -> Path:
         "drafters/__init__.py": "",
         "drafters/base.py": "from ctc_drafter.types import Candidates",
         "drafters/ctc.py": "from ctc_drafter.ctc import loss\nfrom .base import Drafter\nimport ctc_drafter.types",
-        "drafters/session.py": "from ctc_drafter.drafters.ctc import CTC",
+        "drafters/config.py": "from ctc_drafter.drafters.ctc import CTC",
         "drafters/medusa.py": "from . import base",
         "decode/__init__.py": "",
         "decode/generate.py": "from ctc_drafter.drafters import base\nfrom ctc_drafter.target import Target",
@@ -230,7 +233,7 @@ def test_checker_accepts_a_good_package(tmp_path: Path) -> None:
         ("decode/generate.py", "if TYPE_CHECKING:\n    from ctc_drafter.cli import main", "not in its row"),
         ("decode/generate.py", "importlib.import_module('ctc_drafter.drafters.ctc')", "not in its row"),
         ("drafters/medusa.py", "from .ctc import CTC", "do not import each other"),
-        ("drafters/medusa.py", "def f():\n    from ctc_drafter.drafters import session", "do not import each other"),
+        ("drafters/medusa.py", "def f():\n    from ctc_drafter.drafters import config", "do not import each other"),
         ("drafters/base.py", "from ctc_drafter.drafters.ctc import CTC", "imports none of them"),
         ("drafters/ctc.py", "def f():\n    from ctc_drafter.decode.generate import generate", "not in its row"),
         ("decode/generate.py", "def f():\n    import vllm", "only integrations.vllm may"),

@@ -13,6 +13,8 @@ The forward recursion of CTC (Graves et al., 2006), with prefix probabilities as
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from ctc_drafter.ctc.lattice import Lattice
@@ -54,6 +56,20 @@ def ctc_loss(lattice: Lattice, labels: torch.Tensor, lengths: torch.Tensor) -> t
     _, end = _recursion(lattice, labels)
     score = _hold(end.gather(1, lengths[:, None])[:, 0])
     return -score.where(score > FLOOR, 0.0)
+
+
+def prefix_objective(decay: float) -> Callable[[Lattice, torch.Tensor, torch.Tensor], torch.Tensor]:
+    """The prefix-likelihood loss with weights decay^(u-1), of (lattice, labels, valid)."""
+    return lambda lattice, labels, valid: prefix_loss(lattice, labels, valid, decay)
+
+
+def ctc_objective(lattice: Lattice, labels: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """The full-sequence CTC loss of as many labels as the frames can hold."""
+    frames = lattice.emit.shape[-1]
+    repeats = torch.zeros_like(labels)
+    repeats[:, 1:] = (labels[:, 1:] == labels[:, :-1]).long()
+    needed = torch.arange(1, labels.shape[1] + 1, device=labels.device) + repeats.cumsum(1)  # a repeat needs a blank
+    return ctc_loss(lattice, labels, (valid & (needed <= frames)).sum(1))
 
 
 def _recursion(lattice: Lattice, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""The network of the CTC drafter: one parallel pass over a block fills F frames.
+"""The network of block drafters: one parallel pass over a block fills F frames.
 
 A block is [embedding of the root, F masks] at the positions of the tokens they may become. It attends to itself
 and to projections of the target's features for every committed token. Embeddings and LM head are the target's.
@@ -11,49 +11,45 @@ from typing import cast
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
-from ctc_drafter.ctc.lattice import Lattice, lattice
-from ctc_drafter.drafters.borrowed import Borrowed
-from ctc_drafter.drafters.config import CTCDrafterConfig
 from ctc_drafter.drafters.layers import Context, DraftLayer, RMSNorm, Rotation, rotation
-from ctc_drafter.drafters.predictor import Predictor
-from ctc_drafter.types import Candidates
+from ctc_drafter.drafters.session import BlockSession
+from ctc_drafter.drafters.sizes import BlockConfig
+from ctc_drafter.drafters.trainable import TrainableDrafter
 
 
-class BlockModel(PreTrainedModel):
-    """Draft layers, blank head and predictor; from target features to frames, lattices and candidates."""
+class BlockModel(TrainableDrafter):
+    """Draft layers: from target features to block outputs. Concrete drafters add what reads them."""
 
-    config_class = CTCDrafterConfig
-    config: CTCDrafterConfig
-    main_input_name = "features"
+    config_class = BlockConfig
+    config: BlockConfig
 
-    def __init__(self, config: CTCDrafterConfig):
+    def __init__(self, config: BlockConfig):
         super().__init__(config)
         features = config.hidden_size * len(config.target_layer_ids)
         self.fc = nn.Linear(features, config.hidden_size, bias=False)
         self.hidden_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.layers = nn.ModuleList(DraftLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.blank_head = nn.Linear(config.hidden_size, 1)
-        self.predictor = None
-        if config.predictor_rank:
-            self.predictor = Predictor(
-                config.vocab_size, config.hidden_size, config.predictor_rank, config.predictor_width
-            )
-        self.post_init()
 
-    def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, nn.Linear | nn.Embedding):
-            nn.init.normal_(module.weight, std=0.02)
-        if isinstance(module, nn.Linear) and module.bias is not None:
-            nn.init.zeros_(module.bias)
-        if isinstance(module, nn.RMSNorm):
-            nn.init.ones_(module.weight)
+    @property
+    def frames(self) -> int:
+        """Masks of a block: a frame for each drafted token."""
+        return self.config.draft_length
 
     @property
     def draft_layers(self) -> list[DraftLayer]:
         return cast(list[DraftLayer], list(self.layers))
+
+    def begin(self, embed: nn.Module, head: nn.Module, batch_size: int) -> BlockSession:
+        """See `Drafter.begin`."""
+        return BlockSession(self, self.borrow(embed, head), batch_size)
+
+    @torch.no_grad()
+    def start_from(self, norm_scale: torch.Tensor | None, head: nn.Module) -> None:
+        """The last norm starts as the target's."""
+        if norm_scale is not None:
+            self.norm.weight.copy_(norm_scale)
 
     def context_states(self, features: torch.Tensor) -> torch.Tensor:
         """Features `[B, T, K]` to what the draft layers attend to, `[B, T, H]`."""
@@ -61,7 +57,7 @@ class BlockModel(PreTrainedModel):
 
     def block_tokens(self, root: torch.Tensor) -> torch.Tensor:
         """root `int64 [...]` to the block's input `[..., 1+F]`: the root, then masks."""
-        block = root.new_full((*root.shape, 1 + self.config.frames), self.config.mask_token_id)
+        block = root.new_full((*root.shape, 1 + self.frames), self.config.mask_token_id)
         block[..., 0] = root
         return block
 
@@ -86,7 +82,7 @@ class BlockModel(PreTrainedModel):
         """
         batch, length = tokens.shape
         slots = torch.arange(length, device=tokens.device)
-        size = 1 + self.config.frames
+        size = 1 + self.frames
         positions = (anchors.unsqueeze(-1) + torch.arange(size, device=tokens.device)).flatten(1)
         mask = block_mask(anchors, length, size)
         states = embed(self.block_tokens(tokens.gather(1, anchors)).flatten(1)).to(self.fc.weight.dtype)
@@ -100,32 +96,6 @@ class BlockModel(PreTrainedModel):
         contexts = [join(layer) for layer in self.draft_layers]
         outputs = self.run_layers(states, self.rotation(positions), contexts, mask)
         return outputs.unflatten(1, (anchors.shape[1], size))
-
-    def frame_logits(self, blocks: torch.Tensor, head: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
-        """Block outputs `[N, 1+F, H]` to float32 token logits `[N, F, V]` and blank logits `[N, F]`."""
-        frames = blocks[:, 1:].flatten(0, 1)  # two dimensions: a sliced third one makes PyTorch copy the weights
-        dtype = next((w.dtype for w in head.parameters() if w.is_floating_point()), frames.dtype)
-        tokens = head(frames.to(dtype)).unflatten(0, (len(blocks), -1))
-        return tokens.float(), self.blank_head(frames).view(len(blocks), -1).float()
-
-    def lattice(self, blocks: torch.Tensor, prefixes: torch.Tensor, embed: nn.Module, head: nn.Module) -> Lattice:
-        """The lattice of known continuations: prefixes `int64 [N, 1+U]`, the root and y1..yU."""
-        tokens, blanks = self.frame_logits(blocks, head)
-        bias = None
-        if self.predictor is not None:
-            previous = torch.cat([prefixes.new_full((len(prefixes), 1), -1), prefixes[:, :-1]], 1)
-            root_state = self.predictor.root(blocks[:, 0])
-            bias = self.predictor.output(self.predictor.state(previous, prefixes, root_state, embed)).float()
-        return lattice(tokens, blanks, prefixes[:, 1:], bias)
-
-    def candidates(
-        self, blocks: torch.Tensor, root: torch.Tensor, borrowed: Borrowed, nodes: int, floor: float = 0.0
-    ) -> Candidates:
-        """The prefixes of block outputs `[N, 1+F, H]` after root `int64 [N]`, enough for `nodes` nodes.
-
-        Prefixes of probability below `floor` may be missing.
-        """
-        return borrowed.search(*self.frame_logits(blocks, borrowed.head), root, blocks[:, 0], nodes, floor)
 
 
 def block_mask(anchors: torch.Tensor, length: int, size: int) -> torch.Tensor:

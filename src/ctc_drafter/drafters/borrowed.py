@@ -23,15 +23,21 @@ class Borrowed:
 
     embed: nn.Module
     head: nn.Module
+
+
+@dataclass(frozen=True)
+class BorrowedSearch(Borrowed):
+    """With the search of a CTC lattice."""
+
     search: Search
 
 
 @torch.no_grad()
-def borrow(predictor: Predictor | None, depth: int, embed: nn.Module, head: nn.Module) -> Borrowed:
+def borrow_search(predictor: Predictor | None, depth: int, embed: nn.Module, head: nn.Module) -> BorrowedSearch:
     """From the target's embedding and LM head; `depth` is the longest prefix to search."""
     device = next(embed.parameters()).device
     make = best_first if device.type == "cpu" else level_by_level
-    return Borrowed(embed, draft_head(head), make(predictor, depth, embed))
+    return BorrowedSearch(embed, draft_head(head), make(predictor, depth, embed))
 
 
 def best_first(predictor: Predictor | None, depth: int, embed: nn.Module) -> Search:
@@ -61,6 +67,12 @@ def level_by_level(predictor: Predictor | None, depth: int, embed: nn.Module) ->
         return prefix_search(tokens, blanks, root, bias, width=nodes, depth=depth)
 
     return search
+
+
+def head_logits(head: nn.Module, states: torch.Tensor) -> torch.Tensor:
+    """Float32 logits `[N, V]` of states `[N, H]`. Two dimensions: a sliced third one makes PyTorch copy the weights."""
+    dtype = next((w.dtype for w in head.parameters() if w.is_floating_point()), states.dtype)
+    return head(states.to(dtype)).float()
 
 
 def draft_head(head: nn.Module) -> nn.Module:

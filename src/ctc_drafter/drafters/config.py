@@ -2,81 +2,25 @@
 
 from __future__ import annotations
 
-import difflib
-from typing import Any
-
-from transformers import PreTrainedConfig
-
+from ctc_drafter.drafters.sizes import BlockConfig
 from ctc_drafter.types import UserError
 
 
-class CTCDrafterConfig(PreTrainedConfig):
-    """All sizes of a CTC drafter. Unknown keys are refused, so a misspelt one cannot pass unnoticed.
+class CTCDrafterConfig(BlockConfig):
+    """All sizes of a CTC drafter, with those of `BlockConfig`.
 
     Args:
-        vocab_size, hidden_size: the target's; embeddings and LM head are borrowed from it.
-        target_num_layers: depth of the target it was made for.
-        target_layer_ids: target blocks whose outputs are its features, counted from 0, before the final norm.
-        target_fingerprint: of the target's tokenizer; empty when unknown.
-        mask_token_id: vocabulary token whose embedding stands in every frame of the block.
         frames: CTC frames a pass fills (F). draft_length: longest prefix that is searched, at most F.
-        num_hidden_layers, intermediate_size, num_attention_heads, num_key_value_heads, head_dim,
-        rms_norm_eps, rope_theta, max_position_embeddings: the draft layers.
         predictor_rank: rank of the predictor's bias, 0 for none. predictor_width: its MLP.
     """
 
     model_type = "ctc_drafter"
 
-    vocab_size: int = 32000
-    hidden_size: int = 4096
-    target_num_layers: int = 32
-    target_layer_ids: list[int] | tuple[int, ...] = (1, 16, 30)
-    target_fingerprint: str = ""
-    mask_token_id: int = 0
     frames: int = 8
-    draft_length: int = 7
-    num_hidden_layers: int = 1
-    intermediate_size: int = 11008
-    num_attention_heads: int = 32
-    num_key_value_heads: int = 8
-    head_dim: int = 128
-    rms_norm_eps: float = 1e-6
-    rope_theta: float = 10000.0
-    max_position_embeddings: int = 32768
     predictor_rank: int = 64
     predictor_width: int = 256
 
-    def __post_init__(self, **kwargs: Any) -> None:
-        known = set(self.__dataclass_fields__)
-        unknown = sorted(key for key in kwargs if key not in known | PASSED_BY_TRANSFORMERS)
-        if unknown:
-            near = difflib.get_close_matches(unknown[0], known, 1)
-            hint = f"did you mean {near[0]!r}?" if near else "remove it"
-            raise UserError(f"unknown key {unknown[0]!r} in the drafter's config; {hint}")
-        super().__post_init__(**kwargs)
-        self.target_layer_ids = list(self.target_layer_ids)
-        self._check()
-
-    def _check(self) -> None:
+    def check(self) -> None:
         if not 1 <= self.draft_length <= self.frames:
             raise UserError(f"draft_length {self.draft_length} must lie between 1 and frames ({self.frames})")
-        if not self.target_layer_ids or not all(0 <= i < self.target_num_layers for i in self.target_layer_ids):
-            raise UserError(
-                f"target_layer_ids {self.target_layer_ids} must name blocks 0..{self.target_num_layers - 1}"
-            )
-        if not 0 <= self.mask_token_id < self.vocab_size:
-            raise UserError(f"mask_token_id {self.mask_token_id} must lie below vocab_size ({self.vocab_size})")
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise UserError("num_attention_heads must be a multiple of num_key_value_heads")
-
-
-PASSED_BY_TRANSFORMERS = frozenset(
-    {
-        "torch_dtype",
-        "name_or_path",
-        "_commit_hash",
-        "attn_implementation",
-        "output_attentions",
-        "experts_implementation",
-    }
-)
+        super().check()

@@ -10,7 +10,7 @@ than the longest one. `length` is that of the longest n-gram plus the tokens alr
 the surer the next token, as in prediction by partial matching.
 
 Worked example, `longest` 2, text `a b c a b d`, root `a`: the newest n-gram `d a` is nowhere, `a` is at 0 and 3. Both
-go on with b, then the later one with d (weight 1), the earlier one with c (.8): b .47 = 1.8 / (1.8 + 2), bd .17, bc .14.
+go on with b, then the later one with d, weight 1, the earlier one with c, .8: b .47 = 1.8 / (1.8 + 2), bd .17, bc .14.
 """
 
 from __future__ import annotations

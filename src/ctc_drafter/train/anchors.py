@@ -6,19 +6,13 @@ Shape letters: B rows, T tokens, A anchors of a row, N anchors of a batch, U lab
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ctc_drafter.ctc.lattice import Lattice
-from ctc_drafter.ctc.loss import ctc_loss, prefix_loss
-from ctc_drafter.drafters.ctc import CTCDrafter
-
-# (lattice, labels [N, U], valid [N, U]) -> loss of each anchor [N]
-AnchorLoss = Callable[[Lattice, torch.Tensor, torch.Tensor], torch.Tensor]
+from ctc_drafter.drafters.trainable import Objective, TrainableDrafter
 
 
 @dataclass(frozen=True)
@@ -72,44 +66,28 @@ def label_anchors(
 
 
 def draft_loss(
-    drafter: CTCDrafter,
+    drafter: TrainableDrafter,
     embed: nn.Module,
     head: nn.Module,
     features: torch.Tensor,
     tokens: torch.Tensor,
     anchors: Anchors,
-    loss: AnchorLoss,
+    objective: Objective,
     chunk: int,
 ) -> torch.Tensor:
     """Sum of the loss over all used anchors, a scalar in float32.
 
-    The lattice and all that is as large as the vocabulary exists for `chunk` anchors at a time and is computed
-    again in the backward pass.
+    What is as large as the vocabulary exists for `chunk` anchors at a time and is computed again in the backward
+    pass.
     """
-    blocks = drafter.blocks(features, tokens, anchors.positions, embed)[anchors.used]  # [N, 1+F, H]
+    blocks = drafter.blocks(features, tokens, anchors.positions, embed)[anchors.used]  # [N, ...]
     prefixes, valid = anchors.prefixes[anchors.used], anchors.valid[anchors.used]
 
     def part(blocks: torch.Tensor, prefixes: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-        lattice = drafter.lattice(blocks, prefixes, embed, head)
-        with torch.autocast(blocks.device.type, enabled=False):
-            return loss(lattice, prefixes[:, 1:], valid).sum()
+        return drafter.losses(blocks, prefixes, valid, embed, head, objective).sum()
 
     chunks = list(zip(blocks.split(chunk), prefixes.split(chunk), valid.split(chunk), strict=True))
     if len(chunks) == 1:
         return part(*chunks[0])
     parts = [checkpoint(part, *each, use_reentrant=False, preserve_rng_state=False) for each in chunks]
     return torch.stack(parts).sum()
-
-
-def prefix_objective(decay: float) -> AnchorLoss:
-    """The prefix-likelihood loss with weights decay^(u-1)."""
-    return lambda lattice, labels, valid: prefix_loss(lattice, labels, valid, decay)
-
-
-def ctc_objective(lattice: Lattice, labels: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-    """The full-sequence CTC loss of as many labels as the frames can hold."""
-    frames = lattice.emit.shape[-1]
-    repeats = torch.zeros_like(labels)
-    repeats[:, 1:] = (labels[:, 1:] == labels[:, :-1]).long()
-    needed = torch.arange(1, labels.shape[1] + 1, device=labels.device) + repeats.cumsum(1)  # a repeat needs a blank
-    return ctc_loss(lattice, labels, (valid & (needed <= frames)).sum(1))

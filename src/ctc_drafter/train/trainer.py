@@ -16,16 +16,9 @@ from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
-from ctc_drafter.drafters.ctc import CTCDrafter
+from ctc_drafter.drafters.trainable import TrainableDrafter
 from ctc_drafter.target import Target
-from ctc_drafter.train.anchors import (
-    anchor_counts,
-    ctc_objective,
-    draft_loss,
-    draw_anchors,
-    label_anchors,
-    prefix_objective,
-)
+from ctc_drafter.train.anchors import anchor_counts, draft_loss, draw_anchors, label_anchors
 from ctc_drafter.train.checkpoints import latest_checkpoint, seal, trainer_state
 from ctc_drafter.train.data import DistilledDataset, LengthSampler, collate
 from ctc_drafter.train.manifest import claim, config_hash, digest, disk_errors, versions, write_atomic
@@ -47,7 +40,7 @@ class Trained:
 
 def train_drafter(
     target: Target,
-    drafter: CTCDrafter,
+    drafter: TrainableDrafter,
     dataset: DistilledDataset,
     held_out: DistilledDataset | None,
     out: Path,
@@ -100,14 +93,14 @@ class DrafterTrainer(Trainer):
     def __init__(
         self,
         target: Target,
-        drafter: CTCDrafter,
+        drafter: TrainableDrafter,
         dataset: DistilledDataset,
         held_out: DistilledDataset | None,
         checkpoints: Path,
         settings: TrainSettings,
     ):
         self.target, self.settings = target, settings
-        self.objective = prefix_objective(settings.loss_decay) if settings.loss == "prefix" else ctc_objective
+        self.objective = drafter.objective(settings.loss, settings.loss_decay)
         super().__init__(
             model=drafter,
             args=training_arguments(settings, checkpoints, target.device, evaluate=held_out is not None),
@@ -251,7 +244,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def _check_data(target: Target, drafter: CTCDrafter, dataset: DistilledDataset) -> None:
+def _check_data(target: Target, drafter: TrainableDrafter, dataset: DistilledDataset) -> None:
     drafter.check_target(target.model.config)
     if not len(dataset):
         raise UserError("there are no training rows; distill more, or hold out fewer")
@@ -263,7 +256,7 @@ def _check_data(target: Target, drafter: CTCDrafter, dataset: DistilledDataset) 
 
 
 def _manifest(
-    target: Target, drafter: CTCDrafter, dataset: DistilledDataset, settings: TrainSettings
+    target: Target, drafter: TrainableDrafter, dataset: DistilledDataset, settings: TrainSettings
 ) -> dict[str, Any]:
     rows = digest(" ".join(f"{row.key}:{len(row.ids)}" for row in dataset.rows))
     return {

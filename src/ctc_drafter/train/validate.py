@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from ctc_drafter.decode.tree import best_chain, build_tree
-from ctc_drafter.drafters.ctc import CTCDrafter
+from ctc_drafter.drafters.trainable import TrainableDrafter
 from ctc_drafter.target import Target
 from ctc_drafter.train.anchors import label_anchors
 from ctc_drafter.train.data import DistilledDataset, collate
@@ -18,7 +18,7 @@ from ctc_drafter.types import Candidates, TokenTree, UserError
 @torch.inference_mode()
 def offline_beta(
     target: Target,
-    drafter: CTCDrafter,
+    drafter: TrainableDrafter,
     rows: DistilledDataset,
     *,
     nodes: Sequence[int] = (8, 16, 32, 64),
@@ -75,7 +75,7 @@ def agreement(tree: TokenTree, truth: torch.Tensor) -> torch.Tensor:
 
 
 def draft_positions(
-    rows: DistilledDataset, drafter: CTCDrafter, max_positions: int, max_rows: int, seed: int
+    rows: DistilledDataset, drafter: TrainableDrafter, max_positions: int, max_rows: int, seed: int
 ) -> list[tuple[int, int]]:
     """(row, position) pairs, sorted, drawn uniformly where an answer token is the root and all labels exist.
 

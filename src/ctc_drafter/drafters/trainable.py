@@ -1,0 +1,165 @@
+"""What training asks of a drafter, and what all trained ones share: made for a target, saved, loaded."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ctc_drafter.drafters.base import DraftSession
+from ctc_drafter.drafters.borrowed import Borrowed
+from ctc_drafter.drafters.sizes import DrafterConfig
+from ctc_drafter.types import Candidates, UserError
+
+# (what the drafter says of labels, labels int64 [N, U], valid bool [N, U]) -> loss of each anchor [N], in nats
+Objective = Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class TrainableDrafter(PreTrainedModel):
+    """A `Drafter` that is trained at anchors: places of a text whose next tokens it learns.
+
+    It works in two parts, so that what is as large as the vocabulary need not exist for all anchors at once: `blocks`
+    for a whole batch of rows, then `losses` or `candidates` for some of its anchors.
+    Save and load it with `save_pretrained` and `from_pretrained` (`config.json`, `model.safetensors`).
+    """
+
+    config_class = DrafterConfig
+    config: DrafterConfig
+    main_input_name = "features"
+
+    def __init__(self, config: DrafterConfig):
+        super().__init__(config)
+        self._borrowed: tuple[Any, Borrowed] | None = None
+
+    @abstractmethod
+    def blocks(
+        self, features: torch.Tensor, tokens: torch.Tensor, anchors: torch.Tensor, embed: nn.Module
+    ) -> torch.Tensor:
+        """What the drafter knows at many anchors, `[B, A, ...]`.
+
+        features `[B, T, K]` and tokens `int64 [B, T]` of right-padded rows; anchors `int64 [B, A]`. The root of anchor
+        p is `tokens[p]`; only the features of the tokens before p may be looked at.
+        """
+
+    @abstractmethod
+    def objective(self, loss: str, decay: float) -> Objective:
+        """The loss by its name in the training settings; a later token of a draft weighs `decay` times the one before.
+
+        Raises `UserError` for a loss that this drafter has not.
+        """
+
+    @abstractmethod
+    def likelihood(self, blocks: torch.Tensor, prefixes: torch.Tensor, embed: nn.Module, head: nn.Module) -> Any:
+        """What the objective reads. blocks `[N, ...]`; prefixes `int64 [N, 1+U]`, the root and y1..yU."""
+
+    def losses(
+        self,
+        blocks: torch.Tensor,
+        prefixes: torch.Tensor,
+        valid: torch.Tensor,
+        embed: nn.Module,
+        head: nn.Module,
+        objective: Objective,
+    ) -> torch.Tensor:
+        """Loss of each anchor `[N]`, in float32. valid `bool [N, U]`: labels that count."""
+        found = self.likelihood(blocks, prefixes, embed, head)
+        with torch.autocast(blocks.device.type, enabled=False):
+            return objective(found, prefixes[:, 1:], valid)
+
+    @abstractmethod
+    def candidates(
+        self, blocks: torch.Tensor, root: torch.Tensor, borrowed: Any, nodes: int, floor: float = 0.0
+    ) -> Candidates:
+        """The prefixes of blocks `[N, ...]` after root `int64 [N]`, enough for `nodes` nodes.
+
+        Prefixes of probability below `floor` may be missing.
+        """
+
+    @abstractmethod
+    def begin(self, embed: nn.Module, head: nn.Module, batch_size: int) -> DraftSession:
+        """See `Drafter.begin`."""
+
+    @abstractmethod
+    def prepare(self, embed: nn.Module, head: nn.Module) -> Borrowed:
+        """The target's embedding and LM head made ready for drafting."""
+
+    def borrow(self, embed: nn.Module, head: nn.Module) -> Any:
+        """`prepare`, kept until the modules or any weights change."""
+        weights = [*self.parameters(), *embed.parameters(), *head.parameters()]
+        key = (id(embed), id(head), *((id(w), 0 if w.is_inference() else w._version) for w in weights))
+        if self._borrowed is None or self._borrowed[0] != key:
+            self._borrowed = (key, self.prepare(embed, head))
+        return self._borrowed[1]
+
+    @property
+    def feature_layers(self) -> tuple[int, ...]:
+        return tuple(self.config.target_layer_ids)
+
+    @classmethod
+    def feature_choice(cls, depth: int) -> list[int]:
+        """The target blocks that a fresh drafter reads, for a target of `depth` blocks."""
+        return sorted({min(1, depth - 1), depth // 2, max(depth - 2, 0)})
+
+    @classmethod
+    def for_target(cls, target: PreTrainedConfig, **overrides: Any) -> Any:
+        """A fresh, untrained drafter with the target's sizes; `overrides` are keys of its config."""
+        text = target.get_text_config(decoder=True)
+        depth, heads = text.num_hidden_layers, text.num_attention_heads
+        sizes = {
+            "vocab_size": text.vocab_size,
+            "hidden_size": text.hidden_size,
+            "target_num_layers": depth,
+            "target_layer_ids": cls.feature_choice(depth),
+            "intermediate_size": getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+            "num_attention_heads": heads,
+            "num_key_value_heads": getattr(text, "num_key_value_heads", None) or heads,
+            "head_dim": getattr(text, "head_dim", None) or text.hidden_size // heads,
+            "max_position_embeddings": getattr(text, "max_position_embeddings", None) or 32768,
+        }
+        known = cls.config_class.__dataclass_fields__
+        return cls(cls.config_class(**{key: size for key, size in sizes.items() if key in known} | overrides))
+
+    def start_from(self, norm_scale: torch.Tensor | None, head: nn.Module) -> None:
+        """Takes over what is worth starting from: the target's final norm `[H]`, its LM head."""
+
+    @classmethod
+    def from_pretrained(cls, name: Any, *args: Any, **kwargs: Any) -> Any:
+        """Loads a folder or hub id. Raises `UserError` for missing, corrupt or incomplete checkpoints."""
+        try:
+            kwargs["output_loading_info"] = True
+            drafter, report = super().from_pretrained(name, *args, **kwargs)
+        except UserError:
+            raise
+        except Exception as error:  # every reader down to safetensors has errors of its own
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UserError(f"no drafter could be loaded from {name}: {reason}") from error
+        wrong = sorted(report["missing_keys"]) + sorted(report["unexpected_keys"])
+        if wrong or report["mismatched_keys"]:
+            raise UserError(f"{name} is not a whole drafter: tensor {wrong[0] if wrong else 'shapes'} does not fit")
+        return drafter.eval()
+
+    def check_target(self, target: PreTrainedConfig, fingerprint: str = "") -> None:
+        """Raises `UserError` when the drafter was made for another target."""
+        text = target.get_text_config(decoder=True)
+        pairs = [
+            ("hidden size", self.config.hidden_size, text.hidden_size),
+            ("vocabulary", self.config.vocab_size, text.vocab_size),
+            ("layer count", self.config.target_num_layers, text.num_hidden_layers),
+        ]
+        for what, mine, theirs in pairs:
+            if mine != theirs:
+                raise UserError(f"the drafter was made for a target with {what} {mine}, this one has {theirs}")
+        if fingerprint and self.config.target_fingerprint and fingerprint != self.config.target_fingerprint:
+            raise UserError("the drafter was made for another tokenizer; use the target that it was trained for")
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+        if isinstance(module, nn.RMSNorm):
+            nn.init.ones_(module.weight)
