@@ -157,7 +157,19 @@ def test_from_prompts_to_a_drafter(models: list[str], tmp_path: Path, capfd: pyt
     assert "2 steps" in capfd.readouterr().out
     config = json.loads((drafter / "config.json").read_text())
     assert (config["frames"], config["draft_length"], config["mask_token_id"]) == (3, 2, 1)
-    assert main(["generate", *target, "--drafter", str(drafter), "--prompt", "the cat", "--max-new-tokens", "5"]) == 0
+    generate = ["generate", *target, "--prompt", "the cat", "--max-new-tokens", "5", "--drafter"]
+    assert main([*generate, str(drafter)]) == 0
+
+    peer = tmp_path / "peer"
+    options = ["--out", str(peer), "--method", "hydra", "--draft-length", "2", "--steps", "1", "--held-out", "0"]
+    assert main(["train", *target, "--data", str(answers), *options, "--set", "progress=no"]) == 0
+    assert json.loads((peer / "config.json").read_text())["model_type"] == "hydra_drafter"
+    capfd.readouterr()
+    for name in (str(drafter), str(peer), "prompt_lookup"):
+        assert main([*generate, name]) == 0
+        shown = capfd.readouterr().out
+        assert main([*generate, name, "--plain"]) == 0
+        assert capfd.readouterr().out == shown
 
 
 BAD = {
@@ -184,6 +196,8 @@ BAD = {
     "no corpus": (["distill", "--prompts", "none", "--out", "x"], "none"),
     "no value": (["train", "--data", "x", "--out", "y", "--set", "anchors"], "NAME=VALUE"),
     "unknown setting": (["train", "--data", "x", "--out", "y", "--set", "anchor=3"], "unknown setting anchor"),
+    "unknown method": (["train", "--data", "x", "--out", "y", "--method", "medus"], "unknown method medus"),
+    "nothing to train": (["train", "--data", "x", "--out", "y", "--method", "prompt_lookup"], "nothing to train"),
     "bad setting": (["train", "--data", "x", "--out", "y", "--steps", "0"], "steps"),
 }
 

@@ -30,12 +30,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "drafters": {"types", "ctc"},
     "decode": {"types", "target", "drafters.base"},
     "train": {"types", "text", "ctc", "target", "drafters", "decode"},
-    "evaluate": {"types", "text", "support", "target", "drafters", "decode"},
+    "methods": {"types", "drafters"},
+    "evaluate": {"types", "text", "support", "target", "drafters", "decode", "methods"},
     "serve": {"types", "text", "target", "drafters", "decode"},
     "integrations": {"types", "ctc", "target", "drafters"},
     "quickstart": {"types", "text", "ctc", "target", "drafters", "decode", "train", "load"},
     # The rows below serve the command line and the user; nothing above imports them.
-    "load": {"types", "text", "layout", "target", "drafters", "quickstart"},
+    "load": {"types", "text", "layout", "target", "drafters", "methods", "quickstart"},
     "demo": {"types", "text", "target", "drafters", "decode", "quickstart"},
     "answer": {"types", "text", "target", "drafters", "decode", "evaluate"},
     "cli": {"*"},
@@ -46,7 +47,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 # Concrete drafters do not import each other, and what they share imports none of them.
 SHARED_BY_DRAFTERS = {
     *("base", "trainable", "sizes", "borrowed", "layers", "context", "predictor"),
-    *("block", "session"),
+    *("expand", "chain", "heads", "block", "session"),
 }
 PART_OF_DRAFTER = {"config": "ctc"}
 

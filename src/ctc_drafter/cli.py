@@ -23,7 +23,8 @@ TargetOption = Annotated[
     str | None, typer.Option("--target", help="Target: folder or hub id. Default: the shipped one.")
 ]
 DrafterOption = Annotated[
-    str | None, typer.Option("--drafter", help="Its drafter: folder or hub id. Default: the shipped one.")
+    str | None,
+    typer.Option("--drafter", help="Its drafter: folder, hub id or prompt_lookup. Default: the shipped one."),
 ]
 DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Number format of target and drafter.")]
 DeviceOption = Annotated[Device, typer.Option("--device", help="Where to run; auto takes CUDA if there is one.")]
@@ -282,6 +283,9 @@ def train(
     data: Annotated[list[Path], typer.Option("--data", help="Folder that distill wrote; may be repeated.")],
     out: Annotated[Path, typer.Option("--out", help="Folder for the drafter; the same command resumes it.")],
     target: TargetOption = None,
+    method: Annotated[
+        str, typer.Option("--method", help="What to train: ctc, medusa, hydra, hydra++, dflash or dspark.")
+    ] = "ctc",
     steps: Annotated[int | None, typer.Option("--steps", help="Optimizer steps.", show_default="by --epochs")] = None,
     epochs: Annotated[float | None, typer.Option("--epochs", help="Passes over the data.")] = None,
     learning_rate: Annotated[float | None, typer.Option("--learning-rate", help="Peak learning rate.")] = None,
@@ -309,6 +313,7 @@ def train(
 ) -> None:
     """Trains a drafter for the target on its own answers."""
     from ctc_drafter.load import fresh_drafter, load_target
+    from ctc_drafter.methods import trained_method
     from ctc_drafter.train.data import DistilledDataset
     from ctc_drafter.train.settings import TrainSettings
     from ctc_drafter.train.trainer import train_drafter
@@ -316,12 +321,14 @@ def train(
     named: dict[str, Any] = {"steps": steps, "epochs": epochs, "learning_rate": learning_rate, "batch_size": batch_size}
     named |= {"anchors": anchors, "loss": loss, "bf16": bf16 or None, "seed": seed}
     chosen = TrainSettings.parse(pairs(settings or []) | {k: v for k, v in named.items() if v is not None})
+    trained_method(method)  # before the work, not after it
     lm, tokenizer = load_target(target, dtype, device)
     rows, held = DistilledDataset.load(data, max_length).split(held_out)
     draft = fresh_drafter(
         lm,
         tokenizer,
         seed,
+        method,
         frames=frames,
         draft_length=draft_length,
         num_hidden_layers=draft_layers,

@@ -5,13 +5,16 @@ from __future__ import annotations
 import logging
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from ctc_drafter.drafters.ctc import CTCDrafter
+from ctc_drafter.drafters.base import Drafter
+from ctc_drafter.drafters.trainable import TrainableDrafter
 from ctc_drafter.layout import columns_first
+from ctc_drafter.methods import PROMPT_LOOKUP, open_drafter, trained_method
 from ctc_drafter.quickstart import DRAFTER_DIR, TARGET_DIR
 from ctc_drafter.target import Target, first_line
 from ctc_drafter.text import fingerprint
@@ -19,8 +22,8 @@ from ctc_drafter.types import UserError
 
 
 def pair(target: str | None, drafter: str | None) -> tuple[str | None, str | None]:
-    """Both names, or neither for the shipped model: a drafter serves one target only."""
-    if (target is None) != (drafter is None):
+    """Both names, or neither for the shipped model: a drafter serves one target only, `prompt_lookup` any."""
+    if (target is None) != (drafter is None) and drafter != PROMPT_LOOKUP:
         raise UserError("give --target and --drafter together, or neither for the shipped model")
     return target, drafter
 
@@ -45,12 +48,13 @@ def load_target(name: str | None, dtype: str, device: str) -> tuple[Target, PreT
         raise UserError(f"no tokenizer could be loaded from {name}: {first_line(error)}") from error
 
 
-def load_drafter(name: str | None, target: Target, tokenizer: PreTrainedTokenizerBase) -> CTCDrafter:
-    """A drafter that was made for this target; the shipped one without a name."""
-    drafter = CTCDrafter.from_pretrained(name or shipped(DRAFTER_DIR))
-    drafter.check_target(target.model.config, fingerprint(tokenizer))
-    drafter = drafter.to(device=target.device, dtype=target.dtype).eval()
-    columns_first(drafter)
+def load_drafter(name: str | None, target: Target, tokenizer: PreTrainedTokenizerBase) -> Drafter:
+    """A drafter that was made for this target, `prompt_lookup`, or the shipped one without a name."""
+    drafter = open_drafter(name or shipped(DRAFTER_DIR))
+    if isinstance(drafter, TrainableDrafter):
+        drafter.check_target(target.model.config, fingerprint(tokenizer))
+        drafter.to(device=target.device, dtype=target.dtype).eval()
+        columns_first(drafter)
     return drafter
 
 
@@ -63,24 +67,25 @@ def keep_quiet() -> None:
     logging.getLogger("ctc_drafter").setLevel(logging.INFO)
 
 
-def fresh_drafter(target: Target, tokenizer: PreTrainedTokenizerBase, seed: int, **sizes: int | None) -> CTCDrafter:
-    """An untrained drafter for this target; sizes that are None are the config's. It starts with the target's norm."""
+def fresh_drafter(
+    target: Target, tokenizer: PreTrainedTokenizerBase, seed: int, method: str = "ctc", **sizes: int | None
+) -> TrainableDrafter:
+    """An untrained drafter for this target; sizes that are None are the config's. It starts from the target's weights,
+    where it has like ones."""
+    chosen = trained_method(method)
     width = target.embed(torch.zeros(1, dtype=torch.long, device=target.device)).shape[-1]
     if width != target.hidden_size:
         raise UserError(
             f"the target's embeddings have {width} numbers and its blocks {target.hidden_size}; "
-            "a CTC drafter needs a target where both are the same"
+            f"a {method} drafter needs a target where both are the same"
         )
     torch.manual_seed(seed)
-    fillers = (tokenizer.mask_token_id, tokenizer.unk_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    chosen = {name: size for name, size in sizes.items() if size is not None}
-    drafter = CTCDrafter.for_target(
-        target.model.config,
-        mask_token_id=next(token for token in fillers if token is not None),
-        target_fingerprint=fingerprint(tokenizer),
-        **chosen,
+    given: dict[str, Any] = {name: size for name, size in sizes.items() if size is not None}
+    if "mask_token_id" in chosen.drafter.config_class.__dataclass_fields__:
+        fillers = (tokenizer.mask_token_id, tokenizer.unk_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+        given["mask_token_id"] = next(token for token in fillers if token is not None)
+    drafter = chosen.drafter.for_target(
+        target.model.config, **{"target_fingerprint": fingerprint(tokenizer), **chosen.sizes, **given}
     )
-    scale = target.norm_scale
-    if scale is not None:
-        drafter.norm.weight.data.copy_(scale)
+    drafter.start_from(target.norm_scale, target.head)
     return drafter.to(target.device)

@@ -12,6 +12,7 @@ from typing import cast
 import torch
 from torch import nn
 
+from ctc_drafter.drafters.borrowed import head_logits
 from ctc_drafter.drafters.layers import Context, DraftLayer, RMSNorm, Rotation, rotation
 from ctc_drafter.drafters.session import BlockSession
 from ctc_drafter.drafters.sizes import BlockConfig
@@ -96,6 +97,11 @@ class BlockModel(TrainableDrafter):
         contexts = [join(layer) for layer in self.draft_layers]
         outputs = self.run_layers(states, self.rotation(positions), contexts, mask)
         return outputs.unflatten(1, (anchors.shape[1], size))
+
+
+def frame_logits(blocks: torch.Tensor, head: nn.Module) -> torch.Tensor:
+    """Float32 token logits `[N, F, V]` of block outputs `[N, 1+F, H]`."""
+    return head_logits(head, blocks[:, 1:].flatten(0, 1)).unflatten(0, (len(blocks), -1))
 
 
 def block_mask(anchors: torch.Tensor, length: int, size: int) -> torch.Tensor:

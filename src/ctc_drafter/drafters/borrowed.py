@@ -51,7 +51,7 @@ def best_first(predictor: Predictor | None, depth: int, embed: nn.Module) -> Sea
     def search(
         tokens: torch.Tensor, blanks: torch.Tensor, root: torch.Tensor, start: torch.Tensor, nodes: int, floor: float
     ) -> Candidates:
-        state = start.new_zeros(len(start), 0) if predictor is None else predictor.root(start)
+        state = start.new_zeros(len(start), 0) if predictor is None else predictor.root_state(start)
         return best_prefixes(tokens, blanks, root, bias, state.float(), count=nodes, depth=depth, floor=floor)
 
     return search

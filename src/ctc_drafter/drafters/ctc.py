@@ -7,8 +7,8 @@ from torch import nn
 
 from ctc_drafter.ctc.lattice import Lattice, lattice
 from ctc_drafter.ctc.loss import ctc_objective, prefix_objective
-from ctc_drafter.drafters.block import BlockModel
-from ctc_drafter.drafters.borrowed import BorrowedSearch, borrow_search, head_logits
+from ctc_drafter.drafters.block import BlockModel, frame_logits
+from ctc_drafter.drafters.borrowed import BorrowedSearch, borrow_search
 from ctc_drafter.drafters.config import CTCDrafterConfig
 from ctc_drafter.drafters.predictor import Predictor
 from ctc_drafter.drafters.trainable import Objective
@@ -44,9 +44,8 @@ class CTCDrafter(BlockModel):
 
     def frame_logits(self, blocks: torch.Tensor, head: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
         """Block outputs `[N, 1+F, H]` to float32 token logits `[N, F, V]` and blank logits `[N, F]`."""
-        frames = blocks[:, 1:].flatten(0, 1)
-        tokens = head_logits(head, frames).unflatten(0, (len(blocks), -1))
-        return tokens, self.blank_head(frames).view(len(blocks), -1).float()
+        blanks = self.blank_head(blocks[:, 1:].flatten(0, 1)).view(len(blocks), -1)
+        return frame_logits(blocks, head), blanks.float()
 
     def lattice(self, blocks: torch.Tensor, prefixes: torch.Tensor, embed: nn.Module, head: nn.Module) -> Lattice:
         """The lattice of known continuations: prefixes `int64 [N, 1+U]`, the root and y1..yU."""
@@ -54,7 +53,7 @@ class CTCDrafter(BlockModel):
         bias = None
         if self.predictor is not None:
             previous = torch.cat([prefixes.new_full((len(prefixes), 1), -1), prefixes[:, :-1]], 1)
-            root_state = self.predictor.root(blocks[:, 0])
+            root_state = self.predictor.root_state(blocks[:, 0])
             bias = self.predictor.output(self.predictor.state(previous, prefixes, root_state, embed)).float()
         return lattice(tokens, blanks, prefixes[:, 1:], bias)
 

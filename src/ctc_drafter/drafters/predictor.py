@@ -14,16 +14,22 @@ from ctc_drafter.ctc.search import Bias
 
 
 class Predictor(nn.Module):
-    """vocab V, hidden size H, rank r, width of the MLP."""
+    """vocab V, hidden size H, rank r, width of the MLP; 0 for the table of the last token alone."""
 
     def __init__(self, vocab_size: int, hidden_size: int, rank: int, width: int):
         super().__init__()
         self.table = nn.Embedding(vocab_size, rank)
-        self.previous = nn.Linear(hidden_size, width, bias=False)
-        self.last = nn.Linear(hidden_size, width, bias=False)
-        self.root = nn.Linear(hidden_size, width)
-        self.inner = nn.Linear(width, rank, bias=False)
+        self.width = width
+        if width:
+            self.previous = nn.Linear(hidden_size, width, bias=False)
+            self.last = nn.Linear(hidden_size, width, bias=False)
+            self.root = nn.Linear(hidden_size, width)
+            self.inner = nn.Linear(width, rank, bias=False)
         self.output = nn.Linear(rank, vocab_size, bias=False)
+
+    def root_state(self, start: torch.Tensor) -> torch.Tensor:
+        """What the MLP takes from the block's output at the root `[B, H]`, `[B, M]`."""
+        return self.root(start) if self.width else start[:, :0]
 
     def state(
         self, previous: torch.Tensor, last: torch.Tensor, root_state: torch.Tensor, embed: nn.Module
@@ -31,8 +37,10 @@ class Predictor(nn.Module):
         """f(prefix) `[B, W, r]`.
 
         previous and last `int64 [B, W]` are the two newest tokens of each prefix, the root included; previous
-        is -1 where there is only the root. root_state `[B, M]` is `root` of the block's output at the root.
+        is -1 where there is only the root. root_state `[B, M]` is that of the block's output at the root.
         """
+        if not self.width:
+            return self.table(last)
         known = (previous >= 0).unsqueeze(-1)
         dtype = self.last.weight.dtype
         earlier = self.previous(embed(previous.clamp(min=0)).to(dtype)) * known
@@ -41,7 +49,7 @@ class Predictor(nn.Module):
 
     def bias(self, start: torch.Tensor, embed: nn.Module) -> Bias:
         """What the search asks for, of block outputs at the root `[B, H]`."""
-        root_state, output = self.root(start), self.output.weight.t()
+        root_state, output = self.root_state(start), self.output.weight.t()
         return lambda previous, last: self.state(previous, last, root_state, embed) @ output
 
     def tables(self, embed: nn.Module) -> tuple[torch.Tensor, ...]:
@@ -49,12 +57,16 @@ class Predictor(nn.Module):
 
         That moves a bias by about a hundredth of its size, and drafts need no precision.
         """
-        tokens = torch.arange(self.table.num_embeddings, device=self.table.weight.device)
-        weights = torch.cat([self.previous.weight, self.last.weight])
-        # A few thousand tokens at a time: embeddings of a whole vocabulary can be large.
-        parts = [fn.linear(embed(part).to(weights.dtype), weights) for part in tokens.split(4096)]
-        earlier, later = torch.cat(parts).chunk(2, -1)
+        table = self.table.weight.float()
+        earlier, later, inner = table[:, :0], table[:, :0], table.new_zeros(table.shape[1], 0)
+        if self.width:
+            tokens = torch.arange(len(table), device=table.device)
+            weights = torch.cat([self.previous.weight, self.last.weight])
+            # A few thousand tokens at a time: embeddings of a whole vocabulary can be large.
+            parts = [fn.linear(embed(part).to(weights.dtype), weights) for part in tokens.split(4096)]
+            earlier, later = torch.cat(parts).float().chunk(2, -1)
+            inner = self.inner.weight.float()
         output = self.output.weight.t().float()
         scale = output.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny) / 127
         rounded = (output / scale.unsqueeze(1)).round().to(torch.int8)
-        return self.table.weight.float(), earlier.float(), later.float(), self.inner.weight.float(), scale, rounded
+        return table, earlier, later, inner, scale, rounded

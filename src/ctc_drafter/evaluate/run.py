@@ -20,6 +20,7 @@ from ctc_drafter.decode.stats import Stats
 from ctc_drafter.drafters.base import Drafter
 from ctc_drafter.evaluate.environment import environment
 from ctc_drafter.evaluate.tasks import Prompt, Task
+from ctc_drafter.methods import method_of
 from ctc_drafter.target import Target
 from ctc_drafter.text import decode, encode_conversation, eos_ids
 from ctc_drafter.types import UserError
@@ -141,12 +142,12 @@ def decoding_methods(
     def plain(prompts: list[list[int]], timed: bool) -> Generation:
         return plain_generate(target, prompts, max_new_tokens=max_new_tokens, eos=eos, timed=timed)
 
-    def ctc(prompts: list[list[int]], timed: bool) -> Generation:
+    def drafted(prompts: list[list[int]], timed: bool) -> Generation:
         return generate(
             target, drafter, prompts, max_new_tokens=max_new_tokens, nodes=nodes, floor=floor, eos=eos, timed=timed
         )
 
-    return {PLAIN: plain, "ctc": ctc}
+    return {PLAIN: plain, method_of(drafter): drafted}
 
 
 def evaluate(
@@ -165,7 +166,7 @@ def evaluate(
     save: Callable[[dict[str, Any]], None] | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Measures plain and CTC decoding on the first `limit` prompts of each task.
+    """Measures plain and drafted decoding on the first `limit` prompts of each task.
 
     Both run in turn on each batch, the order alternating, after a warm-up. Returns `{"meta", "rows"}`, a row per
     method and task. `identical` of `compared` prompts have, over all turns, plain decoding's very tokens; `skipped`

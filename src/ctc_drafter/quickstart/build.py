@@ -36,7 +36,7 @@ PROMPTS: dict[str, dict[str, Any]] = {
     "instructions": {"pattern": "flan_cot*.train.*", "per_file": 6000},
 }
 ANSWER_TOKENS = 128
-DRAFTER = {
+DRAFTER: dict[str, Any] = {
     "frames": 8,
     "draft_length": 7,
     "num_hidden_layers": 1,

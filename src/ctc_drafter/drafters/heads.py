@@ -1,0 +1,128 @@
+"""Drafters whose heads read the target's last hidden state: what Medusa and Hydra share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from ctc_drafter.drafters.base import DraftSession
+from ctc_drafter.drafters.borrowed import Borrowed
+from ctc_drafter.drafters.chain import ChainDrafter
+from ctc_drafter.drafters.layers import RMSNorm
+from ctc_drafter.drafters.sizes import DrafterConfig
+from ctc_drafter.types import Candidates, UserError
+
+
+class HeadsConfig(DrafterConfig):
+    """Head k drafts the k-th token after the root, `draft_length` heads in all.
+
+    Args:
+        target_layer_ids: one block, the target's last.
+        num_hidden_layers: residual layers of a head.
+        own_outputs: each head has an output matrix of its own, which starts as the target's LM head; without, all
+            share that one, frozen and not stored.
+        rms_norm_eps: of the norm that takes the place of the target's final one.
+    """
+
+    model_type = "heads_drafter"
+
+    draft_length: int = 5
+    num_hidden_layers: int = 1
+    own_outputs: bool = True
+    rms_norm_eps: float = 1e-6
+
+    def check(self) -> None:
+        super().check()
+        if len(self.target_layer_ids) != 1:
+            raise UserError(
+                f"target_layer_ids {self.target_layer_ids} must name one block: heads read one hidden state"
+            )
+        if self.num_hidden_layers < 1:
+            raise UserError(f"num_hidden_layers is {self.num_hidden_layers}; a head needs at least 1")
+
+
+class HeadsDrafter(ChainDrafter):
+    """blocks are hidden states `[B, A, H]`: of the token before each anchor's root, behind the norm."""
+
+    def __init__(self, config: HeadsConfig):
+        super().__init__(config)
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.own = None
+        if config.own_outputs:
+            matrices = (
+                nn.Linear(config.hidden_size, config.vocab_size, bias=False) for _ in range(config.draft_length)
+            )
+            self.own = nn.ModuleList(matrices)
+
+    @classmethod
+    def feature_choice(cls, depth: int) -> list[int]:
+        return [depth - 1]
+
+    @torch.no_grad()
+    def start_from(self, norm_scale: torch.Tensor | None, head: nn.Module) -> None:
+        """The norm starts as the target's final one, own output matrices as its LM head."""
+        if norm_scale is not None:
+            self.norm.weight.copy_(norm_scale)
+        weight = getattr(head, "weight", None)
+        if self.own is not None and type(weight) is nn.Parameter:  # a quantised one cannot be learnt on
+            for own in self.own.parameters():
+                own.copy_(weight)
+
+    def outputs(self, head: nn.Module) -> Sequence[nn.Module]:
+        return super().outputs(head) if self.own is None else list(self.own)
+
+    def states(self, features: torch.Tensor) -> torch.Tensor:
+        """What heads read of features `[B, T, H]`."""
+        return self.norm(features)
+
+    def blocks(
+        self, features: torch.Tensor, tokens: torch.Tensor, anchors: torch.Tensor, embed: nn.Module
+    ) -> torch.Tensor:
+        """See `TrainableDrafter.blocks`. A root that begins its text has nothing before it and zeros for a state."""
+        return before(self.states(features), anchors)
+
+    def begin(self, embed: nn.Module, head: nn.Module, batch_size: int) -> DraftSession:
+        """See `Drafter.begin`."""
+        return LastStateSession(self, self.borrow(embed, head))
+
+
+def before(states: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
+    """States `[B, A, H]` of the tokens before anchors `int64 [B, A]`, of states `[B, T, H]`; zeros before the first."""
+    index = (anchors - 1).clamp(min=0).unsqueeze(-1).expand(-1, -1, states.shape[-1])
+    return states.gather(1, index) * (anchors > 0).unsqueeze(-1)
+
+
+class Heads(Protocol):
+    """The part of a `HeadsDrafter` that a session runs."""
+
+    def states(self, features: torch.Tensor) -> torch.Tensor: ...
+    def candidates(
+        self, blocks: torch.Tensor, root: torch.Tensor, borrowed: Borrowed, nodes: int, floor: float = 0.0
+    ) -> Candidates: ...
+
+
+class LastStateSession:
+    """See `DraftSession`. Keeps the state `[B, H]` of each row's newest committed token."""
+
+    newest: torch.Tensor
+
+    def __init__(self, drafter: Heads, borrowed: Borrowed):
+        self.drafter, self.borrowed = drafter, borrowed
+
+    def extend(self, tokens: torch.Tensor, features: torch.Tensor | None, counts: torch.Tensor) -> None:
+        assert features is not None
+        self.newest = self.drafter.states(before(features, counts.unsqueeze(1)))[:, 0]
+
+    def propose(self, root: torch.Tensor, nodes: int, floor: float = 0.0) -> Candidates:
+        return self.drafter.candidates(self.newest, root, self.borrowed, nodes, floor)
+
+    def join(self, tokens: torch.Tensor, features: torch.Tensor | None, counts: torch.Tensor) -> None:
+        there = self.newest
+        self.extend(tokens, features, counts)
+        self.newest = torch.cat([there, self.newest])
+
+    def select(self, rows: torch.Tensor) -> None:
+        self.newest = self.newest[rows]

@@ -1,0 +1,140 @@
+"""Hydra: heads that see the tokens drafted before theirs; and Hydra++, whose heads read a layer of their own.
+
+Source: Ankner, Parthasarathy, Nrusimha, Rinard, Ragan-Kelley and Brandon, "Hydra: Sequentially-Dependent Draft Heads
+for Medusa Decoding" (COLM 2024). Head k reads the target's last hidden state, the embeddings of the root and of the k-1
+tokens drafted so far. Hydra++ has deeper heads, and a decoder layer that attends to the hidden states of all committed
+tokens ("prefix attention") in place of the last state alone. Its third part, training on the target's probabilities, is
+not here: this trainer learns from the text that the target wrote. The tree is the best one under the chain rule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.nn import functional as fn
+
+from ctc_drafter.drafters.base import DraftSession
+from ctc_drafter.drafters.borrowed import head_logits
+from ctc_drafter.drafters.chain import BorrowedOutputs
+from ctc_drafter.drafters.context import ContextCache
+from ctc_drafter.drafters.expand import Step
+from ctc_drafter.drafters.heads import HeadsConfig, HeadsDrafter, before
+from ctc_drafter.drafters.layers import DraftLayer, rotation
+from ctc_drafter.drafters.sizes import LayerConfig
+from ctc_drafter.types import Candidates
+
+
+class HydraConfig(LayerConfig, HeadsConfig):
+    """See `HeadsConfig`; `LayerConfig`'s sizes, all but `num_hidden_layers`, are those of the prefix attention.
+
+    Args:
+        num_hidden_layers: layers of a head; the first one reads the drafted tokens.
+        prefix_attention: heads read a decoder layer over the hidden states of all committed tokens.
+    """
+
+    model_type = "hydra_drafter"
+
+    draft_length: int = 5
+    prefix_attention: bool = False
+
+
+class HydraHead(nn.Module):
+    """x + SiLU(W [x, e0..e(k-1)]) for embeddings e of root and drafted tokens, then residual layers as Medusa's."""
+
+    def __init__(self, size: int, tokens: int, depth: int):
+        super().__init__()
+        self.state = nn.Linear(size, size)
+        self.tokens = nn.Linear(size * tokens, size, bias=False)
+        self.inner = nn.ModuleList(nn.Linear(size, size) for _ in range(depth - 1))
+
+    def forward(self, states: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
+        """states `[N, H]` and embeddings `[N, W, k, H]` to `[N, W, H]`."""
+        first = self.state(states).unsqueeze(1) + self.tokens(embeddings.flatten(2))
+        mixed = states.unsqueeze(1) + fn.silu(first)
+        for layer in self.inner:
+            mixed = mixed + fn.silu(layer(mixed))
+        return mixed
+
+
+class HydraDrafter(HeadsDrafter):
+    """Head k sees the state before the root, the root, and k-1 drafted tokens."""
+
+    config_class = HydraConfig
+    config: HydraConfig
+
+    def __init__(self, config: HydraConfig):
+        super().__init__(config)
+        sizes = [(config.hidden_size, tokens, config.num_hidden_layers) for tokens in range(1, config.draft_length + 1)]
+        self.heads = nn.ModuleList(HydraHead(*size) for size in sizes)
+        self.prefix_layer = DraftLayer(config) if config.prefix_attention else None
+        self.post_init()
+
+    def steps(self, blocks: torch.Tensor, embed: nn.Module, outputs: Sequence[nn.Module]) -> Step:
+        def step(prefixes: torch.Tensor, _places: torch.Tensor | None) -> torch.Tensor:
+            head = prefixes.shape[2] - 1
+            states = self.heads[head](blocks, embed(prefixes).to(blocks.dtype))
+            return head_logits(outputs[head], states.flatten(0, 1)).unflatten(0, states.shape[:2])
+
+        return step
+
+    def blocks(
+        self, features: torch.Tensor, tokens: torch.Tensor, anchors: torch.Tensor, embed: nn.Module
+    ) -> torch.Tensor:
+        """See `TrainableDrafter.blocks`; with prefix attention, each token's state has seen those before it."""
+        states = self.states(features)
+        if self.prefix_layer is not None:
+            length = states.shape[1]
+            slots = torch.arange(length, device=states.device).unsqueeze(0)
+            by = rotation(slots, self.config.head_dim, self.config.rope_theta, states.dtype)
+            causal = torch.ones(length, length, dtype=torch.bool, device=states.device).tril()
+            states = self.prefix_layer(states, by, lambda keys, values: (keys, values), causal[None, None])
+        return before(states, anchors)
+
+    def begin(self, embed: nn.Module, head: nn.Module, batch_size: int) -> DraftSession:
+        """See `Drafter.begin`."""
+        if self.prefix_layer is None:
+            return super().begin(embed, head, batch_size)
+        return PrefixSession(self, self.prefix_layer, self.borrow(embed, head), batch_size)
+
+
+class PrefixSession:
+    """See `DraftSession`. Keeps the prefix layer's keys and values, and its output `[B, H]` at the newest tokens."""
+
+    newest: torch.Tensor
+
+    def __init__(self, drafter: HydraDrafter, layer: DraftLayer, borrowed: BorrowedOutputs, batch_size: int):
+        self.drafter, self.layer, self.borrowed = drafter, layer, borrowed
+        self.context = ContextCache(drafter.config, 1, batch_size, layer.self_attn.k_proj.weight)
+
+    def extend(self, tokens: torch.Tensor, features: torch.Tensor | None, counts: torch.Tensor) -> None:
+        self.newest = self._take(self.context, features, counts)
+
+    def propose(self, root: torch.Tensor, nodes: int, floor: float = 0.0) -> Candidates:
+        return self.drafter.candidates(self.newest, root, self.borrowed, nodes, floor)
+
+    def join(self, tokens: torch.Tensor, features: torch.Tensor | None, counts: torch.Tensor) -> None:
+        new = self.context.empty(len(counts))
+        self.newest = torch.cat([self.newest, self._take(new, features, counts)])
+        self.context.join(new)
+
+    def select(self, rows: torch.Tensor) -> None:
+        self.context.select(rows)
+        self.newest = self.newest[rows]
+
+    def _take(self, cache: ContextCache, features: torch.Tensor | None, counts: torch.Tensor) -> torch.Tensor:
+        """Stores all new tokens, and lets the newest one of each row look at those that are there."""
+        assert features is not None
+        positions = cache.slots(features.shape[1])
+        states = self.drafter.states(features)
+        normed = self.layer.input_layernorm(states)
+        cache.store(0, positions, *self.layer.self_attn.keys_values(normed, cache.rotation(positions)))
+        cache.lengths = cache.lengths + counts
+        last = cache.lengths.unsqueeze(1) - 1
+        end = int(cache.lengths.max())
+        seen = (torch.arange(end, device=last.device) <= last)[:, None, None]
+        output = self.layer(
+            before(states, counts.unsqueeze(1)), cache.rotation(last), lambda _keys, _values: cache.read(0, end), seen
+        )
+        return output[:, 0]
