@@ -68,13 +68,14 @@ def test_later_tokens_do_not_reach_a_block():
     assert not torch.allclose(drafter.blocks(spoilt, other, anchors, target.embed), before)
 
 
+@pytest.mark.parametrize("width", [0, 256], ids=["table alone", "with the MLP"])
 @torch.inference_mode()
-def test_the_search_scores_what_the_loss_trains():
+def test_the_search_scores_what_the_loss_trains(width):
     """Prefix probabilities of the lattice equal the scores of the search, but for its int8 matrix."""
     from ctc_drafter.ctc.loss import prefix_log_probs
 
     target = tiny_target()
-    drafter = tiny_drafter(target)
+    drafter = tiny_drafter(target, predictor_width=width)
     tokens = torch.tensor([ROWS[0]])
     features = target.hidden_features(tokens, drafter.feature_layers)
     blocks = drafter.blocks(features, tokens, torch.tensor([[4]]), target.embed)[:, 0]

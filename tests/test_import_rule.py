@@ -46,8 +46,8 @@ MAY_IMPORT: dict[str, set[str]] = {
 # In drafters/, a file is shared, a part of one concrete drafter, or, unlisted, a concrete drafter of its own.
 # Concrete drafters do not import each other, and what they share imports none of them.
 SHARED_BY_DRAFTERS = {
-    *("base", "trainable", "sizes", "borrowed", "layers", "context", "predictor"),
-    *("expand", "chain", "heads", "block", "session"),
+    *("base", "trainable", "sizes", "borrowed", "layers", "context", "predictor", "host"),
+    *("expand", "chain", "heads", "block", "session", "frames"),
 }
 PART_OF_DRAFTER = {"config": "ctc"}
 

@@ -19,7 +19,8 @@ from ctc_drafter.types import UserError
 from helpers import VOCABULARY, tiny_config, tiny_target
 from train_helpers import settings, written_rows
 
-PEERS = ("medusa", "hydra", "hydra++", "dflash", "dspark")
+CHAINS = ("medusa", "hydra", "hydra++", "dflash", "dspark")
+PEERS = (*CHAINS, "ctc-paper")
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6], [2, 7], [8, 2, 8, 1]]
 LENGTH = 3
 
@@ -50,6 +51,16 @@ def test_they_never_change_the_output(name: str, batch: int, nodes: int) -> None
     expected = plain_generate(target, PROMPTS[:batch], max_new_tokens=16).tokens
     drafter = fresh(target, name)
     assert generate(target, drafter, PROMPTS[:batch], max_new_tokens=16, nodes=nodes, floor=0.0).tokens == expected
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_bfloat16_runs(name: str, tmp_path: Path) -> None:
+    target = tiny_target(dtype=torch.bfloat16)
+    drafter = fresh(target, name).to(torch.bfloat16)
+    assert all(len(row) == 8 for row in generate(target, drafter, PROMPTS, max_new_tokens=8).tokens)
+    exact = tiny_target()
+    options = settings(steps=2, bf16=True, anchor_chunk=5)
+    assert train_drafter(exact, fresh(exact, name), written_rows(exact, 3), None, tmp_path, options).steps == 2
 
 
 @pytest.mark.parametrize("name", PEERS)
@@ -133,7 +144,7 @@ def brute_force(name: str, target, drafter, root: int, state, blocks) -> dict[tu
     return scores
 
 
-@pytest.mark.parametrize("name", PEERS)
+@pytest.mark.parametrize("name", CHAINS)
 @torch.inference_mode()
 def test_scores_are_the_product_of_the_tokens_probabilities(name: str) -> None:
     target = tiny_target()
@@ -229,7 +240,7 @@ def test_impossible_configs_are_refused(name: str, overrides: dict[str, int], me
 
 def test_what_is_no_drafter_is_named(tmp_path: Path) -> None:
     target = tiny_target()
-    with pytest.raises(UserError, match=r"unknown method medus; known are ctc, medusa"):
+    with pytest.raises(UserError, match=r"unknown method medus; known are ctc, ctc-paper, medusa"):
         trained_method("medus")
     with pytest.raises(UserError, match="nothing to train"):
         trained_method("prompt_lookup")

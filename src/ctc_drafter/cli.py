@@ -284,7 +284,7 @@ def train(
     out: Annotated[Path, typer.Option("--out", help="Folder for the drafter; the same command resumes it.")],
     target: TargetOption = None,
     method: Annotated[
-        str, typer.Option("--method", help="What to train: ctc, medusa, hydra, hydra++, dflash or dspark.")
+        str, typer.Option("--method", help="What to train: ctc, ctc-paper, medusa, hydra, hydra++, dflash or dspark.")
     ] = "ctc",
     steps: Annotated[int | None, typer.Option("--steps", help="Optimizer steps.", show_default="by --epochs")] = None,
     epochs: Annotated[float | None, typer.Option("--epochs", help="Passes over the data.")] = None,

@@ -33,6 +33,7 @@ class Trained:
 
 TRAINED = {
     "ctc": Trained("ctc", "CTCDrafter", "ctc_drafter"),
+    "ctc-paper": Trained("paper", "PaperDrafter", "ctc_paper_drafter"),
     "medusa": Trained("medusa", "MedusaDrafter", "medusa_drafter"),
     "hydra": Trained("hydra", "HydraDrafter", "hydra_drafter"),
     "hydra++": Trained("hydra", "HydraDrafter", "hydra_drafter", {"prefix_attention": True, "num_hidden_layers": 4}),

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-from ctc_drafter.drafters.sizes import BlockConfig
-from ctc_drafter.types import UserError
+from ctc_drafter.drafters.frames import FramesConfig
 
 
-class CTCDrafterConfig(BlockConfig):
-    """All sizes of a CTC drafter, with those of `BlockConfig`.
+class CTCDrafterConfig(FramesConfig):
+    """All sizes of a CTC drafter, with those of `FramesConfig`.
 
     Args:
-        frames: CTC frames a pass fills (F). draft_length: longest prefix that is searched, at most F.
-        predictor_rank: rank of the predictor's bias, 0 for none. predictor_width: its MLP.
+        predictor_rank: rank of the predictor's bias, 0 for none. predictor_width: its MLP; 0 for the table of the last
+            token alone.
     """
 
     model_type = "ctc_drafter"
 
-    frames: int = 8
     predictor_rank: int = 64
     predictor_width: int = 256
-
-    def check(self) -> None:
-        if not 1 <= self.draft_length <= self.frames:
-            raise UserError(f"draft_length {self.draft_length} must lie between 1 and frames ({self.frames})")
-        super().check()

@@ -7,15 +7,15 @@ from torch import nn
 
 from ctc_drafter.ctc.lattice import Lattice, lattice
 from ctc_drafter.ctc.loss import ctc_objective, prefix_objective
-from ctc_drafter.drafters.block import BlockModel, frame_logits
 from ctc_drafter.drafters.borrowed import BorrowedSearch, borrow_search
 from ctc_drafter.drafters.config import CTCDrafterConfig
+from ctc_drafter.drafters.frames import FramesModel
 from ctc_drafter.drafters.predictor import Predictor
 from ctc_drafter.drafters.trainable import Objective
 from ctc_drafter.types import Candidates
 
 
-class CTCDrafter(BlockModel):
+class CTCDrafter(FramesModel):
     """Draft layers, blank head and predictor; from target features to frames, lattices and candidates."""
 
     config_class = CTCDrafterConfig
@@ -23,7 +23,6 @@ class CTCDrafter(BlockModel):
 
     def __init__(self, config: CTCDrafterConfig):
         super().__init__(config)
-        self.blank_head = nn.Linear(config.hidden_size, 1)
         self.predictor = None
         if config.predictor_rank:
             self.predictor = Predictor(
@@ -31,21 +30,12 @@ class CTCDrafter(BlockModel):
             )
         self.post_init()
 
-    @property
-    def frames(self) -> int:
-        return self.config.frames
-
     def objective(self, loss: str, decay: float) -> Objective:
         """`prefix`, or `ctc` for the full-sequence loss, which has no decay."""
         return prefix_objective(decay) if loss == "prefix" else ctc_objective
 
     def likelihood(self, blocks: torch.Tensor, prefixes: torch.Tensor, embed: nn.Module, head: nn.Module) -> Lattice:
         return self.lattice(blocks, prefixes, embed, head)
-
-    def frame_logits(self, blocks: torch.Tensor, head: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
-        """Block outputs `[N, 1+F, H]` to float32 token logits `[N, F, V]` and blank logits `[N, F]`."""
-        blanks = self.blank_head(blocks[:, 1:].flatten(0, 1)).view(len(blocks), -1)
-        return frame_logits(blocks, head), blanks.float()
 
     def lattice(self, blocks: torch.Tensor, prefixes: torch.Tensor, embed: nn.Module, head: nn.Module) -> Lattice:
         """The lattice of known continuations: prefixes `int64 [N, 1+U]`, the root and y1..yU."""

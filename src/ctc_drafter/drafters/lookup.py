@@ -23,15 +23,13 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ctc_drafter.drafters.host import Prefix, padded
 from ctc_drafter.types import Candidates, UserError
 
 PRIOR = 2.0
 RECENCY = 0.8
 SHORTER = 0.25
 MATCHES = 16  # newest ones that are looked at, for each length of n-gram
-
-# (tokens of the prefix, log-probability, index of its parent, depth)
-Found = tuple[int, float, int, int]
 
 
 @dataclass(frozen=True)
@@ -81,11 +79,11 @@ class Text:
                 weights.setdefault(end, RECENCY**age * SHORTER ** (best - size))
         return sorted(weights.items(), reverse=True), best
 
-    def prefixes(self, root: int, count: int, depth: int, floor: float) -> list[Found]:
+    def prefixes(self, root: int, count: int, depth: int, floor: float) -> list[Prefix]:
         """The `count` best prefixes of probability `floor` and more, best first and parents before children."""
         matches, length = self.matches(root)
         tokens = [*self.tokens, root]
-        found: list[Found] = []
+        found: list[Prefix] = []
         waiting: list[tuple[float, int, int, int, int, list[tuple[int, float]]]] = []
         order = 0
 
@@ -126,14 +124,7 @@ class LookupSession:
     def propose(self, root: torch.Tensor, nodes: int, floor: float = 0.0) -> Candidates:
         depth = self.drafter.draft_length
         rows = [row.prefixes(token, nodes, depth, floor) for row, token in zip(self.rows, root.tolist(), strict=True)]
-        width = max(map(len, rows))
-        padding: Found = (0, -math.inf, -1, 1)
-        tokens, scores, parents, depths = (
-            torch.tensor([[each[part] for each in row] + [padding[part]] * (width - len(row)) for row in rows])
-            for part in range(4)
-        )
-        tokens, parents, depths = (part.to(root.device, torch.long) for part in (tokens, parents, depths))
-        return Candidates(tokens, parents, depths, scores.to(root.device, torch.float32))
+        return padded(rows, root.device)
 
     def join(self, tokens: torch.Tensor, features: torch.Tensor | None, counts: torch.Tensor) -> None:
         new = LookupSession(self.drafter, [Text(self.drafter.longest) for _ in counts])

@@ -1,0 +1,135 @@
+"""The paper's own CTC drafting: full-sequence loss, independent frames, a static tree of choices, collapsed.
+
+Source: Wen, Gui and Feng, "Speculative Decoding with CTC-based Draft Model for LLM Inference Acceleration" (NeurIPS
+2024). Every frame's likeliest symbols are ranked, blanks among them. A static tree says which sequences of ranks are
+looked at; each is an alignment, and collapses to tokens: repeats merge, blanks vanish. Alignments that collapse to the
+same prefix become one node, and the mask is built from what is left, so that positions, ancestors and bonus token are right; the
+released code keeps the old ones. The draft module is that of our other drafters, not the released autoregressive head.
+A prefix scores the sum of the alignments in the tree that complete it: less than its probability, of which our search
+finds all.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import nn
+
+from ctc_drafter.ctc.lattice import Lattice, lattice
+from ctc_drafter.ctc.loss import ctc_objective
+from ctc_drafter.drafters.borrowed import Borrowed, draft_head
+from ctc_drafter.drafters.frames import FramesConfig, FramesModel
+from ctc_drafter.drafters.host import Prefix, padded
+from ctc_drafter.drafters.trainable import Objective
+from ctc_drafter.types import Candidates, UserError
+
+RANKS = 10  # likeliest symbols of a frame
+
+
+class PaperConfig(FramesConfig):
+    """See `FramesConfig`.
+
+    Args:
+        alignments: nodes of the static tree, before they collapse.
+    """
+
+    model_type = "ctc_paper_drafter"
+
+    alignments: int = 64
+
+    def check(self) -> None:
+        super().check()
+        if self.alignments < 1:
+            raise UserError(f"alignments is {self.alignments}; give at least 1")
+
+
+class PaperDrafter(FramesModel):
+    """Frames with blanks, without a predictor."""
+
+    config_class = PaperConfig
+    config: PaperConfig
+
+    def __init__(self, config: PaperConfig):
+        super().__init__(config)
+        self.post_init()
+
+    def objective(self, loss: str, decay: float) -> Objective:
+        """The full-sequence loss, by either name: there is no other."""
+        return ctc_objective
+
+    def likelihood(self, blocks: torch.Tensor, prefixes: torch.Tensor, embed: nn.Module, head: nn.Module) -> Lattice:
+        return lattice(*self.frame_logits(blocks, head), prefixes[:, 1:], None)
+
+    def prepare(self, embed: nn.Module, head: nn.Module) -> Borrowed:
+        return Borrowed(embed, draft_head(head))
+
+    def candidates(
+        self, blocks: torch.Tensor, root: torch.Tensor, borrowed: Borrowed, nodes: int, floor: float = 0.0
+    ) -> Candidates:
+        """See `TrainableDrafter.candidates`: the static tree's prefixes, however many `nodes` there is room for."""
+        tokens, blanks = self.frame_logits(blocks, borrowed.head)
+        logits = torch.cat([tokens, blanks.unsqueeze(-1)], -1)
+        best, symbols = logits.topk(min(RANKS, logits.shape[-1]), -1)
+        scores = best - logits.logsumexp(-1, keepdim=True)
+        tree = static_tree(self.config.alignments, self.config.frames, symbols.shape[-1])
+        blank, depth = tokens.shape[-1], self.config.draft_length
+        rows = [collapsed(tree, *row, blank, depth) for row in zip(symbols.tolist(), scores.tolist(), strict=True)]
+        return padded(rows, root.device)
+
+
+@lru_cache(maxsize=16)
+def static_tree(nodes: int, depth: int, ranks: int) -> tuple[tuple[int, int, int], ...]:
+    """(parent, frame, rank) of each node, parents first, -1 for a child of the root.
+
+    The likeliest sequences of ranks, if the symbol of rank r (from 1) is right with a probability that falls as 1/r².
+    """
+    total = sum(1 / rank**2 for rank in range(1, ranks + 1))
+    costs = [math.log(total * rank**2) for rank in range(1, ranks + 1)]
+    waiting = [(cost, -1, 0, rank) for rank, cost in enumerate(costs)]
+    found: list[tuple[int, int, int]] = []
+    while waiting and len(found) < nodes:
+        cost, parent, frame, rank = heapq.heappop(waiting)
+        found.append((parent, frame, rank))
+        if frame + 1 < depth:
+            for below, more in enumerate(costs):
+                heapq.heappush(waiting, (cost + more, len(found) - 1, frame + 1, below))
+    return tuple(found)
+
+
+def collapsed(
+    tree: Sequence[tuple[int, int, int]],
+    symbols: Sequence[Sequence[int]],
+    scores: Sequence[Sequence[float]],
+    blank: int,
+    depth: int,
+) -> list[Prefix]:
+    """The prefixes that the tree's alignments collapse to, of symbols and their log-probabilities by frame and rank.
+
+    Example: `a a`, `a blank` and `a b` give the prefixes a and ab; `a blank a` would give aa.
+    """
+    places: dict[tuple[int, int], int] = {}
+    tokens, parents, depths, masses = list[int](), list[int](), list[int](), list[float]()
+    states = list[tuple[int, int, float]]()  # of each alignment: its prefix, its last symbol, its log-probability
+    for above, frame, rank in tree:
+        prefix, last, score = states[above] if above >= 0 else (-1, blank, 0.0)
+        symbol, score = symbols[frame][rank], score + scores[frame][rank]
+        if symbol not in (blank, last):
+            parent, prefix = prefix, places.setdefault((prefix, symbol), len(tokens))
+            if prefix == len(tokens):
+                tokens.append(symbol)
+                parents.append(parent)
+                depths.append(depths[parent] + 1 if parent >= 0 else 1)
+                masses.append(0.0)
+            masses[prefix] += math.exp(score)
+        states.append((prefix, symbol, score))
+    logs = [
+        math.log(mass) if mass and level <= depth else -math.inf for mass, level in zip(masses, depths, strict=True)
+    ]
+    for place, parent in enumerate(parents):
+        if parent >= 0:  # rounding must not lift a child above its parent
+            logs[place] = min(logs[place], logs[parent])
+    return list(zip(tokens, logs, parents, depths, strict=True))
