@@ -3,10 +3,10 @@
 Source: Wen, Gui and Feng, "Speculative Decoding with CTC-based Draft Model for LLM Inference Acceleration" (NeurIPS
 2024). Every frame's likeliest symbols are ranked, blanks among them. A static tree says which sequences of ranks are
 looked at; each is an alignment, and collapses to tokens: repeats merge, blanks vanish. Alignments that collapse to the
-same prefix become one node, and the mask is built from what is left, so that positions, ancestors and bonus token are right; the
-released code keeps the old ones. The draft module is that of our other drafters, not the released autoregressive head.
-A prefix scores the sum of the alignments in the tree that complete it: less than its probability, of which our search
-finds all.
+same prefix become one node, and the mask is built from what is left, so that positions, ancestors and bonus token are
+right; the released code keeps the old ones. The draft module is that of our other drafters, not the released
+autoregressive head. A prefix scores the sum of the alignments in the tree that complete it: less than its probability,
+of which our search finds all.
 """
 
 from __future__ import annotations
