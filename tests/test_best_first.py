@@ -153,4 +153,4 @@ def test_level_by_level_finds_the_same(seed, frames, count, depth, scale):
     reference = [p for p in reference if p > 0][:count]
     found = [p for _, p in paths(search(*given_, count=count, depth=depth), 0)]
     kept = [p for p in reference if p > 1e-30]  # float32 knows no smaller ones
-    assert found[: len(kept)] == pytest.approx(kept, abs=1e-6)
+    assert found[: len(kept)] == pytest.approx(kept, abs=2e-6)  # float32 sums of other orders
