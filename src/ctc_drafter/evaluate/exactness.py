@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import torch
+from rich import box
 from rich.table import Column, Table
 from transformers import Cache, PreTrainedTokenizerBase
 
@@ -221,11 +222,14 @@ def summary(name: str, cases: Sequence[Case], outputs: Sequence[Sequence[int]]) 
 
 def exactness_table(result: dict[str, Any]) -> Table:
     """The result for a terminal."""
-    columns = ("against plain decoding", "outputs", "different", "share", "in 1,000 tokens", "median margin", "largest")
+    names = ("outputs", "differ", "share", "per 1,000 tokens", "median margin", "largest")
     table = Table(
-        Column(columns[0], no_wrap=True),
-        *columns[1:],
+        Column("against plain", no_wrap=True),
+        *(Column(name, justify="right", min_width=7) for name in names),
         title=f"{result['meta']['dtype']}, {result['meta']['kernel']} kernel",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
     )
     for row in result["rows"]:
         rate = 1000 * row["different"] / row["tokens"] if row["tokens"] else 0.0
