@@ -7,11 +7,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from ctc_drafter.decode.choose import Sampled, warpers
+from ctc_drafter.decode.generate import generate, plain_generate
 from ctc_drafter.evaluate.families import (
     FAMILIES,
     NEW_TOKENS,
     PROMPTS,
     Verdict,
+    drafters,
     exact,
     family_config,
     family_model,
@@ -67,6 +70,20 @@ def test_other_trees_leave_the_text_too(name, kind, nodes):
     model, expected = model_and_text(name)
     assert exact(Target.wrap(model, kind), expected, nodes)
     assert not exact(Target.wrap(model, kind), [text[::-1] for text in expected], nodes)
+
+
+@pytest.mark.parametrize("kind", CACHES)
+@pytest.mark.parametrize("name", ACCEPTED)
+def test_samples_are_those_of_plain_sampled_decoding(name, kind):
+    """With the common stream, in a batch and alone: the same tokens, whatever was drafted."""
+    target = Target.wrap(model_and_text(name)[0], kind)
+    prompts, chooser = [list(prompt) for prompt in PROMPTS], Sampled([5, 6, 7], warpers(temperature=0.8, top_p=0.9))
+    texts = plain_generate(target, prompts, max_new_tokens=NEW_TOKENS, chooser=chooser).tokens
+    assert texts != [list(text) for text in model_and_text(name)[1]]
+    for drafter in drafters(target, [prompt + text for prompt, text in zip(prompts, texts, strict=True)]):
+        for rows in (1, len(prompts)):
+            found = generate(target, drafter, prompts[:rows], max_new_tokens=NEW_TOKENS, nodes=8, chooser=chooser)
+            assert found.tokens == texts[:rows]
 
 
 @pytest.mark.parametrize("name", REFUSED)
