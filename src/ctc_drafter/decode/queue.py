@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from itertools import count, islice
+from itertools import islice
 
 import torch
 from transformers import StoppingCriteriaList
@@ -41,8 +41,7 @@ def generate_many(
     if in_flight < 1:
         raise UserError(f"in_flight is {in_flight}; give at least 1")
     method = Method(target, drafter, nodes, floor, chooser)
-    waiting = ((place, prompt) for place, prompt in zip(count(), prompts))
-    arriving = (new_rows(target, [prompt], max_new_tokens, eos, place)[0] for place, prompt in waiting)
+    arriving = (new_rows(target, [prompt], max_new_tokens, eos, place)[0] for place, prompt in enumerate(prompts))
     writer = Writer(Stats(), on_tokens, criteria, target.device)
     return flow(Batch(method, Stopwatch(target.device, False)), writer, arriving, in_flight)
 
@@ -64,7 +63,8 @@ def flow(batch: Batch, writer: Writer, arriving: Iterator[Row], in_flight: int) 
 
 def leave(batch: Batch, places: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
     """Keeps these places; the other rows are done."""
-    done = [row for place, row in enumerate(batch.rows) if place not in set(places)]
+    staying = set(places)
+    done = [row for place, row in enumerate(batch.rows) if place not in staying]
     batch.keep(places)
     for row in done:
         yield row.index, row.tokens
