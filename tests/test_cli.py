@@ -8,7 +8,7 @@ import typer
 from typer.testing import CliRunner
 
 from ctc_drafter.cli import app, main
-from ctc_drafter.decode.generate import DEFAULT_NODES
+from ctc_drafter.decode.generate import DEFAULT_FLOOR, DEFAULT_NODES
 from tiny_models import save_pair, tiny_llama, tiny_tokenizer
 
 COMMANDS = ("demo", "generate", "eval", "exactness", "distill", "train")
@@ -252,3 +252,10 @@ def test_interrupt(monkeypatch: pytest.MonkeyPatch, models: list[str]) -> None:
 
     monkeypatch.setattr("ctc_drafter.answer.generate", interrupted)
     assert main(["generate", *models, "--prompt", "a"]) == 130
+
+
+def test_the_defaults_that_help_names_are_those_that_serve():
+    """They are written out there because reading them would import torch."""
+    options = {option.name: option for option in typer.main.get_command(app).commands["eval"].params}
+    assert options["nodes"].show_default == str(DEFAULT_NODES)
+    assert options["floor"].show_default == str(DEFAULT_FLOOR)
