@@ -211,3 +211,15 @@ def test_what_is_borrowed_is_made_again_only_when_weights_change():
         drafter.predictor.table.weight.mul_(2)
     assert drafter.borrow(target.embed, target.head) is not first
     assert drafter.borrow(tiny_target().embed, target.head) is not first
+
+
+def test_what_is_borrowed_follows_a_fused_optimizer():
+    target = tiny_target()
+    drafter = tiny_drafter(target)
+    before = drafter.borrow(target.embed, target.head)
+    optimizer = torch.optim.AdamW(drafter.parameters(), lr=0.1, fused=True)
+    drafter.train()
+    drafter.predictor.table.weight.sum().backward()
+    optimizer.step()
+    drafter.eval()
+    assert drafter.borrow(target.embed, target.head) is not before

@@ -88,12 +88,18 @@ class TrainableDrafter(PreTrainedModel):
         """The target's embedding and LM head made ready for drafting."""
 
     def borrow(self, embed: nn.Module, head: nn.Module) -> Any:
-        """`prepare`, kept until the modules or any weights change."""
+        """`prepare`, kept until the modules or any weights change, or training goes on."""
         weights = [*self.parameters(), *embed.parameters(), *head.parameters()]
         key = (id(embed), id(head), *((id(w), 0 if w.is_inference() else w._version) for w in weights))
         if self._borrowed is None or self._borrowed[0] != key:
             self._borrowed = (key, self.prepare(embed, head))
         return self._borrowed[1]
+
+    def train(self, mode: bool = True) -> Any:
+        """As every module's. What was made of the weights goes: fused optimizers change them without a trace."""
+        if mode:
+            self._borrowed = None
+        return super().train(mode)
 
     @property
     def feature_layers(self) -> tuple[int, ...]:
