@@ -305,6 +305,10 @@ def train(
     ] = None,
     draft_layers: Annotated[int | None, typer.Option("--draft-layers", help="Layers of the drafter.")] = None,
     predictor_rank: Annotated[int | None, typer.Option("--predictor-rank", help="Of its bias; 0 for none.")] = None,
+    draft_vocabulary: Annotated[
+        int | None,
+        typer.Option("--draft-vocabulary", help="Drafts only that many tokens, the most frequent.", show_default="all"),
+    ] = None,
     max_length: Annotated[int | None, typer.Option("--max-length", min=2, help="Longer rows lose their end.")] = None,
     held_out: Annotated[float, typer.Option("--held-out", min=0.0, max=0.5, help="Share of rows for β.")] = 0.02,
     resume: Annotated[bool, typer.Option("--resume/--no-resume", help="Go on from the newest checkpoint.")] = True,
@@ -312,7 +316,7 @@ def train(
     device: DeviceOption = "auto",
 ) -> None:
     """Trains a drafter for the target on its own answers."""
-    from ctc_drafter.load import fresh_drafter, load_target
+    from ctc_drafter.load import choose_vocabulary, fresh_drafter, load_target
     from ctc_drafter.methods import trained_method
     from ctc_drafter.train.data import DistilledDataset
     from ctc_drafter.train.settings import TrainSettings
@@ -333,7 +337,9 @@ def train(
         draft_length=draft_length,
         num_hidden_layers=draft_layers,
         predictor_rank=predictor_rank,
+        draft_vocab_size=draft_vocabulary,
     )
+    choose_vocabulary(draft, rows.answer_counts(lm.vocab_size))
     trained = train_drafter(lm, draft, rows, held, out, chosen, resume)
     figures = {
         key: value for entry in trained.history for key, value in entry.items() if "loss" in key or "beta" in key

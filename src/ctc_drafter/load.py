@@ -12,7 +12,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from ctc_drafter.drafters.base import Drafter
+from ctc_drafter.drafters.ctc import CTCDrafter
 from ctc_drafter.drafters.trainable import TrainableDrafter
+from ctc_drafter.drafters.vocabulary import most_frequent
 from ctc_drafter.layout import columns_first
 from ctc_drafter.methods import PROMPT_LOOKUP, open_drafter, trained_method
 from ctc_drafter.quickstart import DRAFTER_DIR, TARGET_DIR
@@ -89,3 +91,9 @@ def fresh_drafter(
     )
     drafter.start_from(target.norm_scale, target.head)
     return drafter.to(target.device)
+
+
+def choose_vocabulary(drafter: TrainableDrafter, counts: torch.Tensor) -> None:
+    """Lets a fresh drafter with a draft vocabulary draft the most frequent tokens; counts `int64 [T]`."""
+    if isinstance(drafter, CTCDrafter) and drafter.config.draft_vocab_size:
+        drafter.draft_only(most_frequent(counts, drafter.config.draft_vocab_size))

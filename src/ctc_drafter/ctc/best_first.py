@@ -30,10 +30,10 @@ from ctc_drafter.types import Candidates
 
 
 class LowRankBias(NamedTuple):
-    """What a prefix adds to the logit of token v, for vocabulary V, rank r and width M:
+    """What a prefix adds to the logit of column v, for T tokens, V columns, rank r and width M:
 
     `output[:, v] @ (scale * (table[last] + inner @ silu(earlier[previous] + later[last] + root)))`, without `earlier`
-    right after the root. table `[V, r]`, earlier and later `[V, M]`, inner `[r, M]`, scale `[r]`: float32.
+    right after the root. table `[T, r]`, earlier and later `[T, M]`, inner `[r, M]`, scale `[r]`: float32.
     output `[r, V]`: float32, or int8, which is read in half the time. r = 0 for no bias.
     """
 
@@ -48,11 +48,12 @@ class LowRankBias(NamedTuple):
 class Pool(NamedTuple):
     """The root and the prefixes found so far, most probable first; an entry is final once its turn has come.
 
-    last: newest token; strength: exp(bias) of it after its parent, scaled. blank and token `[N, F]`: b(t-1) and
-    n(t-1) over the normaliser of frame t, of expanded entries.
+    last: newest token; column: its place in the frames' logits. strength: exp(bias) of it after its parent, scaled.
+    blank and token `[N, F]`: b(t-1) and n(t-1) over the normaliser of frame t, of expanded entries.
     """
 
     last: np.ndarray
+    column: np.ndarray
     parent: np.ndarray
     depth: np.ndarray
     score: np.ndarray
@@ -71,17 +72,30 @@ def best_prefixes(
     count: int,
     depth: int,
     floor: float = 0.0,
+    vocabulary: torch.Tensor | None = None,
 ) -> Candidates:
     """The `count` most probable prefixes of up to `depth` tokens with probability `floor` or more, best first.
 
     frame_logits `[B, F, V]`, blank_logits `[B, F]`, root `int64 [B]`, root_states `[B, M]` (`root` in
-    `LowRankBias`), float32 on the CPU. Rows that have fewer prefixes than others are padded with score -inf.
+    `LowRankBias`), float32 on the CPU. vocabulary `int64 [V]`: the token of each column, where frames know only some.
+    Rows that have fewer prefixes than others are padded with score -inf.
     """
+    if vocabulary is None:
+        vocabulary = torch.arange(frame_logits.shape[2])
     top = torch.maximum(frame_logits.amax(-1), blank_logits).unsqueeze(-1)
     weights, blank = (frame_logits - top).exp_(), (blank_logits - top[..., 0]).exp_()
     tiny = np.float32(sum_floor(torch.float32))
     arrays = _search_rows(
-        weights.numpy(), blank.numpy(), root.numpy(), bias, root_states.numpy(), count, depth, floor, tiny
+        weights.numpy(),
+        blank.numpy(),
+        root.numpy(),
+        vocabulary.numpy(),
+        bias,
+        root_states.numpy(),
+        count,
+        depth,
+        floor,
+        tiny,
     )
     tokens, parents, depths, scores = map(torch.from_numpy, arrays)
     return Candidates(tokens, parents, depths, scores.log_())
@@ -93,13 +107,13 @@ real = np.float32
 
 
 @njit(cache=True, nogil=True)
-def _search_rows(weights, blank, roots, bias, root_states, count, depth, floor, tiny):  # type: ignore[no-untyped-def]
+def _search_rows(weights, blank, roots, vocabulary, bias, root_states, count, depth, floor, tiny):  # type: ignore[no-untyped-def]
     rows, longest = len(roots), 0
     tokens, parents = np.zeros((rows, count), np.int64), np.full((rows, count), -1, np.int64)
     depths, scores = np.ones((rows, count), np.int64), np.zeros((rows, count), np.float32)
     for row in range(rows):
         pool = _new_pool(1 + count, weights.shape[1], roots[row])
-        found = _search(weights[row], blank[row], pool, bias, root_states[row], depth, floor, tiny) - 1
+        found = _search(weights[row], blank[row], vocabulary, pool, bias, root_states[row], depth, floor, tiny) - 1
         tokens[row, :found], parents[row, :found] = pool.last[1 : found + 1], pool.parent[1 : found + 1] - 1
         depths[row, :found], scores[row, :found] = pool.depth[1 : found + 1], pool.score[1 : found + 1]
         longest = max(longest, found)
@@ -108,15 +122,15 @@ def _search_rows(weights, blank, roots, bias, root_states, count, depth, floor, 
 
 @njit(cache=True, nogil=True)
 def _new_pool(places, frames, root):  # type: ignore[no-untyped-def]
-    whole, real = np.zeros((3, places), np.int64), np.zeros((2, places), np.float32)
+    whole, real = np.zeros((4, places), np.int64), np.zeros((2, places), np.float32)
     masses = np.zeros((2, places, frames), np.float32)
-    pool = Pool(whole[0], whole[1], whole[2], real[0], real[1], masses[0], masses[1])
+    pool = Pool(whole[0], whole[1], whole[2], whole[3], real[0], real[1], masses[0], masses[1])
     pool.last[0], pool.score[0] = root, 1
     return pool
 
 
 @njit(cache=True, nogil=True)
-def _search(weights, blank, pool, bias, root_state, depth, floor, tiny):  # type: ignore[no-untyped-def]
+def _search(weights, blank, vocabulary, pool, bias, root_state, depth, floor, tiny):  # type: ignore[no-untyped-def]
     """Expands entries in their order; returns how many there are in the end."""
     found = 1
     for i in range(len(pool.last) - 1):  # no room would be left for children of the last one
@@ -128,16 +142,16 @@ def _search(weights, blank, pool, bias, root_state, depth, floor, tiny):  # type
             for t in range(len(blank)):
                 normaliser[t] = max(_dot(weights[t], strength), tiny) + blank[t] * shift
             repeat = _stand(weights, blank, pool, i, strength, shift, normaliser)
-            found = _offer(weights, pool, found, i, strength, repeat, floor)
+            found = _offer(weights, vocabulary, pool, found, i, strength, repeat, floor)
     return found
 
 
 @njit(cache=True, nogil=True)
-def _strength(pool, i, bias, root_state, vocabulary):  # type: ignore[no-untyped-def]
-    """exp(bias - s) of every token after entry i, `[V]`, and exp(-s); s: the largest bias, at least 0."""
+def _strength(pool, i, bias, root_state, columns):  # type: ignore[no-untyped-def]
+    """exp(bias - s) of every column after entry i, `[V]`, and exp(-s); s: the largest bias, at least 0."""
     rank, width = bias.inner.shape
     if rank == 0:
-        return np.ones(vocabulary, np.float32), np.float32(1)
+        return np.ones(columns, np.float32), np.float32(1)
     last = pool.last[i]
     inner = bias.later[last] + root_state
     if i > 0:
@@ -156,8 +170,8 @@ def _strength(pool, i, bias, root_state, vocabulary):  # type: ignore[no-untyped
 @njit(cache=True, nogil=True)
 def _stand(weights, blank, pool, i, strength, shift, normaliser):  # type: ignore[no-untyped-def]
     """Fills entry i's `blank` and `token`; returns the score of the child that repeats its last token."""
-    parent, last = pool.parent[i], pool.last[i]
-    repeats = parent > 0 and pool.last[parent] == last
+    parent, last = pool.parent[i], pool.column[i]
+    repeats = parent > 0 and pool.column[parent] == last
     after_blank, after_token, repeat = 1.0 if i == 0 else 0.0, 0.0, 0.0
     for t in range(len(normaliser)):
         pool.blank[i, t], pool.token[i, t] = after_blank / normaliser[t], after_token / normaliser[t]
@@ -173,11 +187,11 @@ def _stand(weights, blank, pool, i, strength, shift, normaliser):  # type: ignor
 
 
 @njit(cache=True, nogil=True)
-def _offer(weights, pool, found, i, strength, repeat, floor):  # type: ignore[no-untyped-def]
+def _offer(weights, vocabulary, pool, found, i, strength, repeat, floor):  # type: ignore[no-untyped-def]
     """Gives entry i's children places in the pool's order, where they earn one; returns how many entries it has."""
     places, scores = len(pool.last), _combine(pool.blank[i] + pool.token[i], weights) * strength
     if i > 0:
-        scores[pool.last[i]] = repeat
+        scores[pool.column[i]] = repeat
     least = pool.score[places - 1] if found == places else np.float32(0)
     for v in range(len(scores)):
         if scores[v] > least and scores[v] >= floor:
@@ -186,9 +200,10 @@ def _offer(weights, pool, found, i, strength, repeat, floor):  # type: ignore[no
             while pool.score[j - 1] < score:
                 pool.last[j], pool.parent[j], pool.depth[j] = pool.last[j - 1], pool.parent[j - 1], pool.depth[j - 1]
                 pool.score[j], pool.strength[j] = pool.score[j - 1], pool.strength[j - 1]
+                pool.column[j] = pool.column[j - 1]
                 j -= 1
-            pool.last[j], pool.parent[j], pool.depth[j] = v, i, pool.depth[i] + 1
-            pool.score[j], pool.strength[j] = score, strength[v]
+            pool.last[j], pool.parent[j], pool.depth[j] = vocabulary[v], i, pool.depth[i] + 1
+            pool.score[j], pool.strength[j], pool.column[j] = score, strength[v], v
             found = min(found + 1, places)
             least = pool.score[places - 1] if found == places else np.float32(0)
     return found

@@ -33,25 +33,28 @@ class Frames:
 
     weights `[B, F, V]` and columns `[B, V, F]`: exp(token logits), scaled per frame so that nothing overflows.
     blank `[B, F]`: exp(blank logit), scaled alike. later `bool [F-1, F-1]`: true above the diagonal.
+    vocabulary `int64 [V]`: the token of each column.
     """
 
     weights: torch.Tensor
     columns: torch.Tensor
     blank: torch.Tensor
     later: torch.Tensor
+    vocabulary: torch.Tensor
 
 
 @dataclass(frozen=True)
 class Level:
     """W prefixes of one length.
 
-    last, previous `int64 [B, W]`: their newest tokens.
+    last, previous `int64 [B, W]`: their newest tokens. column `[B, W]`: the last one's place in the frames.
     parents `int64 [B, W]`: index in the level above. scores `[B, W]`: prefix probabilities.
     completed `[B, W, F]`: probability that the prefix is completed at each frame.
     """
 
     last: torch.Tensor
     previous: torch.Tensor
+    column: torch.Tensor
     parents: torch.Tensor
     scores: torch.Tensor
     completed: torch.Tensor
@@ -77,25 +80,29 @@ def prefix_search(
     *,
     width: int,
     depth: int,
+    vocabulary: torch.Tensor | None = None,
 ) -> Candidates:
     """The `width` best prefixes of each length up to `depth`, with their prefix probabilities.
 
-    frame_logits `[B, F, V]`, blank_logits `[B, F]`, root `int64 [B]`; float32 or float64. Levels hold
-    `min(width, prefixes there are)` candidates; those of probability 0 score -inf.
+    frame_logits `[B, F, V]`, blank_logits `[B, F]`, root `int64 [B]`; float32 or float64. vocabulary `int64 [V]`: the
+    token of each column, where the frames know only some. Levels hold `min(width, prefixes there are)` candidates;
+    those of probability 0 score -inf.
     """
-    frames = prepare(frame_logits, blank_logits)
+    frames = prepare(frame_logits, blank_logits, vocabulary)
     levels = [first_level(frames, root, bias, width)]
     while len(levels) < depth:
         levels.append(next_level(frames, levels[-1], bias, width))
     return to_candidates(levels)
 
 
-def prepare(frame_logits: torch.Tensor, blank_logits: torch.Tensor) -> Frames:
+def prepare(frame_logits: torch.Tensor, blank_logits: torch.Tensor, vocabulary: torch.Tensor | None) -> Frames:
     count = frame_logits.shape[1]
+    if vocabulary is None:
+        vocabulary = torch.arange(frame_logits.shape[2], device=frame_logits.device)
     top = torch.maximum(frame_logits.amax(-1), blank_logits).unsqueeze(-1)
     weights = (frame_logits - top).exp()
     later = torch.ones(count - 1, count - 1, dtype=torch.bool, device=weights.device).triu(1)
-    return Frames(weights, weights.transpose(1, 2), (blank_logits - top[..., 0]).exp(), later)
+    return Frames(weights, weights.transpose(1, 2), (blank_logits - top[..., 0]).exp(), later, vocabulary)
 
 
 def first_level(frames: Frames, root: torch.Tensor, bias: Bias | None, width: int) -> Level:
@@ -106,7 +113,7 @@ def first_level(frames: Frames, root: torch.Tensor, bias: Bias | None, width: in
     blank = frames.blank.unsqueeze(1) * shift / normaliser
     standing = pad(blank[..., :-1].cumprod(-1), (1, 0), value=1.0)
     masses = Masses(standing / normaliser, torch.zeros_like(normaliser), None)
-    above = Level(last, previous, last, torch.ones_like(normaliser[..., 0]), normaliser)
+    above = Level(last, previous, last, last, torch.ones_like(normaliser[..., 0]), normaliser)
     return children(frames, above, masses, strength, width)
 
 
@@ -117,7 +124,7 @@ def next_level(frames: Frames, level: Level, bias: Bias | None, width: int) -> L
     of running products of stay or blank.
     """
     shift, strength, normaliser = normalise(frames, bias, level.previous, level.last)
-    place = level.last.unsqueeze(-1)
+    place = level.column.unsqueeze(-1)
     stay = frames.columns.gather(1, place.expand_as(normaliser)) * strength.gather(2, place) / normaliser
     blank = frames.blank.unsqueeze(1) * shift / normaliser
     stays, blanks = running_products(torch.stack([stay[..., :-1], blank[..., :-1]]), frames.later)
@@ -151,20 +158,20 @@ def children(frames: Frames, level: Level, masses: Masses, strength: torch.Tenso
     """The best children of a level's prefixes and where they are completed."""
     scores = strength * ((masses.blank + masses.token) @ frames.weights)
     if masses.repeat is not None:  # a token equal to the last one is new only after a blank
-        scores.scatter_(2, level.last.unsqueeze(-1), masses.repeat.unsqueeze(-1))
+        scores.scatter_(2, level.column.unsqueeze(-1), masses.repeat.unsqueeze(-1))
     size = scores.shape[-1]
     best, index = scores.flatten(1).topk(min(width, scores.shape[1] * size), dim=-1)
-    parents, last = index // size, index % size
+    parents, column = index // size, index % size
 
     wide = parents.unsqueeze(-1).expand(-1, -1, frames.blank.shape[1])
     token = masses.token.gather(1, wide)
     if masses.repeat is not None:
-        token = token.masked_fill((level.last.gather(1, parents) == last).unsqueeze(-1), 0.0)
-    emission = frames.columns.gather(1, last.unsqueeze(-1).expand_as(wide))
+        token = token.masked_fill((level.column.gather(1, parents) == column).unsqueeze(-1), 0.0)
+    emission = frames.columns.gather(1, column.unsqueeze(-1).expand_as(wide))
     completed = (masses.blank.gather(1, wide) + token) * emission * strength.flatten(1).gather(1, index).unsqueeze(-1)
     # Rounding must not lift a child above its parent: trees rely on the order.
     best = torch.minimum(best, level.scores.gather(1, parents))
-    return Level(last, level.last.gather(1, parents), parents, best, completed)
+    return Level(frames.vocabulary[column], level.last.gather(1, parents), column, parents, best, completed)
 
 
 def to_candidates(levels: list[Level]) -> Candidates:

@@ -33,14 +33,17 @@ class BorrowedSearch(Borrowed):
 
 
 @torch.no_grad()
-def borrow_search(predictor: Predictor | None, depth: int, embed: nn.Module, head: nn.Module) -> BorrowedSearch:
-    """From the target's embedding and LM head; `depth` is the longest prefix to search."""
+def borrow_search(
+    predictor: Predictor | None, depth: int, embed: nn.Module, head: nn.Module, vocabulary: torch.Tensor | None = None
+) -> BorrowedSearch:
+    """From the target's embedding and LM head; `depth` is the longest prefix to search. vocabulary `int64 [V]`: the
+    tokens of the head's columns."""
     device = next(embed.parameters()).device
     make = best_first if device.type == "cpu" else level_by_level
-    return BorrowedSearch(embed, draft_head(head), make(predictor, depth, embed))
+    return BorrowedSearch(embed, draft_head(head), make(predictor, depth, embed, vocabulary))
 
 
-def best_first(predictor: Predictor | None, depth: int, embed: nn.Module) -> Search:
+def best_first(predictor: Predictor | None, depth: int, embed: nn.Module, vocabulary: torch.Tensor | None) -> Search:
     """The search for a CPU; what the predictor makes of every token is worked out here."""
     from ctc_drafter.ctc.best_first import LowRankBias, best_prefixes
 
@@ -52,19 +55,31 @@ def best_first(predictor: Predictor | None, depth: int, embed: nn.Module) -> Sea
         tokens: torch.Tensor, blanks: torch.Tensor, root: torch.Tensor, start: torch.Tensor, nodes: int, floor: float
     ) -> Candidates:
         state = start.new_zeros(len(start), 0) if predictor is None else predictor.root_state(start)
-        return best_prefixes(tokens, blanks, root, bias, state.float(), count=nodes, depth=depth, floor=floor)
+        return best_prefixes(
+            tokens,
+            blanks,
+            root,
+            bias,
+            state.float(),
+            count=nodes,
+            depth=depth,
+            floor=floor,
+            vocabulary=vocabulary,
+        )
 
     return search
 
 
-def level_by_level(predictor: Predictor | None, depth: int, embed: nn.Module) -> Search:
+def level_by_level(
+    predictor: Predictor | None, depth: int, embed: nn.Module, vocabulary: torch.Tensor | None
+) -> Search:
     """The search of static shapes, which never asks the host."""
 
     def search(
         tokens: torch.Tensor, blanks: torch.Tensor, root: torch.Tensor, start: torch.Tensor, nodes: int, _floor: float
     ) -> Candidates:
         bias = None if predictor is None else predictor.bias(start, embed)
-        return prefix_search(tokens, blanks, root, bias, width=nodes, depth=depth)
+        return prefix_search(tokens, blanks, root, bias, width=nodes, depth=depth, vocabulary=vocabulary)
 
     return search
 

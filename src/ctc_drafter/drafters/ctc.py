@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import nn
 
@@ -12,6 +14,7 @@ from ctc_drafter.drafters.config import CTCDrafterConfig
 from ctc_drafter.drafters.frames import FramesModel
 from ctc_drafter.drafters.predictor import Predictor
 from ctc_drafter.drafters.trainable import Objective
+from ctc_drafter.drafters.vocabulary import columns_of, drafted_part, narrow_head
 from ctc_drafter.types import Candidates
 
 
@@ -25,10 +28,28 @@ class CTCDrafter(FramesModel):
         super().__init__(config)
         self.predictor = None
         if config.predictor_rank:
-            self.predictor = Predictor(
-                config.vocab_size, config.hidden_size, config.predictor_rank, config.predictor_width
-            )
+            sizes = (config.vocab_size, config.hidden_size, config.predictor_rank, config.predictor_width)
+            self.predictor = Predictor(*sizes, config.draft_vocab_size)
+        if config.draft_vocab_size:
+            # Offsets of the tokens from their columns, as EAGLE-3 has them; at first the lowest ids.
+            self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.long))
         self.post_init()
+
+    @property
+    def vocabulary(self) -> torch.Tensor | None:
+        """The tokens that are drafted, sorted, `int64 [V]`; None for all."""
+        if not self.config.draft_vocab_size:
+            return None
+        offsets = cast(torch.Tensor, self.d2t)
+        return offsets + torch.arange(len(offsets), device=offsets.device)
+
+    def draft_only(self, tokens: torch.Tensor) -> None:
+        """Drafts these tokens from now on: sorted ids `int64 [V]`, `draft_vocab_size` of them. For fresh drafters."""
+        offsets = cast(torch.Tensor, self.d2t)
+        offsets.copy_(tokens.to(offsets.device) - torch.arange(len(offsets), device=offsets.device))
+
+    def narrowed(self, head: nn.Module) -> nn.Module:
+        return head if self.vocabulary is None else narrow_head(head, self.vocabulary)
 
     def objective(self, loss: str, decay: float) -> Objective:
         """`prefix`, or `ctc` for the full-sequence loss, which has no decay."""
@@ -37,15 +58,23 @@ class CTCDrafter(FramesModel):
     def likelihood(self, blocks: torch.Tensor, prefixes: torch.Tensor, embed: nn.Module, head: nn.Module) -> Lattice:
         return self.lattice(blocks, prefixes, embed, head)
 
+    def labels(self, prefixes: torch.Tensor, valid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `TrainableDrafter.labels`: a draft ends before a token outside the vocabulary."""
+        if self.vocabulary is None:
+            return super().labels(prefixes, valid)
+        columns = columns_of(prefixes[:, 1:], self.vocabulary)
+        return columns, drafted_part(columns, valid)
+
     def lattice(self, blocks: torch.Tensor, prefixes: torch.Tensor, embed: nn.Module, head: nn.Module) -> Lattice:
         """The lattice of known continuations: prefixes `int64 [N, 1+U]`, the root and y1..yU."""
-        tokens, blanks = self.frame_logits(blocks, head)
+        tokens, blanks = self.frame_logits(blocks, self.narrowed(head))
+        labels, _ = self.labels(prefixes, torch.ones_like(prefixes[:, 1:], dtype=torch.bool))
         bias = None
         if self.predictor is not None:
             previous = torch.cat([prefixes.new_full((len(prefixes), 1), -1), prefixes[:, :-1]], 1)
             root_state = self.predictor.root_state(blocks[:, 0])
             bias = self.predictor.output(self.predictor.state(previous, prefixes, root_state, embed)).float()
-        return lattice(tokens, blanks, prefixes[:, 1:], bias)
+        return lattice(tokens, blanks, labels, bias)
 
     def candidates(
         self, blocks: torch.Tensor, root: torch.Tensor, borrowed: BorrowedSearch, nodes: int, floor: float = 0.0
@@ -54,4 +83,4 @@ class CTCDrafter(FramesModel):
         return borrowed.search(*self.frame_logits(blocks, borrowed.head), root, blocks[:, 0], nodes, floor)
 
     def prepare(self, embed: nn.Module, head: nn.Module) -> BorrowedSearch:
-        return borrow_search(self.predictor, self.config.draft_length, embed, head)
+        return borrow_search(self.predictor, self.config.draft_length, embed, self.narrowed(head), self.vocabulary)

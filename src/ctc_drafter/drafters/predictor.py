@@ -14,9 +14,9 @@ from ctc_drafter.ctc.search import Bias
 
 
 class Predictor(nn.Module):
-    """vocab V, hidden size H, rank r, width of the MLP; 0 for the table of the last token alone."""
+    """vocab T, hidden size H, rank r, width of the MLP, 0 for the table of the last token alone; V tokens to draft."""
 
-    def __init__(self, vocab_size: int, hidden_size: int, rank: int, width: int):
+    def __init__(self, vocab_size: int, hidden_size: int, rank: int, width: int, draft_vocab_size: int = 0):
         super().__init__()
         self.table = nn.Embedding(vocab_size, rank)
         self.width = width
@@ -25,7 +25,7 @@ class Predictor(nn.Module):
             self.last = nn.Linear(hidden_size, width, bias=False)
             self.root = nn.Linear(hidden_size, width)
             self.inner = nn.Linear(width, rank, bias=False)
-        self.output = nn.Linear(rank, vocab_size, bias=False)
+        self.output = nn.Linear(rank, draft_vocab_size or vocab_size, bias=False)
 
     def root_state(self, start: torch.Tensor) -> torch.Tensor:
         """What the MLP takes from the block's output at the root `[B, H]`, `[B, M]`."""

@@ -68,7 +68,11 @@ class TrainableDrafter(PreTrainedModel):
         """Loss of each anchor `[N]`, in float32. valid `bool [N, U]`: labels that count."""
         found = self.likelihood(blocks, prefixes, embed, head)
         with torch.autocast(blocks.device.type, enabled=False):
-            return objective(found, prefixes[:, 1:], valid)
+            return objective(found, *self.labels(prefixes, valid))
+
+    def labels(self, prefixes: torch.Tensor, valid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """y1..yU `int64 [N, U]` as the drafter counts tokens, and those of the valid ones that it can learn."""
+        return prefixes[:, 1:], valid
 
     @abstractmethod
     def candidates(

@@ -201,6 +201,13 @@ class DistilledDataset(Dataset[dict[str, Any]]):
         row = self.rows[index]
         return {"input_ids": row.ids.long(), "answer_start": row.answer_start, "key": row.key}
 
+    def answer_counts(self, vocab_size: int) -> torch.Tensor:
+        """How often each token stands in the answers, `int64 [vocab_size]`."""
+        counts = torch.zeros(vocab_size, dtype=torch.long)
+        for row in self.rows:
+            counts += torch.bincount(row.ids[row.answer_start :], minlength=vocab_size)
+        return counts
+
     def split(self, held_out: float) -> tuple[DistilledDataset, DistilledDataset]:
         """Training rows, and about a share `held_out` of all rows. A row's side depends on its id alone."""
         parts: tuple[list[DistilledRow], list[DistilledRow]] = ([], [])
