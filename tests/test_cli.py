@@ -160,12 +160,13 @@ def test_from_prompts_to_a_drafter(models: list[str], tmp_path: Path, capfd: pyt
     generate = ["generate", *target, "--prompt", "the cat", "--max-new-tokens", "5", "--drafter"]
     assert main([*generate, str(drafter)]) == 0
 
-    peer = tmp_path / "peer"
-    options = ["--out", str(peer), "--method", "hydra", "--draft-length", "2", "--steps", "1", "--held-out", "0"]
-    assert main(["train", *target, "--data", str(answers), *options, "--set", "progress=no"]) == 0
-    assert json.loads((peer / "config.json").read_text())["model_type"] == "hydra_drafter"
+    peers = {method: str(tmp_path / method) for method in ("hydra", "eagle")}
+    for method, peer in peers.items():
+        options = ["--out", peer, "--method", method, "--draft-length", "2", "--steps", "1", "--held-out", "0"]
+        assert main(["train", *target, "--data", str(answers), *options, "--set", "progress=no"]) == 0
+        assert json.loads(Path(peer, "config.json").read_text())["model_type"] == f"{method}_drafter"
     capfd.readouterr()
-    for name in (str(drafter), str(peer), "prompt_lookup"):
+    for name in (str(drafter), *peers.values(), "prompt_lookup"):
         assert main([*generate, name]) == 0
         shown = capfd.readouterr().out
         assert main([*generate, name, "--plain"]) == 0

@@ -49,7 +49,7 @@ SHARED_BY_DRAFTERS = {
     *("base", "trainable", "sizes", "borrowed", "layers", "context", "predictor", "host"),
     *("expand", "chain", "heads", "block", "session", "frames"),
 }
-PART_OF_DRAFTER = {"config": "ctc"}
+PART_OF_DRAFTER = {"config": "ctc", "pairs": "eagle", "rollout": "eagle"}
 
 # Optional engines, and the only file that may import them. Nobody but `cli` imports integrations, and lazily.
 ENGINES = {"vllm": "integrations.vllm", "sglang": "integrations.sglang"}

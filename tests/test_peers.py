@@ -1,4 +1,4 @@
-"""Medusa, Hydra, DFlash and DSpark: lossless, trained by the same trainer, their trees checked by brute force."""
+"""Medusa, Hydra, DFlash, DSpark and EAGLE: lossless, one trainer, trees checked by brute force."""
 
 import itertools
 import math
@@ -20,7 +20,8 @@ from helpers import VOCABULARY, tiny_config, tiny_target
 from train_helpers import settings, written_rows
 
 CHAINS = ("medusa", "hydra", "hydra++", "dflash", "dspark")
-PEERS = (*CHAINS, "ctc-paper")
+BLOCKS = (*CHAINS, "ctc-paper")  # all that can be said before a token is drafted is in their blocks
+PEERS = (*BLOCKS, "eagle")
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6], [2, 7], [8, 2, 8, 1]]
 LENGTH = 3
 
@@ -89,8 +90,9 @@ def test_a_session_drafts_what_training_saw(name: str) -> None:
 
     anchors = torch.tensor([[7], [4], [2]])
     root = state.tokens.gather(1, anchors).squeeze(1)
-    blocks = drafter.blocks(state.features, state.tokens, anchors, target.embed)[:, 0]
-    expected = drafter.candidates(blocks, root, drafter.borrow(target.embed, target.head), nodes=6)
+    borrowed = drafter.borrow(target.embed, target.head)
+    used = torch.ones_like(anchors, dtype=torch.bool)
+    (expected,) = drafter.drafts(state.features, state.tokens, anchors, used, borrowed, nodes=6, chunk=8)
     found = session.propose(root, 6)
     assert torch.equal(found.tokens, expected.tokens)
     torch.testing.assert_close(found.scores, expected.scores, atol=2e-5, rtol=0)
@@ -98,7 +100,7 @@ def test_a_session_drafts_what_training_saw(name: str) -> None:
     assert torch.equal(session.propose(root[[2, 0]], 6).tokens[:, :6], expected.tokens[[2, 0], :6])
 
 
-@pytest.mark.parametrize("name", PEERS)
+@pytest.mark.parametrize("name", BLOCKS)
 @torch.inference_mode()
 def test_later_tokens_do_not_reach_a_block(name: str) -> None:
     target = tiny_target()
@@ -231,6 +233,7 @@ def test_each_learns_a_text_and_is_loaded_by_its_config(name: str, tmp_path: Pat
         ("hydra", {"num_key_value_heads": 3}, "multiple of num_key_value_heads"),
         ("dflash", {"mask_token_id": VOCABULARY}, "mask_token_id"),
         ("dspark", {"predictor_rank": 0}, "predictor_rank is 0"),
+        ("eagle", {"num_hidden_layers": 2}, "runs one layer"),
     ],
 )
 def test_impossible_configs_are_refused(name: str, overrides: dict[str, int], message: str) -> None:

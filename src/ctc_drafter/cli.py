@@ -284,7 +284,8 @@ def train(
     out: Annotated[Path, typer.Option("--out", help="Folder for the drafter; the same command resumes it.")],
     target: TargetOption = None,
     method: Annotated[
-        str, typer.Option("--method", help="What to train: ctc, ctc-paper, medusa, hydra, hydra++, dflash or dspark.")
+        str,
+        typer.Option("--method", help="ctc, ctc-paper, medusa, hydra, hydra++, dflash, dspark or eagle."),
     ] = "ctc",
     steps: Annotated[int | None, typer.Option("--steps", help="Optimizer steps.", show_default="by --epochs")] = None,
     epochs: Annotated[float | None, typer.Option("--epochs", help="Passes over the data.")] = None,

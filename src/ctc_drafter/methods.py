@@ -39,6 +39,7 @@ TRAINED = {
     "hydra++": Trained("hydra", "HydraDrafter", "hydra_drafter", {"prefix_attention": True, "num_hidden_layers": 4}),
     "dflash": Trained("dflash", "DFlashDrafter", "dflash_drafter"),
     "dspark": Trained("dspark", "DSparkDrafter", "dspark_drafter"),
+    "eagle": Trained("eagle", "EagleDrafter", "eagle_drafter"),
 }
 PROMPT_LOOKUP = "prompt_lookup"
 

@@ -42,9 +42,7 @@ class ChainDrafter(TrainableDrafter):
 
     def objective(self, loss: str, decay: float) -> Objective:
         """The cross-entropy of each token given its prefix; there is no other."""
-        if loss != "prefix":
-            raise UserError(f"the {loss} loss is for drafters with blanks; leave it out for this method")
-        return lambda log_probs, _labels, valid: cross_entropy(log_probs, valid, decay)
+        return chain_objective(loss, decay)
 
     def likelihood(
         self, blocks: torch.Tensor, prefixes: torch.Tensor, embed: nn.Module, head: nn.Module
@@ -64,6 +62,13 @@ class ChainDrafter(TrainableDrafter):
         """See `TrainableDrafter.candidates`."""
         step = self.steps(blocks, borrowed.embed, borrowed.outputs)
         return expand(step, root, nodes=nodes, depth=self.config.draft_length, floor=floor)
+
+
+def chain_objective(loss: str, decay: float) -> Objective:
+    """The weighted cross-entropy, of (log-probabilities of the labels, labels, valid)."""
+    if loss != "prefix":
+        raise UserError(f"the {loss} loss is for drafters with blanks; leave it out for this method")
+    return lambda log_probs, _labels, valid: cross_entropy(log_probs, valid, decay)
 
 
 def cross_entropy(log_probs: torch.Tensor, valid: torch.Tensor, decay: float) -> torch.Tensor:

@@ -42,14 +42,15 @@ class RMSNorm(nn.RMSNorm):
 
 
 class BlockAttention(nn.Module):
-    """Grouped-query attention with normalised queries and keys."""
+    """Grouped-query attention with normalised queries and keys; `width`: of its input, the hidden size by default."""
 
-    def __init__(self, config: PreTrainedConfig):
+    def __init__(self, config: PreTrainedConfig, width: int | None = None):
         super().__init__()
+        width = width or config.hidden_size
         self.heads, self.kv_heads, self.dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, self.heads * self.dim, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, self.kv_heads * self.dim, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, self.kv_heads * self.dim, bias=False)
+        self.q_proj = nn.Linear(width, self.heads * self.dim, bias=False)
+        self.k_proj = nn.Linear(width, self.kv_heads * self.dim, bias=False)
+        self.v_proj = nn.Linear(width, self.kv_heads * self.dim, bias=False)
         self.o_proj = nn.Linear(self.heads * self.dim, config.hidden_size, bias=False)
         self.q_norm = RMSNorm(self.dim, eps=config.rms_norm_eps)
         self.k_norm = RMSNorm(self.dim, eps=config.rms_norm_eps)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -42,7 +42,8 @@ class TrainableDrafter(PreTrainedModel):
         """What the drafter knows at many anchors, `[B, A, ...]`.
 
         features `[B, T, K]` and tokens `int64 [B, T]` of right-padded rows; anchors `int64 [B, A]`. The root of anchor
-        p is `tokens[p]`; only the features of the tokens before p may be looked at.
+        p is `tokens[p]`; only the features of the tokens before p may be looked at. The tokens after p are for drafters
+        that `likelihood` could not give them: what is said of one may depend on those before it.
         """
 
     @abstractmethod
@@ -74,14 +75,34 @@ class TrainableDrafter(PreTrainedModel):
         """y1..yU `int64 [N, U]` as the drafter counts tokens, and those of the valid ones that it can learn."""
         return prefixes[:, 1:], valid
 
-    @abstractmethod
     def candidates(
         self, blocks: torch.Tensor, root: torch.Tensor, borrowed: Any, nodes: int, floor: float = 0.0
     ) -> Candidates:
         """The prefixes of blocks `[N, ...]` after root `int64 [N]`, enough for `nodes` nodes.
 
-        Prefixes of probability below `floor` may be missing.
+        Prefixes of probability below `floor` may be missing. Drafters whose blocks say too little for this have
+        `drafts` of their own instead.
         """
+        raise NotImplementedError
+
+    def drafts(
+        self,
+        features: torch.Tensor,
+        tokens: torch.Tensor,
+        anchors: torch.Tensor,
+        used: torch.Tensor,
+        borrowed: Any,
+        nodes: int,
+        chunk: int,
+    ) -> Iterator[Candidates]:
+        """What a session would propose at the used anchors, `chunk` of them at a time; for validation.
+
+        features, tokens and anchors as in `blocks`; used `bool [B, A]`.
+        """
+        blocks = self.blocks(features, tokens, anchors, borrowed.embed)[used].split(chunk)
+        roots = tokens.gather(1, anchors)[used].split(chunk)
+        for part, root in zip(blocks, roots, strict=True):
+            yield self.candidates(part, root, borrowed, nodes)
 
     @abstractmethod
     def begin(self, embed: nn.Module, head: nn.Module, batch_size: int) -> DraftSession:

@@ -46,10 +46,8 @@ def offline_beta(
         used = torch.arange(places.shape[1]) < torch.tensor([[len(p)] for p in positions])
         anchors = label_anchors(tokens, lengths, places.to(device), used.to(device), drafter.config.draft_length)
         features = target.hidden_features(tokens, drafter.feature_layers)
-        blocks = drafter.blocks(features, tokens, anchors.positions, target.embed)[anchors.used]
-        prefixes = anchors.prefixes[anchors.used]
-        for part, truth in zip(blocks.split(chunk), prefixes.split(chunk), strict=True):
-            candidates = drafter.candidates(part, truth[:, 0], borrowed, max(nodes))
+        found = drafter.drafts(features, tokens, anchors.positions, anchors.used, borrowed, max(nodes), chunk)
+        for candidates, truth in zip(found, anchors.prefixes[anchors.used].split(chunk), strict=True):
             for name, accepted in accepted_lengths(candidates, truth, nodes).items():
                 totals[name] = totals.get(name, 0.0) + float((accepted + 1).sum())
             count += len(truth)
