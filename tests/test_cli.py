@@ -160,11 +160,14 @@ def test_from_prompts_to_a_drafter(models: list[str], tmp_path: Path, capfd: pyt
     generate = ["generate", *target, "--prompt", "the cat", "--max-new-tokens", "5", "--drafter"]
     assert main([*generate, str(drafter)]) == 0
 
-    peers = {method: str(tmp_path / method) for method in ("hydra", "eagle")}
+    authors = {"hydra": ("prefix", 1.0), "eagle": ("teacher", 0.8)}
+    peers = {method: str(tmp_path / method) for method in authors}
     for method, peer in peers.items():
         options = ["--out", peer, "--method", method, "--draft-length", "2", "--steps", "1", "--held-out", "0"]
         assert main(["train", *target, "--data", str(answers), *options, "--set", "progress=no"]) == 0
         assert json.loads(Path(peer, "config.json").read_text())["model_type"] == f"{method}_drafter"
+        learnt_from = json.loads(Path(peer, "train.json").read_text())["settings"]
+        assert (learnt_from["loss"], learnt_from["loss_decay"]) == authors[method]
     capfd.readouterr()
     for name in (str(drafter), *peers.values(), "prompt_lookup"):
         assert main([*generate, name]) == 0

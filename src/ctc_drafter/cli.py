@@ -293,7 +293,10 @@ def train(
     batch_size: Annotated[int | None, typer.Option("--batch-size", help="Rows of a forward pass.")] = None,
     anchors: Annotated[int | None, typer.Option("--anchors", help="Positions of a row that a step learns.")] = None,
     loss: Annotated[
-        Literal["prefix", "ctc"] | None, typer.Option("--loss", help="Prefix or full-sequence CTC.")
+        Literal["prefix", "ctc", "teacher"] | None,
+        typer.Option(
+            "--loss", help="Prefix, full-sequence CTC, or the target's own probabilities.", show_default="the method's"
+        ),
     ] = None,
     bf16: Annotated[bool, typer.Option("--bf16", help="bfloat16 autocast.")] = False,
     seed: SeedOption = 0,
@@ -325,8 +328,8 @@ def train(
 
     named: dict[str, Any] = {"steps": steps, "epochs": epochs, "learning_rate": learning_rate, "batch_size": batch_size}
     named |= {"anchors": anchors, "loss": loss, "bf16": bf16 or None, "seed": seed}
-    chosen = TrainSettings.parse(pairs(settings or []) | {k: v for k, v in named.items() if v is not None})
-    trained_method(method)  # before the work, not after it
+    given = pairs(settings or []) | {k: v for k, v in named.items() if v is not None}
+    chosen = TrainSettings.parse(trained_method(method).training | given)
     lm, tokenizer = load_target(target, dtype, device)
     rows, held = DistilledDataset.load(data, max_length).split(held_out)
     draft = fresh_drafter(

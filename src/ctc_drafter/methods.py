@@ -17,12 +17,16 @@ from ctc_drafter.types import UserError
 
 @dataclass(frozen=True)
 class Trained:
-    """A method with weights: where its class is, the class's model type, and what the method sets in its config."""
+    """A method with weights: where its class is, the class's model type, and what the method sets in its config.
+
+    training: the settings that its authors train it with, where they are not ours; `docs/methods.md` has the sources.
+    """
 
     module: str
     name: str
     model_type: str
     sizes: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
 
     @property
     def drafter(self) -> type[TrainableDrafter]:
@@ -35,11 +39,17 @@ TRAINED = {
     "ctc": Trained("ctc", "CTCDrafter", "ctc_drafter"),
     "ctc-paper": Trained("paper", "PaperDrafter", "ctc_paper_drafter"),
     "medusa": Trained("medusa", "MedusaDrafter", "medusa_drafter"),
-    "hydra": Trained("hydra", "HydraDrafter", "hydra_drafter"),
-    "hydra++": Trained("hydra", "HydraDrafter", "hydra_drafter", {"prefix_attention": True, "num_hidden_layers": 4}),
-    "dflash": Trained("dflash", "DFlashDrafter", "dflash_drafter"),
-    "dspark": Trained("dspark", "DSparkDrafter", "dspark_drafter"),
-    "eagle": Trained("eagle", "EagleDrafter", "eagle_drafter"),
+    "hydra": Trained("hydra", "HydraDrafter", "hydra_drafter", training={"loss_decay": 1.0}),
+    "hydra++": Trained(
+        "hydra",
+        "HydraDrafter",
+        "hydra_drafter",
+        {"prefix_attention": True, "num_hidden_layers": 4},
+        {"loss": "teacher", "loss_decay": 1.0},
+    ),
+    "dflash": Trained("dflash", "DFlashDrafter", "dflash_drafter", training={"loss_decay": 0.78}),
+    "dspark": Trained("dspark", "DSparkDrafter", "dspark_drafter", training={"loss": "teacher", "loss_decay": 0.78}),
+    "eagle": Trained("eagle", "EagleDrafter", "eagle_drafter", training={"loss": "teacher"}),
 }
 PROMPT_LOOKUP = "prompt_lookup"
 

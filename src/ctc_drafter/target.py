@@ -171,15 +171,19 @@ class Target:
         logits = result.logits if keep is None or slices else result.logits[:, keep]
         return Verification(logits, concatenate(outputs, layers))
 
-    @torch.no_grad()
     def hidden_features(self, tokens: torch.Tensor, layers: Sequence[int]) -> torch.Tensor:
         """Features `[B, T, K]` of right-padded rows `int64 [B, T]`, without a cache or logits; for training."""
+        return self.hidden_states(tokens, layers)[0]
+
+    @torch.no_grad()
+    def hidden_states(self, tokens: torch.Tensor, layers: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """`hidden_features`, and what the LM head reads after each token: the last states `[B, T, H]`, normed."""
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
         with captured(self.model, layers) as outputs:
-            self.model.base_model(input_ids=tokens, position_ids=positions, use_cache=False)
+            result = self.model.base_model(input_ids=tokens, position_ids=positions, use_cache=False)
         features = concatenate(outputs, layers)
         assert features is not None
-        return features
+        return features, result.last_hidden_state
 
     def _masks(self, allowed: torch.Tensor, positions: torch.Tensor, key_positions: torch.Tensor) -> Any:
         """Additive 4-D masks: one, or one per layer type where the model tells its layers apart."""

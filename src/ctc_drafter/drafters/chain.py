@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn import functional as fn
 
 from ctc_drafter.drafters.borrowed import Borrowed, draft_head
 from ctc_drafter.drafters.expand import Step, expand
@@ -26,6 +27,41 @@ class BorrowedOutputs(Borrowed):
 class ChainDrafter(TrainableDrafter):
     """P(y1..yu) is the product of the tokens' probabilities, each given the tokens before it."""
 
+    @abstractmethod
+    def known_logits(
+        self, blocks: torch.Tensor, prefixes: torch.Tensor, embed: nn.Module, head: nn.Module
+    ) -> Iterator[torch.Tensor]:
+        """Float32 logits `[N, V]` of y1, of y2 after y1, and so on; blocks `[N, ...]`, prefixes `int64 [N, 1+U]`."""
+
+    def objective(self, loss: str, decay: float) -> Objective:
+        """The weighted cross-entropy of each token given its prefix, or what the teacher loss puts in its place."""
+        if loss not in ("prefix", "teacher"):
+            raise UserError(f"the {loss} loss is for drafters with blanks; leave it out for this method")
+        return lambda scores, _labels, valid: cross_entropy(scores, valid, decay)
+
+    def likelihood(
+        self, blocks: torch.Tensor, prefixes: torch.Tensor, embed: nn.Module, head: nn.Module
+    ) -> torch.Tensor:
+        """log P(y_u | root, y1..y(u-1)), float32 `[N, U]`."""
+        known = zip(self.known_logits(blocks, prefixes, embed, head), prefixes[:, 1:].unbind(1), strict=True)
+        return torch.stack([-fn.cross_entropy(logits, label, reduction="none") for logits, label in known], 1)
+
+    def taught(
+        self, blocks: torch.Tensor, prefixes: torch.Tensor, teacher: torch.Tensor, embed: nn.Module, head: nn.Module
+    ) -> torch.Tensor:
+        """See `TrainableDrafter.taught`; `lesson` of each token, float32 `[N, U]`."""
+        logits = self.known_logits(blocks, prefixes, embed, head)
+        known = zip(logits, prefixes[:, 1:].unbind(1), teacher.unbind(1), strict=True)
+        return torch.stack([self.lesson(*each) for each in known], 1)
+
+    def lesson(self, logits: torch.Tensor, labels: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        """What to make large, `[N]`: the log-probability that the teacher `[N, V]` expects of its own tokens."""
+        return -fn.cross_entropy(logits, teacher, reduction="none")
+
+
+class StepwiseDrafter(ChainDrafter):
+    """With blocks that hold all that is known before a token is drafted."""
+
     config: DrafterConfig
 
     @abstractmethod
@@ -40,21 +76,12 @@ class ChainDrafter(TrainableDrafter):
         ready = {id(each): draft_head(each) for each in self.outputs(head)}
         return BorrowedOutputs(embed, head, [ready[id(each)] for each in self.outputs(head)])
 
-    def objective(self, loss: str, decay: float) -> Objective:
-        """The cross-entropy of each token given its prefix; there is no other."""
-        return chain_objective(loss, decay)
-
-    def likelihood(
+    def known_logits(
         self, blocks: torch.Tensor, prefixes: torch.Tensor, embed: nn.Module, head: nn.Module
-    ) -> torch.Tensor:
-        """log P(y_u | root, y1..y(u-1)), float32 `[N, U]`."""
+    ) -> Iterator[torch.Tensor]:
         step = self.steps(blocks, embed, self.outputs(head))
-        found = []
         for size in range(1, prefixes.shape[1]):
-            logits = step(prefixes[:, None, :size], None if size == 1 else prefixes.new_zeros(len(prefixes), 1))[:, 0]
-            score = logits.gather(1, prefixes[:, size : size + 1]).squeeze(1)
-            found.append(score - logits.logsumexp(-1))
-        return torch.stack(found, 1)
+            yield step(prefixes[:, None, :size], None if size == 1 else prefixes.new_zeros(len(prefixes), 1))[:, 0]
 
     def candidates(
         self, blocks: torch.Tensor, root: torch.Tensor, borrowed: BorrowedOutputs, nodes: int, floor: float = 0.0
@@ -62,13 +89,6 @@ class ChainDrafter(TrainableDrafter):
         """See `TrainableDrafter.candidates`."""
         step = self.steps(blocks, borrowed.embed, borrowed.outputs)
         return expand(step, root, nodes=nodes, depth=self.config.draft_length, floor=floor)
-
-
-def chain_objective(loss: str, decay: float) -> Objective:
-    """The weighted cross-entropy, of (log-probabilities of the labels, labels, valid)."""
-    if loss != "prefix":
-        raise UserError(f"the {loss} loss is for drafters with blanks; leave it out for this method")
-    return lambda log_probs, _labels, valid: cross_entropy(log_probs, valid, decay)
 
 
 def cross_entropy(log_probs: torch.Tensor, valid: torch.Tensor, decay: float) -> torch.Tensor:

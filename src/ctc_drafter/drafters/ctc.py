@@ -15,7 +15,7 @@ from ctc_drafter.drafters.frames import FramesModel
 from ctc_drafter.drafters.predictor import Predictor
 from ctc_drafter.drafters.trainable import Objective
 from ctc_drafter.drafters.vocabulary import columns_of, drafted_part, narrow_head
-from ctc_drafter.types import Candidates
+from ctc_drafter.types import Candidates, UserError
 
 
 class CTCDrafter(FramesModel):
@@ -53,6 +53,8 @@ class CTCDrafter(FramesModel):
 
     def objective(self, loss: str, decay: float) -> Objective:
         """`prefix`, or `ctc` for the full-sequence loss, which has no decay."""
+        if loss == "teacher":
+            raise UserError("the teacher loss is for drafters without blanks; use prefix or ctc for this method")
         return prefix_objective(decay) if loss == "prefix" else ctc_objective
 
     def likelihood(self, blocks: torch.Tensor, prefixes: torch.Tensor, embed: nn.Module, head: nn.Module) -> Lattice:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ctc_drafter.drafters.block import BlockModel, frame_logits
-from ctc_drafter.drafters.chain import ChainDrafter
+from ctc_drafter.drafters.chain import StepwiseDrafter
 from ctc_drafter.drafters.expand import Step
 from ctc_drafter.drafters.sizes import BlockConfig
 
@@ -26,7 +26,7 @@ class DFlashConfig(BlockConfig):
     model_type = "dflash_drafter"
 
 
-class DFlashDrafter(ChainDrafter, BlockModel):
+class DFlashDrafter(StepwiseDrafter, BlockModel):
     """Independent frames, one a token."""
 
     config_class = DFlashConfig

@@ -2,9 +2,9 @@
 
 Source: "DSpark: Confidence-Scheduled Speculative Decoding with Semi-Autoregressive Generation" (DeepSeek-AI and Peking
 University, 2026). The paper's sequential part is a low-rank table of the last token, `predictor_width` 0 here; a width
-gives it the MLP over the two last tokens and the root's state that the CTC drafter has. The loss is cross-entropy, as
-DFlash's. The paper's confidence head, which shortens chains under load, is not needed where a tree's nodes are chosen
-by their probabilities; its training on the target's probabilities is not here.
+gives it the MLP over the two last tokens and the root's state that the CTC drafter has. The authors' loss is `lesson`,
+with DFlash's weights. Their confidence head, which shortens chains under load, is not needed where a tree's nodes are
+chosen by their probabilities.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
+from torch.nn import functional as fn
 
 from ctc_drafter.drafters.block import BlockModel, frame_logits
-from ctc_drafter.drafters.chain import ChainDrafter
+from ctc_drafter.drafters.chain import StepwiseDrafter
 from ctc_drafter.drafters.expand import Step
 from ctc_drafter.drafters.predictor import Predictor
 from ctc_drafter.drafters.sizes import BlockConfig
@@ -40,7 +41,7 @@ class DSparkConfig(BlockConfig):
             raise UserError(f"predictor_rank is {self.predictor_rank}; give at least 1, or train dflash")
 
 
-class DSparkDrafter(ChainDrafter, BlockModel):
+class DSparkDrafter(StepwiseDrafter, BlockModel):
     """Frames that know the tokens before them through a bias."""
 
     config_class = DSparkConfig
@@ -62,3 +63,8 @@ class DSparkDrafter(ChainDrafter, BlockModel):
             return logits[:, size - 1].unsqueeze(1) + bias.float()
 
         return step
+
+    def lesson(self, logits: torch.Tensor, labels: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        """The authors' sum: 0.1 log-probability of the label, less 0.9 of the summed differences to the teacher's."""
+        likely = -fn.cross_entropy(logits, labels, reduction="none")
+        return 0.1 * likely - 0.9 * (logits.softmax(-1) - teacher).abs().sum(-1)

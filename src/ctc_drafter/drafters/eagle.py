@@ -21,14 +21,13 @@ from torch import nn
 from torch.nn import functional as fn
 
 from ctc_drafter.drafters.borrowed import Borrowed, draft_head, head_logits
-from ctc_drafter.drafters.chain import chain_objective
+from ctc_drafter.drafters.chain import ChainDrafter
 from ctc_drafter.drafters.context import ContextCache
 from ctc_drafter.drafters.heads import before
 from ctc_drafter.drafters.layers import RMSNorm, Rotation, rotation
 from ctc_drafter.drafters.pairs import PairLayer
 from ctc_drafter.drafters.rollout import EagleSession, propose
 from ctc_drafter.drafters.sizes import LayerConfig
-from ctc_drafter.drafters.trainable import Objective, TrainableDrafter
 from ctc_drafter.types import Candidates, UserError
 
 
@@ -43,7 +42,7 @@ class EagleConfig(LayerConfig):
             raise UserError(f"num_hidden_layers is {self.num_hidden_layers}; this drafter runs one layer: leave it out")
 
 
-class EagleDrafter(TrainableDrafter):
+class EagleDrafter(ChainDrafter):
     """blocks are normed features `[B, A, U, H]`, the u-th one after the root and u-1 known tokens."""
 
     config_class = EagleConfig
@@ -61,10 +60,6 @@ class EagleDrafter(TrainableDrafter):
         """The last norm starts as the target's."""
         if norm_scale is not None:
             self.norm.weight.copy_(norm_scale)
-
-    def objective(self, loss: str, decay: float) -> Objective:
-        """The cross-entropy of each token given its prefix; there is no other."""
-        return chain_objective(loss, decay)
 
     def fused(self, features: torch.Tensor) -> torch.Tensor:
         """The target's features `[B, T, K]` as the layer's own, `[B, T, H]`."""
@@ -100,13 +95,10 @@ class EagleDrafter(TrainableDrafter):
     def rotation(self, positions: torch.Tensor) -> Rotation:
         return rotation(positions, self.config.head_dim, self.config.rope_theta, self.fc.weight.dtype)
 
-    def likelihood(
+    def known_logits(
         self, blocks: torch.Tensor, prefixes: torch.Tensor, embed: nn.Module, head: nn.Module
-    ) -> torch.Tensor:
-        """log P(y_u | root, y1..y(u-1)), float32 `[N, U]`."""
-        labels = prefixes[:, 1:]
-        losses = fn.cross_entropy(head_logits(head, blocks.flatten(0, 1)), labels.flatten(), reduction="none")
-        return -losses.view_as(labels)
+    ) -> Iterator[torch.Tensor]:
+        return (head_logits(head, states) for states in blocks.unbind(1))
 
     def drafts(
         self,

@@ -10,7 +10,7 @@ from torch import nn
 
 from ctc_drafter.drafters.base import DraftSession
 from ctc_drafter.drafters.borrowed import Borrowed
-from ctc_drafter.drafters.chain import ChainDrafter
+from ctc_drafter.drafters.chain import StepwiseDrafter
 from ctc_drafter.drafters.layers import RMSNorm
 from ctc_drafter.drafters.sizes import DrafterConfig
 from ctc_drafter.types import Candidates, UserError
@@ -44,7 +44,7 @@ class HeadsConfig(DrafterConfig):
             raise UserError(f"num_hidden_layers is {self.num_hidden_layers}; a head needs at least 1")
 
 
-class HeadsDrafter(ChainDrafter):
+class HeadsDrafter(StepwiseDrafter):
     """blocks are hidden states `[B, A, H]`: of the token before each anchor's root, behind the norm."""
 
     def __init__(self, config: HeadsConfig):

@@ -3,8 +3,8 @@
 Source: Ankner, Parthasarathy, Nrusimha, Rinard, Ragan-Kelley and Brandon, "Hydra: Sequentially-Dependent Draft Heads
 for Medusa Decoding" (COLM 2024). Head k reads the target's last hidden state, the embeddings of the root and of the k-1
 tokens drafted so far. Hydra++ has deeper heads, and a decoder layer that attends to the hidden states of all committed
-tokens ("prefix attention") in place of the last state alone. Its third part, training on the target's probabilities, is
-not here: this trainer learns from the text that the target wrote. The tree is the best one under the chain rule.
+tokens ("prefix attention") in place of the last state alone, and learns the target's probabilities (the teacher loss).
+The heads' losses weigh the same. The tree is the best one under the chain rule.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ctc_drafter.drafters.chain import BorrowedOutputs
 from ctc_drafter.drafters.context import ContextCache
 from ctc_drafter.drafters.expand import Step
 from ctc_drafter.drafters.heads import HeadsConfig, HeadsDrafter, before
-from ctc_drafter.drafters.layers import DraftLayer, rotation
+from ctc_drafter.drafters.layers import DraftLayer, RMSNorm, rotation
 from ctc_drafter.drafters.sizes import LayerConfig
 from ctc_drafter.types import Candidates
 
@@ -41,18 +41,21 @@ class HydraConfig(LayerConfig, HeadsConfig):
 
 
 class HydraHead(nn.Module):
-    """x + SiLU(W [x, e0..e(k-1)]) for embeddings e of root and drafted tokens, then residual layers as Medusa's."""
+    """R z + SiLU(W z) for z = [x, e0..e(k-1)], embeddings e of root and drafted tokens; then Medusa's residual layers.
+
+    The halves of `state` and `tokens` are R and W.
+    """
 
     def __init__(self, size: int, tokens: int, depth: int):
         super().__init__()
-        self.state = nn.Linear(size, size)
-        self.tokens = nn.Linear(size * tokens, size, bias=False)
+        self.state = nn.Linear(size, 2 * size)
+        self.tokens = nn.Linear(size * tokens, 2 * size, bias=False)
         self.inner = nn.ModuleList(nn.Linear(size, size) for _ in range(depth - 1))
 
     def forward(self, states: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
         """states `[N, H]` and embeddings `[N, W, k, H]` to `[N, W, H]`."""
-        first = self.state(states).unsqueeze(1) + self.tokens(embeddings.flatten(2))
-        mixed = states.unsqueeze(1) + fn.silu(first)
+        kept, changed = (self.state(states).unsqueeze(1) + self.tokens(embeddings.flatten(2))).chunk(2, -1)
+        mixed = kept + fn.silu(changed)
         for layer in self.inner:
             mixed = mixed + fn.silu(layer(mixed))
         return mixed
@@ -69,7 +72,19 @@ class HydraDrafter(HeadsDrafter):
         sizes = [(config.hidden_size, tokens, config.num_hidden_layers) for tokens in range(1, config.draft_length + 1)]
         self.heads = nn.ModuleList(HydraHead(*size) for size in sizes)
         self.prefix_layer = DraftLayer(config) if config.prefix_attention else None
+        self.prefix_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps) if config.prefix_attention else None
         self.post_init()
+
+    @torch.no_grad()
+    def start_from(self, norm_scale: torch.Tensor | None, head: nn.Module) -> None:
+        """See `HeadsDrafter`. Heads start by handing on the state, as large as the target's final norm makes it."""
+        super().start_from(norm_scale, head)
+        for hydra in self.heads.children():
+            for weight in hydra.parameters():
+                weight.zero_()
+            nn.init.eye_(hydra.get_submodule("state").get_parameter("weight"))
+        if norm_scale is not None and self.prefix_norm is not None:
+            self.prefix_norm.weight.fill_(norm_scale.square().mean().sqrt())
 
     def steps(self, blocks: torch.Tensor, embed: nn.Module, outputs: Sequence[nn.Module]) -> Step:
         def step(prefixes: torch.Tensor, _places: torch.Tensor | None) -> torch.Tensor:
@@ -89,8 +104,12 @@ class HydraDrafter(HeadsDrafter):
             slots = torch.arange(length, device=states.device).unsqueeze(0)
             by = rotation(slots, self.config.head_dim, self.config.rope_theta, states.dtype)
             causal = torch.ones(length, length, dtype=torch.bool, device=states.device).tril()
-            states = self.prefix_layer(states, by, lambda keys, values: (keys, values), causal[None, None])
+            states = self.seen(self.prefix_layer(states, by, lambda keys, values: (keys, values), causal[None, None]))
         return before(states, anchors)
+
+    def seen(self, states: torch.Tensor) -> torch.Tensor:
+        """The prefix layer's output, as heads read it."""
+        return states if self.prefix_norm is None else self.prefix_norm(states)
 
     def begin(self, embed: nn.Module, head: nn.Module, batch_size: int) -> DraftSession:
         """See `Drafter.begin`."""
@@ -137,4 +156,4 @@ class PrefixSession:
         output = self.layer(
             before(states, counts.unsqueeze(1)), cache.rotation(last), lambda _keys, _values: cache.read(0, end), seen
         )
-        return output[:, 0]
+        return self.drafter.seen(output[:, 0])

@@ -59,6 +59,8 @@ class PaperDrafter(FramesModel):
 
     def objective(self, loss: str, decay: float) -> Objective:
         """The full-sequence loss, by either name: there is no other."""
+        if loss == "teacher":
+            raise UserError("the teacher loss is for drafters without blanks; leave it out for this method")
         return ctc_objective
 
     def likelihood(self, blocks: torch.Tensor, prefixes: torch.Tensor, embed: nn.Module, head: nn.Module) -> Lattice:

@@ -57,6 +57,15 @@ class TrainableDrafter(PreTrainedModel):
     def likelihood(self, blocks: torch.Tensor, prefixes: torch.Tensor, embed: nn.Module, head: nn.Module) -> Any:
         """What the objective reads. blocks `[N, ...]`; prefixes `int64 [N, 1+U]`, the root and y1..yU."""
 
+    def taught(
+        self, blocks: torch.Tensor, prefixes: torch.Tensor, teacher: torch.Tensor, embed: nn.Module, head: nn.Module
+    ) -> Any:
+        """`likelihood` for the objective of the teacher loss.
+
+        teacher: float32 `[N, U, V]`, the target's probabilities of the token after root, y1..y(u-1).
+        """
+        raise NotImplementedError
+
     def losses(
         self,
         blocks: torch.Tensor,
@@ -65,9 +74,13 @@ class TrainableDrafter(PreTrainedModel):
         embed: nn.Module,
         head: nn.Module,
         objective: Objective,
+        teacher: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Loss of each anchor `[N]`, in float32. valid `bool [N, U]`: labels that count."""
-        found = self.likelihood(blocks, prefixes, embed, head)
+        """Loss of each anchor `[N]`, in float32. valid `bool [N, U]`: labels that count; teacher: as in `taught`."""
+        if teacher is None:
+            found = self.likelihood(blocks, prefixes, embed, head)
+        else:
+            found = self.taught(blocks, prefixes, teacher, embed, head)
         with torch.autocast(blocks.device.type, enabled=False):
             return objective(found, *self.labels(prefixes, valid))
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from ctc_drafter.drafters.borrowed import head_logits
 from ctc_drafter.drafters.trainable import Objective, TrainableDrafter
 
 
@@ -74,20 +75,41 @@ def draft_loss(
     anchors: Anchors,
     objective: Objective,
     chunk: int,
+    last: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Sum of the loss over all used anchors, a scalar in float32.
+
+    last `[B, T, H]`, for the teacher loss: what the target's LM head reads after each token. Its probabilities then
+    teach what follows root, y1, .. y(U-1).
 
     What is as large as the vocabulary exists for `chunk` anchors at a time and is computed again in the backward
     pass.
     """
     blocks = drafter.blocks(features, tokens, anchors.positions, embed)[anchors.used]  # [N, ...]
     prefixes, valid = anchors.prefixes[anchors.used], anchors.valid[anchors.used]
+    states = blocks.new_empty(len(blocks), 0) if last is None else states_after(last, anchors)[anchors.used]
 
-    def part(blocks: torch.Tensor, prefixes: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-        return drafter.losses(blocks, prefixes, valid, embed, head, objective).sum()
+    def part(blocks: torch.Tensor, prefixes: torch.Tensor, valid: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        teacher = None if last is None else probabilities(head, states)
+        return drafter.losses(blocks, prefixes, valid, embed, head, objective, teacher).sum()
 
-    chunks = list(zip(blocks.split(chunk), prefixes.split(chunk), valid.split(chunk), strict=True))
+    wholes = (blocks, prefixes, valid, states)
+    chunks = list(zip(*(whole.split(chunk) for whole in wholes), strict=True))
     if len(chunks) == 1:
         return part(*chunks[0])
     parts = [checkpoint(part, *each, use_reentrant=False, preserve_rng_state=False) for each in chunks]
     return torch.stack(parts).sum()
+
+
+def states_after(states: torch.Tensor, anchors: Anchors) -> torch.Tensor:
+    """States `[B, A, U, H]` of each anchor's root and y1..y(U-1), of states `[B, T, H]`; clamped at the end."""
+    steps = torch.arange(anchors.valid.shape[2], device=states.device)
+    index = (anchors.positions.unsqueeze(-1) + steps).clamp(max=states.shape[1] - 1).flatten(1)
+    found = states.gather(1, index.unsqueeze(-1).expand(-1, -1, states.shape[2]))
+    return found.unflatten(1, anchors.valid.shape[1:])
+
+
+@torch.no_grad()
+def probabilities(head: nn.Module, states: torch.Tensor) -> torch.Tensor:
+    """The target's, float32 `[N, U, V]`, of what its LM head reads `[N, U, H]`."""
+    return head_logits(head, states.flatten(0, 1)).softmax(-1).unflatten(0, states.shape[:2])

@@ -27,7 +27,9 @@ class TrainSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    loss: Literal["prefix", "ctc"] = Field("prefix", description="prefix likelihood, or the full-sequence CTC loss")
+    loss: Literal["prefix", "ctc", "teacher"] = Field(
+        "prefix", description="prefix likelihood, full-sequence CTC, or the target's probabilities as the teacher"
+    )
     loss_decay: float = Field(0.8, gt=0, le=1, description="weight of a draft's next token against the one before")
     anchors: int = Field(32, ge=1, description="positions of each row that a step learns from")
     anchor_chunk: int = Field(128, ge=1, description="positions whose logits are in memory at a time")

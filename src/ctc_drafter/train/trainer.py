@@ -56,6 +56,8 @@ def train_drafter(
     overwrite.
     """
     _check_data(target, drafter, dataset)
+    if settings.loss == "teacher":
+        _check_teacher(target, dataset)
     held_out = held_out if held_out is not None and len(held_out) else None
     if held_out is not None:
         draft_positions(held_out, drafter, settings.eval_positions, len(held_out), settings.seed)
@@ -142,7 +144,7 @@ class DrafterTrainer(Trainer):
             lengths, inputs["answer_start"], inputs["key"], self.settings.anchors, seed=moment
         )
         anchors = label_anchors(tokens, lengths, positions, used, drafter.config.draft_length)
-        features = self.target.hidden_features(tokens, drafter.feature_layers)
+        features, last = self.target.hidden_states(tokens, drafter.feature_layers)
         with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.settings.bf16):
             total = draft_loss(
                 drafter,
@@ -153,6 +155,7 @@ class DrafterTrainer(Trainer):
                 anchors,
                 self.objective,
                 self.settings.anchor_chunk,
+                last if self.settings.loss == "teacher" else None,
             )
         if num_items_in_batch is None:
             loss = total / used.sum()
@@ -253,6 +256,16 @@ def _check_data(target: Target, drafter: TrainableDrafter, dataset: DistilledDat
             f"the training rows were written by another target ({dataset.manifest.get('target')}); "
             "distill again with this one"
         )
+
+
+def _check_teacher(target: Target, dataset: DistilledDataset) -> None:
+    """Its logits must be what its LM head makes of its last states: some families scale or cap them afterwards."""
+    tokens = dataset[0]["input_ids"][None, :8].to(target.device)
+    with torch.no_grad():
+        expected, last = target.model(tokens).logits.float(), target.hidden_states(tokens, [0])[1]
+        found = target.head(last).float()
+    if not torch.allclose(found, expected, atol=0.01 * float(expected.std()), rtol=0.0):
+        raise UserError("this target changes its logits behind the LM head; train with --loss prefix")
 
 
 def _manifest(
