@@ -11,7 +11,7 @@ from ctc_drafter.cli import app, main
 from ctc_drafter.decode.generate import DEFAULT_FLOOR, DEFAULT_NODES
 from tiny_models import save_pair, tiny_llama, tiny_tokenizer
 
-COMMANDS = ("demo", "generate", "eval", "exactness", "distill", "train")
+COMMANDS = ("demo", "generate", "eval", "bench", "exactness", "distill", "train")
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def test_help(command: str) -> None:
     assert result.exit_code == 0
     params = typer.main.get_command(app).commands[command].params
     assert [param.name for param in params if not getattr(param, "help", None)] == []
-    if nodes := [param for param in params if param.name == "nodes"]:
+    if (nodes := [param for param in params if param.name == "nodes"]) and command != "bench":
         assert nodes[0].show_default == str(DEFAULT_NODES)
 
 
@@ -196,6 +196,11 @@ BAD = {
     "unknown command": (["evil"], "evil"),
     "missing option": (["eval", "--tasks", "x"], "--tasks-path"),
     "no tasks": (["eval", "--tasks", "x", "--tasks-path", "none"], "none is not a folder"),
+    "no folder of tasks": (["bench", "--tasks", "nothing_known"], "task nothing_known has no file"),
+    "no size": (["bench", "--tasks", "x.jsonl", "--nodes", "8,many"], "--nodes many is no size"),
+    "a name without a drafter": (["bench", "--tasks", "x.jsonl", "--drafter", "medusa"], "write NAME=DIR"),
+    "a name twice": (["bench", "--tasks", "x.jsonl", "--drafter", "a=b", "--drafter", "a=c"], "the name a is taken"),
+    "bench of half a pair": (["bench", "--tasks", "x.jsonl", "--target", "x"], "give --drafter as well"),
     "no target": (["generate", "--prompt", "a", "--target", "./none", "--drafter", "./none"], "./none"),
     "no corpus": (["distill", "--prompts", "none", "--out", "x"], "none"),
     "no value": (["train", "--data", "x", "--out", "y", "--set", "anchors"], "NAME=VALUE"),

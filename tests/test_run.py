@@ -10,7 +10,8 @@ from rich.console import Console
 
 from ctc_drafter.decode.generate import Generation
 from ctc_drafter.decode.stats import Stats
-from ctc_drafter.evaluate import run
+from ctc_drafter.evaluate import contenders, run
+from ctc_drafter.evaluate.contenders import Contender
 from ctc_drafter.evaluate.report import results_table
 from ctc_drafter.evaluate.run import evaluate, write_json
 from ctc_drafter.evaluate.tasks import Prompt, Task
@@ -20,7 +21,7 @@ from ctc_drafter.types import UserError
 from tiny_models import tiny_drafter, tiny_llama, tiny_tokenizer
 
 ROW_KEYS = {
-    *("method", "task", "prompts", "skipped", "tokens", "steps", "beta", "tokens_per_s", "gamma"),
+    *("method", "nodes", "task", "prompts", "skipped", "tokens", "steps", "beta", "tokens_per_s", "gamma"),
     *("identical", "compared", "accept_histogram", "stages_ms", "seconds"),
 }
 META_KEYS = {
@@ -70,17 +71,17 @@ class Recorder:
     def __init__(self, name: str, calls: list[tuple[str, list[list[int]]]], tokens: list[int]):
         self.name, self.calls, self.tokens = name, calls, tokens
 
-    def __call__(self, prompts: list[list[int]], timed: bool) -> Generation:
+    def __call__(self, prompts: list[list[int]], timed: bool, _: object) -> Generation:
         if not timed:
             self.calls.append((self.name, prompts))
         stats = Stats(len(prompts) * len(self.tokens), len(prompts), len(prompts), [len(prompts)])
-        return Generation([self.tokens] * len(prompts), stats)
+        return Generation([self.tokens] * len(prompts), stats, [[0]] * len(prompts))
 
 
 def recorded(monkeypatch: pytest.MonkeyPatch, plain: list[int], ctc: list[int]) -> list[tuple[str, list[list[int]]]]:
     calls: list[tuple[str, list[list[int]]]] = []
-    methods = {"plain": Recorder("plain", calls, plain), "ctc": Recorder("ctc", calls, ctc)}
-    monkeypatch.setattr(run, "decoding_methods", lambda *_args, **_options: methods)
+    both = [Contender(name, None, Recorder(name, calls, t)) for name, t in (("plain", plain), ("ctc", ctc))]
+    monkeypatch.setattr(run, "contenders_of", lambda *_args, **_options: both)
     return calls
 
 
@@ -109,7 +110,7 @@ def test_every_turn_counts_for_identity(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_one_different_last_token_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = run.generate
+    original = contenders.generate
     count = 0
 
     def wrong_once(*args: Any, **options: Any) -> Generation:
@@ -119,7 +120,7 @@ def test_one_different_last_token_is_seen(monkeypatch: pytest.MonkeyPatch) -> No
             found.tokens[0][-1] ^= 1
         return found
 
-    monkeypatch.setattr(run, "generate", wrong_once)
+    monkeypatch.setattr(contenders, "generate", wrong_once)
     ctc = measured(TASKS[1:])["rows"][1]
     assert (ctc["identical"], ctc["compared"]) == (4, 5)
 

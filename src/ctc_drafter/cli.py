@@ -169,6 +169,62 @@ def evaluate(
 
 
 @app.command()
+def bench(
+    tasks: Annotated[str, typer.Option("--tasks", help="Names of tasks, or JSONL files, with commas between them.")],
+    tasks_path: Annotated[
+        Path | None, typer.Option("--tasks-path", help="Folder with a <task>.jsonl for each.", show_default="download")
+    ] = None,
+    target: TargetOption = None,
+    drafters: Annotated[
+        list[str] | None,
+        typer.Option("--drafter", help="NAME=DIR, or prompt_lookup; may be repeated.", show_default="ctc, shipped"),
+    ] = None,
+    nodes: Annotated[
+        str | None, typer.Option("--nodes", help="chain and tree sizes.", show_default="chain,8,16,32,64")
+    ] = None,
+    limit: LimitOption = None,
+    max_new_tokens: NewTokensOption = 128,
+    batch_size: BatchOption = 1,
+    watched: Annotated[
+        int, typer.Option("--watched", min=0, help="Prompts of a task that run once more for the calibration curve.")
+    ] = 4,
+    dtype: DtypeOption = "float32",
+    device: DeviceOption = "auto",
+    threads: ThreadsOption = None,
+    seed: SeedOption = 0,
+    json_out: JsonOption = None,
+) -> None:
+    """Measures methods, tasks and tree sizes in one run; the same command goes on where it was killed."""
+    import torch
+    from rich.console import Console
+
+    from ctc_drafter.evaluate.bench import SIZES, BenchSettings, parse_drafters, parse_sizes
+    from ctc_drafter.evaluate.bench import bench as measure
+    from ctc_drafter.evaluate.named import open_entries
+    from ctc_drafter.evaluate.report import results_table
+    from ctc_drafter.evaluate.run import check_place
+    from ctc_drafter.evaluate.tasks import read_tasks
+    from ctc_drafter.load import load_target
+
+    check_place(json_out)
+    sizes = parse_sizes(nodes) if nodes is not None else SIZES
+    named = parse_drafters(drafters or [])
+    if target and not named:
+        refuse("give --drafter as well: the shipped drafter serves the shipped target only")
+    chosen = read_tasks(tasks_path, [name.strip() for name in tasks.split(",") if name.strip()])
+    if threads:
+        torch.set_num_threads(threads)
+    lm, tokenizer = load_target(target, dtype, device)
+    settings = BenchSettings(sizes, limit, max_new_tokens, batch_size, seed, watched)
+    about = {"command": meta(target, None)["command"], "target": target or "shipped"}
+    result = measure(lm, tokenizer, open_entries(named, lm, tokenizer), chosen, settings, meta=about, out=json_out)
+    Console().print(results_table(result))
+    if not result["meta"]["complete"]:
+        print("interrupted: these are the batches that were finished; the same command goes on", file=sys.stderr)
+        raise typer.Exit(130)
+
+
+@app.command()
 def exactness(
     target: TargetOption = None,
     drafter: Annotated[

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from transformers import Cache, StoppingCriteriaList
@@ -27,10 +27,14 @@ NO_CRITERIA = StoppingCriteriaList()
 
 @dataclass(frozen=True)
 class Generation:
-    """tokens: the new tokens of each row, eos included where it was written. stats: see `Stats`."""
+    """tokens: the new tokens of each row, eos included where it was written. stats: see `Stats`.
+
+    accepted: of each row, how many drafted tokens each of its verifications accepted.
+    """
 
     tokens: list[list[int]]
     stats: Stats
+    accepted: list[list[int]] = field(default_factory=list)
 
 
 def generate(
@@ -79,7 +83,7 @@ def run(
         tokens, accepted = batch.step()
         batch.keep(writer.write(batch.rows, tokens, accepted))
     stats.seconds, stats.stages_ms = time.perf_counter() - begin, dict(clock.total_ms)
-    return Generation([row.tokens for row in rows], stats)
+    return Generation([row.tokens for row in rows], stats, [row.accepted for row in rows])
 
 
 @torch.inference_mode()
@@ -122,7 +126,7 @@ def plain_generate(
         places = writer.write(active, root.unsqueeze(1).tolist(), [0] * len(active))
 
     stats.seconds, stats.stages_ms = time.perf_counter() - begin, dict(clock.total_ms)
-    return Generation([row.tokens for row in rows], stats)
+    return Generation([row.tokens for row in rows], stats, [row.accepted for row in rows])
 
 
 def step(target: Target, cache: Cache, lengths: torch.Tensor, root: torch.Tensor) -> torch.Tensor:

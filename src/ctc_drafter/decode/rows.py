@@ -11,7 +11,7 @@ class Row:
     """index: the prompt's place in the call, by which callers and seeds know it.
     prompt: what the target reads. limit: new tokens at most. eos: tokens that end the row.
     given: the prompt as processors and stopping criteria see it; `generate` shows them its padding.
-    tokens: emitted so far, eos included.
+    tokens: emitted so far, eos included. accepted: drafted tokens that each verification accepted.
     """
 
     index: int
@@ -20,6 +20,7 @@ class Row:
     eos: frozenset[int] = frozenset()
     given: Sequence[int] | None = None
     tokens: list[int] = field(default_factory=list)
+    accepted: list[int] = field(default_factory=list)
 
     @property
     def text(self) -> list[int]:

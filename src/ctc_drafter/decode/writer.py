@@ -34,6 +34,7 @@ class Writer:
         for row, emitted, count in zip(rows, tokens, accepted, strict=True):
             before = len(row.tokens)
             alive.append(self._emit(row, emitted[: count + 1]))
+            row.accepted.append(count)
             self.stats.count(count, len(row.tokens) - before)
         return places(alive)
 

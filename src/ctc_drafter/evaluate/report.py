@@ -21,12 +21,16 @@ def results_table(result: dict[str, Any]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for name in ("task", "method"):
         table.add_column(name, no_wrap=True)
-    for name in ("tokens", "skipped", "tokens/s", "γ", "β", "identical"):
+    table.add_column("nodes", justify="right", no_wrap=True)
+    for name in ("tokens", "tokens/s", "γ", "β", "identical"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in result["rows"]:
         figures = [number(row["tokens_per_s"], 1), number(row["gamma"], 2), number(row["beta"], 2)]
-        counts = [str(row["tokens"]), str(row["skipped"])]
+        counts = [number(row.get("nodes"), 0) if row.get("nodes") != "chain" else "chain", str(row["tokens"])]
         table.add_row(row["task"], row["method"], *counts, *figures, f"{row['identical']} of {row['compared']}")
+    skipped = {row["task"]: row["skipped"] for row in result["rows"] if row["skipped"]}
+    if skipped:
+        table.caption = "Left out, too long for the context: " + ", ".join(f"{n} of {t}" for t, n in skipped.items())
     return table
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -15,24 +15,21 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedTokenizerBase
 
-from ctc_drafter.decode.generate import DEFAULT_FLOOR, DEFAULT_NODES, Generation, generate, plain_generate
-from ctc_drafter.decode.stats import Stats
+from ctc_drafter.decode.generate import DEFAULT_FLOOR, DEFAULT_NODES
 from ctc_drafter.drafters.base import Drafter
+from ctc_drafter.evaluate.calibration import Calibration
+from ctc_drafter.evaluate.contenders import Contender, contenders_of, decoding
 from ctc_drafter.evaluate.environment import environment
+from ctc_drafter.evaluate.records import Journal, Record, histogram, row_of
 from ctc_drafter.evaluate.tasks import Prompt, Task
-from ctc_drafter.methods import method_of
 from ctc_drafter.target import Target
-from ctc_drafter.text import decode, encode_conversation, eos_ids
+from ctc_drafter.text import decode, encode_conversation
 from ctc_drafter.types import UserError
 
-PLAIN = "plain"
 STAGES_NOTE = (
     "stages_ms: milliseconds per verification (prefill: per prompt), from one extra timed batch of each task "
     "that enters no other figure"
 )
-
-# (prompts as token ids, timed) -> what was generated
-Method = Callable[[list[list[int]], bool], Generation]
 
 
 @dataclass
@@ -47,37 +44,26 @@ class Conversation:
 
 @dataclass
 class Tally:
-    """What one method did on one task. `outputs` maps a prompt's index to its tokens, turn by turn."""
+    """What one contender did on one prompt, turn by turn."""
 
-    outputs: dict[int, list[list[int]]] = field(default_factory=dict)
-    stats: Stats = field(default_factory=Stats)
+    outputs: list[list[int]] = field(default_factory=list)
+    accepted: list[int] = field(default_factory=list)
     seconds: float = 0.0
-    stages_ms: dict[str, float] = field(default_factory=dict)
-
-    def add(self, indices: Sequence[int], generation: Generation, seconds: float) -> None:
-        for index, tokens in zip(indices, generation.tokens, strict=True):
-            self.outputs.setdefault(index, []).append(tokens)
-        self.stats += generation.stats
-        self.seconds += seconds
-
-    @property
-    def tokens(self) -> int:
-        """Every method's tokens are counted here: all that it returned, eos included."""
-        return sum(len(tokens) for turns in self.outputs.values() for tokens in turns)
-
-    @property
-    def tokens_per_s(self) -> float | None:
-        return self.tokens / self.seconds if self.seconds else None
 
 
 @dataclass(frozen=True)
 class Bench:
-    """What stays the same over a whole evaluation."""
+    """What stays the same over a whole evaluation. The first contender is plain decoding.
+
+    watched: prompts of each task that run once more to count what trees promised.
+    """
 
     target: Target
     tokenizer: PreTrainedTokenizerBase
-    methods: dict[str, Method]
+    contenders: Sequence[Contender]
     max_new_tokens: int
+    batch_size: int
+    watched: int = 0
 
     def encode(self, conversation: Conversation) -> list[int]:
         answers = conversation.answers
@@ -91,63 +77,73 @@ class Bench:
         prompt = encode_conversation(self.tokenizer, turns, [*answers, *blank])
         return len(prompt) + missing * self.max_new_tokens <= self.target.context
 
-    def ready(self, batch: list[Conversation], turn: int) -> list[Conversation]:
+    def ready(self, batch: Sequence[Conversation], turn: int) -> list[Conversation]:
         """The conversations that have this turn; marks and leaves out those that the context cannot hold."""
         for conversation in batch:
             if len(conversation.prompt.turns) > turn and not conversation.skipped:
                 conversation.skipped = not self.fits(conversation)
         return [c for c in batch if len(c.prompt.turns) > turn and not c.skipped]
 
-    def measure(self, batch: list[Conversation], order: Sequence[str], tallies: dict[str, Tally]) -> None:
-        """All turns of a batch, by every method in this order. Plain decoding's answers are everyone's history."""
+    def measure(self, task: str, batch: Sequence[Conversation], order: Sequence[Contender]) -> list[Record]:
+        """All turns of a batch, by every contender in this order. Plain decoding's answers are everyone's history."""
+        tallies = {(each.key, c.index): Tally() for each in order for c in batch}
         for turn in range(max(len(conversation.prompt.turns) for conversation in batch)):
             rows = self.ready(batch, turn)
             if not rows:
-                return
+                break
             prompts = [self.encode(conversation) for conversation in rows]
-            for name in order:
+            for contender in order:
                 start = time.perf_counter()
-                generation = self.methods[name](prompts, False)
-                seconds = time.perf_counter() - start
-                tallies[name].add([conversation.index for conversation in rows], generation, seconds)
-            for conversation in rows:
-                answer = tallies[PLAIN].outputs[conversation.index][-1]
-                conversation.answers.append(decode(self.tokenizer, answer))
+                generation = contender.run(prompts, False, None)
+                share = (time.perf_counter() - start) / len(rows)
+                for row, tokens, accepted in zip(rows, generation.tokens, generation.accepted, strict=True):
+                    tally = tallies[contender.key, row.index]
+                    tally.outputs.append(tokens)
+                    tally.accepted += accepted
+                    tally.seconds += share
+            for row in rows:
+                answer = tallies[self.contenders[0].key, row.index].outputs[-1]
+                row.answers.append(decode(self.tokenizer, answer))
+        plain = self.contenders[0].key
+        return [
+            record_of(task, c, each, tallies[each.key, c.index], tallies[plain, c.index])
+            for each in self.contenders
+            for c in batch
+        ]
 
-    def first_turn(self, prompts: Sequence[Prompt], batch_size: int) -> list[list[int]]:
-        """Token ids of the first batch that fits."""
-        conversations = [Conversation(index, prompt) for index, prompt in enumerate(prompts)]
-        return [self.encode(c) for c in conversations if self.fits(c)][:batch_size]
+    def first_turns(self, prompts: Sequence[Prompt], count: int) -> list[list[int]]:
+        """Token ids of the first `count` prompts that fit."""
+        fitting = filter(self.fits, (Conversation(index, prompt) for index, prompt in enumerate(prompts)))
+        return [self.encode(conversation) for conversation, _ in zip(fitting, range(count), strict=False)]
 
-    def time_stages(self, prompts: list[list[int]], tallies: dict[str, Tally]) -> None:
-        """One more run of each method with the stage timers on, which slow it: for `stages_ms` alone."""
-        for name, run in self.methods.items() if prompts else ():
-            stats = run(prompts, True).stats
+    def look_closer(self, task: Task, contender: Contender) -> dict[str, Any]:
+        """What costs time to know, from further runs that enter no other figure: `stages_ms`, `calibration`."""
+        found: dict[str, Any] = {"task": task.name, "method": contender.method, "nodes": contender.nodes}
+        if prompts := self.first_turns(task.prompts, self.batch_size):
+            stats = contender.run(prompts, True, None).stats
             shares = {stage: len(prompts) if stage == "prefill" else max(1, stats.steps) for stage in stats.stages_ms}
-            tallies[name].stages_ms = {stage: ms / shares[stage] for stage, ms in stats.stages_ms.items()}
+            found["stages_ms"] = {stage: ms / shares[stage] for stage, ms in stats.stages_ms.items()}
+        if self.watched and contender.nodes is not None:
+            calibration, prompts = Calibration(), self.first_turns(task.prompts, self.watched)
+            for start in range(0, len(prompts), self.batch_size):
+                contender.run(prompts[start : start + self.batch_size], False, calibration)
+            found["calibration"] = asdict(calibration)
+        return found
 
 
-def decoding_methods(
-    target: Target,
-    drafter: Drafter,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    max_new_tokens: int,
-    nodes: int,
-    floor: float,
-) -> dict[str, Method]:
-    """The methods by name, plain decoding first."""
-    eos = eos_ids(target.model, tokenizer)
-
-    def plain(prompts: list[list[int]], timed: bool) -> Generation:
-        return plain_generate(target, prompts, max_new_tokens=max_new_tokens, eos=eos, timed=timed)
-
-    def drafted(prompts: list[list[int]], timed: bool) -> Generation:
-        return generate(
-            target, drafter, prompts, max_new_tokens=max_new_tokens, nodes=nodes, floor=floor, eos=eos, timed=timed
-        )
-
-    return {PLAIN: plain, method_of(drafter): drafted}
+def record_of(task: str, conversation: Conversation, contender: Contender, tally: Tally, plain: Tally) -> Record:
+    about = (task, conversation.index, conversation.prompt.id, conversation.prompt.category, *contender.key)
+    if conversation.skipped:
+        return Record(*about, identical=False, skipped=True)
+    return Record(
+        *about,
+        turns=len(tally.outputs),
+        tokens=sum(map(len, tally.outputs)),
+        steps=len(tally.accepted),
+        seconds=tally.seconds,
+        identical=tally.outputs == plain.outputs,
+        accepted=histogram(tally.accepted),
+    )
 
 
 def evaluate(
@@ -173,86 +169,96 @@ def evaluate(
     prompts do not fit the target's context. `meta` adds to the meta object. `save` gets the object after every
     batch. After Ctrl-C the object holds what was finished, and `meta["complete"]` is false.
     """
-    torch.manual_seed(seed)
-    methods = decoding_methods(target, drafter, tokenizer, max_new_tokens=max_new_tokens, nodes=nodes, floor=floor)
-    bench = Bench(target, tokenizer, methods, max_new_tokens)
-    tasks = [Task(task.name, task.prompts[:limit]) for task in tasks]
-    settings = {"dtype": str(target.dtype).removeprefix("torch."), "device": str(target.device), "seed": seed}
-    settings |= {
-        "threads": torch.get_num_threads(),
-        "nodes": nodes,
-        "floor": floor,
-        "batch_size": batch_size,
-        "limit": limit,
-    }
-    settings |= {"max_new_tokens": max_new_tokens, "date": datetime.now(UTC).isoformat(timespec="seconds")}
-    head = {**environment(), **settings, "note": STAGES_NOTE, "complete": False, **(meta or {})}
-    result: dict[str, Any] = {"meta": head, "rows": []}
-    try:
-        for rows in _measured_rows(bench, tasks, batch_size, console or Console(stderr=True)):
-            result["rows"] = rows
-            if save:
-                save(result)
-        head["complete"] = True
-    except KeyboardInterrupt:
-        pass
-    if save:
-        save(result)
+    contenders = contenders_of(decoding(target, tokenizer, max_new_tokens), drafter, nodes, floor)
+    bench = Bench(target, tokenizer, contenders, max_new_tokens, batch_size)
+    settings = {"seed": seed, "nodes": nodes, "floor": floor, "limit": limit}
+    result = {"meta": head(bench, settings) | (meta or {}), "rows": []}
+    measure_all(bench, [Task(task.name, task.prompts[:limit]) for task in tasks], result, save=save, console=console)
     return result
 
 
-def _measured_rows(
-    bench: Bench, tasks: Sequence[Task], batch_size: int, console: Console
-) -> Iterator[list[dict[str, Any]]]:
-    """Runs everything; yields the rows known so far after each batch."""
+def head(bench: Bench, settings: dict[str, Any]) -> dict[str, Any]:
+    """What a results file says of its run."""
+    target = bench.target
+    return {
+        **environment(),
+        "dtype": str(target.dtype).removeprefix("torch."),
+        "device": str(target.device),
+        "threads": torch.get_num_threads(),
+        "batch_size": bench.batch_size,
+        "max_new_tokens": bench.max_new_tokens,
+        **settings,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "note": STAGES_NOTE,
+        "complete": False,
+    }
+
+
+def measure_all(
+    bench: Bench,
+    tasks: Sequence[Task],
+    result: dict[str, Any],
+    *,
+    journal: Journal | None = None,
+    save: Callable[[dict[str, Any]], None] | None = None,
+    console: Console | None = None,
+) -> None:
+    """Fills in `result["rows"]`, saved after each batch; what the journal knows already is not measured again.
+
+    Ctrl-C ends it with what is finished; `result["meta"]["complete"]` says whether that is all.
+    """
+    torch.manual_seed(result["meta"]["seed"])
+    journal = journal or Journal(None, {})
+    try:
+        for _ in _batches(bench, tasks, journal, console or Console(stderr=True)):
+            if save:
+                result["rows"] = rows_of(bench, tasks, journal)
+                save(result)
+        result["meta"]["complete"] = True
+    except KeyboardInterrupt:
+        pass
+    result["rows"] = rows_of(bench, tasks, journal)
+    if save:
+        save(result)
+
+
+def _batches(bench: Bench, tasks: Sequence[Task], journal: Journal, console: Console) -> Iterator[None]:
+    """Measures all that the journal lacks; yields after each batch."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    done: list[dict[str, Any]] = []
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task("warm-up", total=sum(len(task.prompts) for task in tasks))
-        warm = next((first for task in tasks if (first := bench.first_turn(task.prompts, batch_size))), [])
-        for run in bench.methods.values() if warm else ():
-            run(warm, False)
+        warm = next((first for task in tasks if (first := bench.first_turns(task.prompts, bench.batch_size))), [])
+        for contender in bench.contenders if warm else ():
+            contender.run(warm, False, None)
         for task in tasks:
             progress.update(bar, description=task.name)
-            tallies = {name: Tally() for name in bench.methods}
             conversations = [Conversation(index, prompt) for index, prompt in enumerate(task.prompts)]
-            for start in range(0, len(conversations), batch_size):
-                batch = conversations[start : start + batch_size]
-                names = list(bench.methods)
-                bench.measure(batch, names if start // batch_size % 2 == 0 else names[::-1], tallies)
+            done = journal.done(task.name)
+            for number, start in enumerate(range(0, len(conversations), bench.batch_size)):
+                batch = conversations[start : start + bench.batch_size]
+                if start not in done:
+                    order = list(bench.contenders) if number % 2 == 0 else list(bench.contenders)[::-1]
+                    journal.add(bench.measure(task.name, batch, order))
+                    yield
                 progress.advance(bar, len(batch))
-                yield done + task_rows(task.name, tallies, conversations[: start + batch_size])
-            bench.time_stages(bench.first_turn(task.prompts, batch_size), tallies)
-            done = done + task_rows(task.name, tallies, conversations)
-            yield done
+            known = {(extra["task"], extra["method"], extra["nodes"]) for extra in journal.extras}
+            for contender in bench.contenders:
+                if (task.name, *contender.key) not in known:
+                    journal.add_extra(bench.look_closer(task, contender))
 
 
-def task_rows(task: str, tallies: dict[str, Tally], conversations: Sequence[Conversation]) -> list[dict[str, Any]]:
-    """A row of the results for each method."""
-    finished = [conversation.index for conversation in conversations if not conversation.skipped]
-    plain = tallies[PLAIN]
+def rows_of(bench: Bench, tasks: Sequence[Task], journal: Journal) -> list[dict[str, Any]]:
+    """A row for each contender and task that was begun."""
     rows = []
-    for name, tally in tallies.items():
-        speed, base = tally.tokens_per_s, plain.tokens_per_s
-        stats = tally.stats
-        rows.append(
-            {
-                "method": name,
-                "task": task,
-                "prompts": len(finished),
-                "skipped": len(conversations) - len(finished),
-                "tokens": tally.tokens,
-                "steps": stats.steps,
-                "beta": stats.beta if stats.steps else None,
-                "tokens_per_s": speed,
-                "gamma": speed / base if speed and base else None,
-                "identical": sum(tally.outputs[index] == plain.outputs[index] for index in finished),
-                "compared": len(finished),
-                "accept_histogram": stats.accept_histogram,
-                "stages_ms": tally.stages_ms,
-                "seconds": tally.seconds,
-            }
-        )
+    for task in tasks:
+        known = [record for record in journal.records if record.task == task.name]
+        for contender in bench.contenders if known else ():
+            own, plain = ([r for r in known if r.key == key] for key in (contender.key, bench.contenders[0].key))
+            row = row_of(task.name, contender.key, own, [record for record in plain if not record.skipped])
+            for extra in journal.extras:
+                if (extra["task"], extra["method"], extra["nodes"]) == (task.name, *contender.key):
+                    row |= {name: extra[name] for name in ("stages_ms", "calibration") if name in extra}
+            rows.append(row)
     return rows
 
 
@@ -266,8 +272,16 @@ def write_json(path: Path, value: object) -> None:
     """Writes the whole file or nothing. Raises `UserError` when the place cannot be written."""
     temporary = path.with_name(f".{path.name}.part")
     try:
-        temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+        temporary.write_text(json_text(value) + "\n", encoding="utf-8")
         temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise UserError(f"cannot write {path}: {error.strerror}; give a place that can be written") from error
+
+
+def json_text(value: object) -> str:
+    """Indented, but a line for each record of a result."""
+    if not isinstance(value, dict) or not value.get("records"):
+        return json.dumps(value, indent=1)
+    lines = ",\n".join("  " + json.dumps(record) for record in value["records"])
+    return json.dumps(value | {"records": []}, indent=1).replace('"records": []', f'"records": [\n{lines}\n ]')

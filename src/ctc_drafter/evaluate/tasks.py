@@ -31,16 +31,24 @@ class Task:
     prompts: tuple[Prompt, ...]
 
 
-def read_tasks(folder: Path, names: Sequence[str]) -> list[Task]:
-    """`FOLDER/<name>.jsonl` for each name. Raises `UserError` when one is missing, or nothing is named."""
-    if not folder.is_dir():
+def read_tasks(folder: Path | None, names: Sequence[str]) -> list[Task]:
+    """`FOLDER/<name>.jsonl` for each name; names that end in .jsonl are files of their own.
+
+    Without a folder, published benchmarks are downloaded, see `published.py`. Raises `UserError` when one is missing,
+    or nothing is named.
+    """
+    if folder is not None and not folder.is_dir():
         raise UserError(f"{folder} is not a folder; give --tasks-path the folder that holds the <task>.jsonl files")
-    found = sorted(path.stem for path in folder.glob("*.jsonl"))
-    unknown = [name for name in names if name not in found]
+    files = {name: Path(name) for name in names if name.endswith(".jsonl")}
+    found = sorted(path.stem for path in folder.glob("*.jsonl")) if folder else []
+    unknown = [name for name in names if name not in files and name not in found]
+    if folder is None and unknown:
+        raise UserError(f"task {unknown[0]} has no file; give --tasks-path the folder that holds {unknown[0]}.jsonl")
     if unknown or not names:
         named = f"no task {', '.join(unknown)}" if unknown else "no task was named"
-        raise UserError(f"{named}; {folder} has {', '.join(found) or 'no .jsonl file'}")
-    return [Task(name, read_prompts(folder / f"{name}.jsonl")) for name in names]
+        raise UserError(f"{named}; {folder or 'the command line'} has {', '.join(found) or 'no .jsonl file'}")
+    places = {name: files.get(name) or Path(folder or "") / f"{name}.jsonl" for name in names}
+    return [Task(place.stem, read_prompts(place)) for place in places.values()]
 
 
 def read_prompts(path: Path) -> tuple[Prompt, ...]:

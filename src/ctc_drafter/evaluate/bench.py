@@ -1,0 +1,125 @@
+"""Methods, tasks and tree sizes in one run: equal prompts, equal counters, every output compared with plain's."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from transformers import PreTrainedTokenizerBase
+
+from ctc_drafter.decode.choose import ARGMAX, Chooser
+from ctc_drafter.drafters.base import Drafter
+from ctc_drafter.evaluate.contenders import CHAIN, decoding
+from ctc_drafter.evaluate.records import PLAIN, Journal
+from ctc_drafter.evaluate.run import Bench, head, measure_all, write_json
+from ctc_drafter.evaluate.tasks import Task
+from ctc_drafter.methods import PROMPT_LOOKUP
+from ctc_drafter.target import Target
+from ctc_drafter.types import UserError
+
+SIZES: tuple[int | str, ...] = (CHAIN, 8, 16, 32, 64)
+WATCHED = 4
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A drafter under the name that results give it, and what is known of it, see `facts`."""
+
+    drafter: Drafter
+    facts: dict[str, Any]
+    chooser: Chooser = ARGMAX
+    sizes: tuple[int | str, ...] | None = None  # None: those of the run
+
+
+@dataclass(frozen=True)
+class BenchSettings:
+    """sizes: "chain" and nodes of trees. watched: prompts of a task that run once more for the calibration curve."""
+
+    sizes: tuple[int | str, ...] = SIZES
+    limit: int | None = None
+    max_new_tokens: int = 128
+    batch_size: int = 1
+    seed: int = 0
+    watched: int = WATCHED
+
+
+def bench(
+    target: Target,
+    tokenizer: PreTrainedTokenizerBase,
+    entries: Mapping[str, Entry],
+    tasks: Sequence[Task],
+    settings: BenchSettings,
+    *,
+    meta: dict[str, Any],
+    out: Path | None = None,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Measures plain decoding and every entry at every size, taking turns on each prompt.
+
+    Returns `{"meta", "rows", "records"}`: rows as `evaluate`'s, and a record for each prompt and contender, see
+    `Record`. What is measured is kept in `OUT.partial.jsonl` until all is done: the same call goes on from there.
+    Without a floor a tree of n nodes has n nodes. Raises `UserError` if that file belongs to another run.
+    """
+    made = decoding(target, tokenizer, settings.max_new_tokens)
+    contenders = [made.plain()]
+    for name, entry in entries.items():
+        sizes = entry.sizes or settings.sizes
+        contenders += [made.of_size(name, entry.drafter, size, entry.chooser) for size in sizes]
+    work = Bench(target, tokenizer, contenders, settings.max_new_tokens, settings.batch_size, settings.watched)
+    chosen = [Task(task.name, task.prompts[: settings.limit]) for task in tasks]
+    about = {"seed": settings.seed, "nodes": list(settings.sizes), "floor": 0.0, "limit": settings.limit}
+    about["drafters"] = {name: entry.facts for name, entry in entries.items()}
+    result: dict[str, Any] = {"meta": head(work, about) | meta, "rows": []}
+    journal = Journal(partial(out), identity(result["meta"], chosen, settings))
+
+    measure_all(work, chosen, result, journal=journal, console=console)
+    result["records"] = [asdict(record) for record in journal.records]
+    if out is not None:
+        write_json(out, result)
+    if result["meta"]["complete"]:
+        journal.close()
+    return result
+
+
+def partial(out: Path | None) -> Path | None:
+    """Where a run keeps what it has measured so far."""
+    return None if out is None else out.with_name(f"{out.name}.partial.jsonl")
+
+
+def identity(meta: dict[str, Any], tasks: Sequence[Task], settings: BenchSettings) -> dict[str, Any]:
+    """What two runs must share for the one to go on with the other's figures."""
+    prompts = {task.name: hashlib.sha256(repr(task.prompts).encode()).hexdigest()[:16] for task in tasks}
+    kept = ("target", "drafters", "dtype", "device", "threads")
+    shared = {name: meta.get(name) for name in kept}
+    return {**shared, **asdict(settings), "prompts": prompts}
+
+
+def parse_sizes(text: str) -> tuple[int | str, ...]:
+    """`chain,8,16` as sizes. Raises `UserError` for others."""
+    found: list[int | str] = []
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        if part != CHAIN and not (part.isdecimal() and int(part) > 0):
+            raise UserError(f"--nodes {part} is no size; give {CHAIN} or numbers from 1, with commas between them")
+        found.append(CHAIN if part == CHAIN else int(part))
+    if not found:
+        raise UserError(f"no size was named; give --nodes {CHAIN},8,16")
+    return tuple(dict.fromkeys(found))
+
+
+def parse_drafters(texts: Sequence[str]) -> dict[str, str]:
+    """`NAME=DIR` as names with their folders or hub ids; `prompt_lookup` needs none. Raises `UserError` for others."""
+    found: dict[str, str] = {}
+    for text in texts:
+        name, equals, place = text.partition("=")
+        if name == PROMPT_LOOKUP and not equals:
+            place = PROMPT_LOOKUP
+        if not name or not place:
+            raise UserError(f"--drafter {text} names no folder; write NAME=DIR, or {PROMPT_LOOKUP}")
+        if name == PLAIN or name in found:
+            raise UserError(f"--drafter {text}: the name {name} is taken; give another one")
+        found[name] = place
+    return found

@@ -1,0 +1,27 @@
+"""Drafters that a user named, loaded for a bench."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from ctc_drafter.evaluate.bench import Entry
+from ctc_drafter.evaluate.facts import facts
+from ctc_drafter.load import load_drafter
+from ctc_drafter.methods import method_of
+from ctc_drafter.quickstart import DRAFTER_DIR
+from ctc_drafter.target import Target
+
+
+def open_entries(named: Mapping[str, str], target: Target, tokenizer: PreTrainedTokenizerBase) -> dict[str, Entry]:
+    """An entry for each name and its folder or hub id; without any, the shipped drafter under its method's name."""
+    if not named:
+        shipped = load_drafter(None, target, tokenizer)
+        return {method_of(shipped): Entry(shipped, facts(shipped, DRAFTER_DIR))}
+    entries = {}
+    for name, place in named.items():
+        drafter = load_drafter(place, target, tokenizer)
+        entries[name] = Entry(drafter, facts(drafter, Path(place) if Path(place).is_dir() else None))
+    return entries
