@@ -35,7 +35,7 @@ def short_run(out: Path, resume: bool = True, **overrides: Any) -> Trained:
 
 def figures(history: list[dict[str, float]]) -> list[dict[str, float]]:
     """The log without what depends on the clock."""
-    clock = ("runtime", "per_second", "preparation_time")
+    clock = ("runtime", "per_second", "preparation_time", "seconds")
     return [{k: v for k, v in entry.items() if not any(part in k for part in clock)} for entry in history]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -50,7 +51,7 @@ def train_drafter(
     """Trains `drafter` in place and saves it to `out`; checkpoints lie in `out/checkpoints`.
 
     The same call after a crash goes on from the newest whole checkpoint and gives the same losses as an
-    unbroken run. The log holds `loss`, and with `held_out` rows `eval_loss`, `eval_beta_chain`,
+    unbroken run. The log holds `loss`, `seconds` and `tokens` so far, and with `held_out` rows `eval_loss`, `eval_beta_chain`,
     `eval_beta_16` and so on; it is also written to `out/train_log.jsonl`. Raises `UserError` for data of
     another target, a folder of another run, damaged checkpoints, and checkpoints that `resume=False` would
     overwrite.
@@ -116,6 +117,16 @@ class DrafterTrainer(Trainer):
             del drafter.config.use_cache
         # The loss is divided by the anchors of the whole step, see `get_batch_samples`.
         self.model_accepts_loss_kwargs = True
+        self.begun, self.tokens = time.perf_counter(), 0
+        self.before: dict[str, float] | None = None
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Adds `seconds` and `tokens`, text that was read, of the whole run; a resumed one goes on counting."""
+        if self.before is None:
+            self.before = next((entry for entry in reversed(self.state.log_history) if "tokens" in entry), {})
+        seconds = self.before.get("seconds", 0.0) + time.perf_counter() - self.begun
+        spent = {"seconds": round(seconds, 1), "tokens": int(self.before.get("tokens", 0)) + self.tokens}
+        super().log(logs | spent, *args, **kwargs)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         dataset = self.train_dataset if train_dataset is None else train_dataset
@@ -126,6 +137,7 @@ class DrafterTrainer(Trainer):
     ) -> tuple[list[Any], torch.Tensor]:
         """The micro batches of a step and the anchors in all of them, on all processes."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self.tokens += sum(int(b["lengths"].sum()) for b in batches)
         count = sum(int(anchor_counts(b["lengths"], b["answer_start"], self.settings.anchors).sum()) for b in batches)
         return batches, self.accelerator.gather(torch.tensor([count], device=device)).sum()
 
