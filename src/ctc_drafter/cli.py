@@ -225,6 +225,25 @@ def bench(
 
 
 @app.command()
+def report(
+    files: Annotated[list[Path], typer.Argument(help="Results that bench wrote; others are left out.")],
+    out: Annotated[Path, typer.Option("--out", help="The page; figures go into a folder beside it.")] = Path(
+        "docs/results.md"
+    ),
+) -> None:
+    """Writes tables and figures of benches, with intervals, into a page."""
+    from ctc_drafter.evaluate.page import draw, page
+    from ctc_drafter.evaluate.results import read_results
+    from ctc_drafter.evaluate.run import check_place
+
+    check_place(out)
+    results = read_results(files)
+    drawn = draw(results, out.parent / "figures")
+    out.write_text(page(results), encoding="utf-8")
+    print(f"{out}: {len(results)} results, {len(drawn)} figures")
+
+
+@app.command()
 def exactness(
     target: TargetOption = None,
     drafter: Annotated[

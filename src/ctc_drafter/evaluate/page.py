@@ -1,0 +1,211 @@
+"""docs/results.md: everything that the bench's files say, in tables and figures. Nothing in it is typed by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from ctc_drafter.evaluate import figures
+from ctc_drafter.evaluate.bootstrap import Bootstrap, Estimate
+from ctc_drafter.evaluate.paper_table import MODELS, TABLE, TIME
+from ctc_drafter.evaluate.plots import save
+from ctc_drafter.evaluate.results import PLAIN_KEY, Results
+
+HEAD = """# Results
+
+Written by `ctc-drafter report results/*.json`; a test keeps it up to date. γ is tokens per second over plain decoding
+in the same run, β the tokens that one verification emits. All methods of a file ran on the same prompts, taking turns
+on each of them; every output was compared with plain decoding's (`identical`). Trees have the number of nodes that is
+given, or fewer where a drafter has no more to propose; a chain is the best path. In brackets: 95% intervals by
+bootstrap over prompts, of ratios by paired bootstrap."""
+
+PAPER_NOTE = (
+    "The paper's own figures, on other models and other hardware, not measured here "
+    "(Wen, Gui and Feng, NeurIPS 2024): γ / β, greedy."
+)
+
+
+def page(all_results: Sequence[Results]) -> str:
+    """The whole page. It names the figures that `draw` writes."""
+    parts = [HEAD]
+    for results in all_results:
+        parts += ablation_parts(results) if results.meta.get("ablations") else bench_parts(results)
+    return "\n\n".join([*parts, "## The paper's", PAPER_NOTE, paper_table(), paper_time()]) + "\n"
+
+
+def bench_parts(results: Results) -> Iterator[str]:
+    """The sections of one file."""
+    drawn = {name: caption for name, caption, _ in drawings(results)}
+
+    def show(prefix: str) -> Iterator[str]:
+        for name, caption in drawn.items():
+            if name.startswith(f"{results.name}-{prefix}"):
+                yield f"![{caption}](figures/{name}.svg)\n\n*{caption} From {results.place}.*"
+
+    boots = {task: Bootstrap(results, task) for task in results.tasks}
+    yield f"## {results.name}"
+    yield f"From {results.place}; at most {results.meta['max_new_tokens']} new tokens."
+    yield f"### Speedup and acceptance, {figures.name_of(results.size)}"
+    yield main_table(results, boots)
+    if results.ours and len(results.methods) > 1:
+        yield f"### β of {results.ours} over β of the others"
+        yield from (ratio_table(results, task, boots[task]) for task in results.tasks)
+    if len(results.sizes) > 1:
+        yield "### By tree size"
+        yield from show("beta-by-size")
+        yield from show("gamma-by-size")
+        yield from (size_table(results, task) for task in results.tasks)
+    for heading, prefix in (
+        ("By category", "categories"),
+        ("Time of a step", "time"),
+        ("Accepted tokens", "accepted"),
+        ("Are the probabilities right?", "calibration"),
+    ):
+        found = list(show(prefix))
+        yield from [f"### {heading}", *found] if found else ()
+    if results.meta.get("drafters"):
+        yield "### What training cost"
+        yield cost_table(results)
+
+
+def ablation_parts(results: Results) -> Iterator[str]:
+    """A table of variants; figures of so many would not be readable."""
+    boots = {task: Bootstrap(results, task) for task in results.tasks}
+    yield f"## {results.name}"
+    yield (
+        f"From {results.place}; at most {results.meta['max_new_tokens']} new tokens. Every variant was trained by the "
+        "same short run, so β is below that of a finished drafter: compare, do not quote. Typical acceptance changes "
+        "the output; all else must not."
+    )
+    yield size_and_identity_table(results, boots)
+    yield cost_table(results)
+
+
+def drawings(results: Results) -> Iterator[tuple[str, str, Figure]]:
+    """Name, caption and figure of everything that can be drawn of a file."""
+    if results.meta.get("ablations"):
+        return
+    at, largest = figures.name_of(results.size), figures.name_of(results.sizes[-1])
+    wanted: list[tuple[str, str, Figure | None]] = [
+        ("beta-by-size", "β against the size of the tree.", figures.by_size(results, "beta", "β")),
+        ("gamma-by-size", "γ against the size of the tree.", figures.by_size(results, "gamma", "γ")),
+        ("time", f"Milliseconds of a step by stage, {at}.", figures.time_by_stage(results)),
+    ]
+    for task in results.tasks:
+        categories = f"β by category of {task}, {at}, 95% intervals."
+        accepted = f"Drafted tokens that a step accepted, {task}, {at}."
+        promised = (
+            f"Probability that a node promised against the share that was accepted, {task}, {largest}; "
+            f"bins of at least {figures.ENOUGH} nodes."
+        )
+        wanted += [
+            (f"categories-{task}", categories, figures.by_category(results, task)),
+            (f"accepted-{task}", accepted, figures.accepted(results, task)),
+            (f"calibration-{task}", promised, figures.calibration(results, task)),
+        ]
+    yield from ((f"{results.name}-{name}", caption, figure) for name, caption, figure in wanted if figure is not None)
+
+
+def draw(all_results: Sequence[Results], folder: Path) -> list[str]:
+    """Writes every figure as SVG and PNG; returns the SVGs' names."""
+    return [save(figure, folder, name) for results in all_results for name, _, figure in drawings(results)]
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    heads = list(head)
+    lines = [heads, ["---"] * len(heads), *map(list, rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def shown(estimate: Estimate | None) -> str:
+    return "-" if estimate is None else str(estimate)
+
+
+def identical(row: dict[str, Any] | None) -> str:
+    return "-" if row is None else f"{row['identical']} of {row['compared']}"
+
+
+def main_table(results: Results, boots: dict[str, Bootstrap]) -> str:
+    """The layout of the paper's Table 1."""
+    head = ["method", *(f"{task} {figure}" for task in results.tasks for figure in ("γ", "β", "identical"))]
+    lines = []
+    for key in [PLAIN_KEY, *((method, results.size) for method in results.methods)]:
+        cells = [key[0]]
+        for task in results.tasks:
+            cells += [shown(boots[task].gamma(key)), shown(boots[task].beta(key)), identical(results.row(task, key))]
+        lines.append(cells)
+    lines[0][1:] = [cell.partition(" (")[0] if "(" in cell else cell for cell in lines[0][1:]]  # plain is the unit
+    return table(head, lines)
+
+
+def ratio_table(results: Results, task: str, boot: Bootstrap) -> str:
+    others = [method for method in results.methods if method != results.ours]
+    ours = results.ours or ""
+    head = [f"{task}: {ours} over", *map(str, results.sizes)]
+    return table(
+        head,
+        ([other, *(shown(boot.beta_ratio((ours, size), (other, size))) for size in results.sizes)] for other in others),
+    )
+
+
+def size_table(results: Results, task: str) -> str:
+    """β and γ of every size; with it, whether outputs are plain decoding's."""
+    head = [f"{task}: β / γ", *map(str, results.sizes), "identical"]
+    lines = []
+    for method in results.methods:
+        rows = [results.row(task, (method, size)) for size in results.sizes]
+        cells = [f"{number(row['beta'])} / {number(row['gamma'])}" if row else "-" for row in rows]
+        same, compared = (sum(row[name] for row in rows if row) for name in ("identical", "compared"))
+        lines.append([method, *cells, f"{same} of {compared}"])
+    return table(head, lines)
+
+
+def size_and_identity_table(results: Results, boots: dict[str, Bootstrap]) -> str:
+    columns = [(task, size) for task in results.tasks for size in results.sizes]
+    head = ["variant", *(f"{task} β, {size}" for task, size in columns), "identical"]
+    lines = []
+    for method in results.methods:
+        rows = [row for row in results.rows if row["method"] == method]
+        same, compared = (sum(row[name] for row in rows) for name in ("identical", "compared"))
+        cells = [shown(boots[task].beta((method, size))) for task, size in columns]
+        lines.append([method, *cells, f"{same} of {compared}"])
+    return table(head, lines)
+
+
+def cost_table(results: Results) -> str:
+    head = ["drafter", "method", "parameters", "longest draft", "steps", "tokens read", "minutes"]
+    lines = []
+    for name, facts in results.meta["drafters"].items():
+        spent = facts.get("training") or {}
+        seconds = spent.get("seconds")
+        lines.append(
+            [
+                name,
+                facts.get("method", "-"),
+                f"{facts['parameters'] / 1e6:.2f} M" if facts.get("parameters") else "none",
+                str(facts.get("draft_length") or "-"),
+                *(f"{spent[key]:,.0f}" if spent.get(key) else "-" for key in ("steps", "tokens")),
+                f"{seconds / 60:.1f}" if seconds else "-",
+            ]
+        )
+    return table(head, lines)
+
+
+def paper_table() -> str:
+    lines = [
+        [task, method, *(f"{gamma:.2f} / {beta:.2f}" for gamma, beta in zip(*figures_, strict=True))]
+        for (task, method), figures_ in TABLE.items()
+    ]
+    return table(["task", "method", *MODELS], lines)
+
+
+def paper_time() -> str:
+    shares = ", ".join(f"{name} {share:.1%}" for name, share in TIME.items())
+    return f"The paper's time of a step on Vicuna 7B: {shares}."
+
+
+def number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"

@@ -1,0 +1,149 @@
+"""The page of results: intervals against known answers, figures that can be read, a page that is up to date."""
+
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bench_results import made_up
+from ctc_drafter.cli import main
+from ctc_drafter.evaluate.bootstrap import Bootstrap
+from ctc_drafter.evaluate.figures import by_size
+from ctc_drafter.evaluate.page import draw, page
+from ctc_drafter.evaluate.plots import spread
+from ctc_drafter.evaluate.results import Results, read_results
+from ctc_drafter.types import UserError
+
+ROOT = Path(__file__).parents[1]
+METHODS = {"medusa": 2.5, "ctc": 3.4, "prompt_lookup": 1.6}
+
+
+def results(**options) -> Results:
+    made = made_up(**{"methods": METHODS, "prompts": 12, **options})
+    return Results("bench-x", made["meta"], made["rows"], made["records"])
+
+
+@pytest.fixture(scope="module")
+def some() -> Results:
+    return results()
+
+
+def test_estimates_are_the_rows_figures(some: Results) -> None:
+    boot = Bootstrap(some, "mt_bench")
+    for row in (row for row in some.rows if row["task"] == "mt_bench"):
+        key = (row["method"], row["nodes"])
+        beta, gamma = boot.beta(key), boot.gamma(key)
+        assert beta
+        assert gamma
+        assert (beta.value, gamma.value) == pytest.approx((row["beta"], row["gamma"]))
+        assert beta.low <= beta.value <= beta.high
+    assert boot.beta(("nobody", 8)) is None
+
+
+def test_intervals_cover_as_often_as_they_say() -> None:
+    """200 samples of 40 prompts whose true β is known: about 95% of the intervals hold it."""
+    rng = np.random.default_rng(1)
+    steps, hits = 10, 0
+    for _ in range(200):
+        betas = rng.normal(3.0, 0.5, 40)
+        records = [
+            {"task": "t", "index": i, "category": "c", "method": "m", "nodes": 8, "skipped": False, "turns": 1}
+            | {"tokens": beta * steps + 1, "steps": steps, "seconds": 1.0}
+            for i, beta in enumerate(betas)
+        ]
+        found = Bootstrap(Results("x", {}, [], records), "t").beta(("m", 8))
+        assert found
+        hits += found.low <= 3.0 <= found.high
+    assert 178 <= hits <= 199
+
+
+def test_ratios_are_paired() -> None:
+    """Prompts differ much, methods by a constant factor: the ratio is certain, though each β is not."""
+    records = [
+        {"task": "t", "index": i, "category": "c", "method": method, "nodes": 8, "skipped": False, "turns": 0}
+        | {"tokens": tokens, "steps": tokens / beta, "seconds": 1.0}
+        for i, tokens in enumerate((10, 50, 200, 400, 1000))
+        for method, beta in (("a", 1.0 + i), ("b", 1.5 * (1.0 + i)))
+    ]
+    boot = Bootstrap(Results("x", {}, [], records), "t")
+    ratio, beta = boot.beta_ratio(("b", 8), ("a", 8)), boot.beta(("a", 8))
+    assert ratio
+    assert beta
+    assert (ratio.low, ratio.value, ratio.high) == pytest.approx((1.5, 1.5, 1.5))
+    assert beta.high - beta.low > 0.5
+
+
+def test_the_page_says_what_was_measured(some: Results) -> None:
+    text = page([some])
+    medusa, ours = (some.row("gsm8k", (name, 16)) for name in ("medusa", "ctc"))
+    assert medusa
+    assert ours
+    (line,) = [line for line in text.splitlines() if line.startswith("| medusa |") and "of 12 | " in line][:1]
+    assert f" {medusa['beta']:.2f} (" in line
+    ratios = next(line for line in text.split("gsm8k: ctc over")[1].splitlines() if line.startswith("| medusa"))
+    assert f"| {ours['beta'] / medusa['beta']:.2f} (" in ratios
+    assert "commit 012345678" in text
+    assert "not measured here" in text
+    assert "2.78 / 3.56" in text
+    assert "1,234,567" in text
+
+
+def test_every_figure_is_drawn_named_and_captioned(some: Results, tmp_path: Path) -> None:
+    names = draw([some], tmp_path)
+    text = page([some])
+    assert len(names) >= 7
+    for name in names:
+        assert f"](figures/{name})\n\n*" in text
+        assert (tmp_path / name).read_text().startswith("<?xml")
+        assert (tmp_path / name.replace(".svg", ".png")).read_bytes().startswith(b"\x89PNG")
+    assert text.count("](figures/") == len(names)
+
+
+def test_lines_are_told_apart_without_colour(some: Results) -> None:
+    figure = by_size(some, "beta", "β")
+    assert figure
+    for axis in figure.axes:
+        lines = axis.get_lines()
+        assert len({(line.get_marker(), line.get_linestyle()) for line in lines}) == len(lines) == 3
+        assert {text.get_text() for text in axis.texts} == METHODS.keys()
+
+
+def test_labels_do_not_overlap() -> None:
+    found = spread([1.0, 1.01, 1.02, 3.0, 3.0], 0.2, 3.1)
+    assert all(b - a >= 0.2 - 1e-9 for a, b in pairwise(found))
+    assert found[-1] <= 3.1
+
+
+def test_one_size_one_method_one_task(tmp_path: Path) -> None:
+    few = results(methods={"medusa": 2.5}, sizes=("chain",))
+    assert "By tree size" not in page([few])
+    assert "chains" in page([few])
+
+
+def test_command(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "docs").mkdir()
+    made, out = made_up(6, methods={"ctc": 3.0}, sizes=("chain", 8)), tmp_path / "docs" / "results.md"
+    (tmp_path / "bench-a.json").write_text(json.dumps(made))
+    (tmp_path / "eval.json").write_text(json.dumps({"meta": {}, "rows": []}))
+    files = [str(tmp_path / name) for name in ("bench-a.json", "eval.json")]
+    assert main(["report", *files, "--out", str(out)]) == 0
+    assert out.read_text() == page(read_results([tmp_path / "bench-a.json"]))
+    assert main(["report", files[1], "--out", str(out)]) == 2
+    assert "none of these files is a bench's" in capfd.readouterr().err
+
+
+def test_unreadable_files(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text("{")
+    for name, part in (("a.json", "is not JSON"), ("none.json", "cannot read")):
+        with pytest.raises(UserError, match=part):
+            read_results([tmp_path / name])
+
+
+def test_the_page_is_up_to_date() -> None:
+    files, written = sorted((ROOT / "results").glob("bench-*.json")), ROOT / "docs" / "results.md"
+    if not files:
+        assert not written.exists(), "docs/results.md has no results file"
+        pytest.skip("no results yet")
+    assert written.read_text(encoding="utf-8") == page(read_results(files)), "run ctc-drafter report results/*.json"
