@@ -33,7 +33,19 @@ MAY_IMPORT: dict[str, set[str]] = {
     "methods": {"types", "drafters"},
     # A bench trains small drafters of its own.
     "evaluate": {
-        *("types", "text", "support", "target", "drafters", "decode", "methods", "train", "quickstart", "load"),
+        *(
+            "types",
+            "text",
+            "support",
+            "target",
+            "layout",
+            "drafters",
+            "decode",
+            "methods",
+            "train",
+            "quickstart",
+            "load",
+        ),
     },
     "serve": {"types", "text", "target", "drafters", "decode"},
     "integrations": {"types", "ctc", "target", "drafters"},

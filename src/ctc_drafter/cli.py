@@ -170,7 +170,10 @@ def evaluate(
 
 @app.command()
 def bench(
-    tasks: Annotated[str, typer.Option("--tasks", help="Names of tasks, or JSONL files, with commas between them.")],
+    tasks: Annotated[
+        str | None,
+        typer.Option("--tasks", help="Names, or JSONL files, with commas.", show_default="mt_bench,gsm8k"),
+    ] = None,
     tasks_path: Annotated[
         Path | None, typer.Option("--tasks-path", help="Folder with a <task>.jsonl for each.", show_default="download")
     ] = None,
@@ -182,8 +185,23 @@ def bench(
     nodes: Annotated[
         str | None, typer.Option("--nodes", help="chain and tree sizes.", show_default="chain,8,16,32,64")
     ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Train small drafters of every method alike, then compare them briefly.")
+    ] = False,
+    ablations: Annotated[bool, typer.Option("--ablations", help="Train and compare variants of the drafter.")] = False,
+    only: Annotated[
+        list[str] | None, typer.Option("--only", help="Of these methods or variants; may be repeated.")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option("--steps", min=1, help="Of --quick's and --ablations' trainings.", show_default="160")
+    ] = None,
+    work: Annotated[
+        Path | None, typer.Option("--work", help="Folder for what they train.", show_default="in the user's cache")
+    ] = None,
     limit: LimitOption = None,
-    max_new_tokens: NewTokensOption = 128,
+    max_new_tokens: Annotated[
+        int | None, typer.Option("--max-new-tokens", min=1, help="Longest answer, in tokens.", show_default="128")
+    ] = None,
     batch_size: BatchOption = 1,
     watched: Annotated[
         int, typer.Option("--watched", min=0, help="Prompts of a task that run once more for the calibration curve.")
@@ -200,24 +218,38 @@ def bench(
 
     from ctc_drafter.evaluate.bench import SIZES, BenchSettings, parse_drafters, parse_sizes
     from ctc_drafter.evaluate.bench import bench as measure
-    from ctc_drafter.evaluate.named import open_entries
+    from ctc_drafter.evaluate.named import chosen_entries
+    from ctc_drafter.evaluate.quick import QUICK, TASKS, TrainedAlike
     from ctc_drafter.evaluate.report import results_table
     from ctc_drafter.evaluate.run import check_place
     from ctc_drafter.evaluate.tasks import read_tasks
     from ctc_drafter.load import load_target
 
     check_place(json_out)
-    sizes = parse_sizes(nodes) if nodes is not None else SIZES
     named = parse_drafters(drafters or [])
+    if quick and ablations:
+        refuse("give either --quick or --ablations")
+    alike = TrainedAlike("ablations" if ablations else "methods", tuple(only or ()), steps, work)
+    if (quick or ablations) and (target or named):
+        refuse("--quick and --ablations train drafters of the shipped target; leave out --target and --drafter")
+    if not (quick or ablations) and (only or steps or work):
+        refuse("--only, --steps and --work belong to --quick or --ablations")
     if target and not named:
         refuse("give --drafter as well: the shipped drafter serves the shipped target only")
-    chosen = read_tasks(tasks_path, [name.strip() for name in tasks.split(",") if name.strip()])
+    usual = QUICK if quick or ablations else BenchSettings(SIZES)
+    sizes = parse_sizes(nodes) if nodes is not None else usual.sizes
+    chosen = read_tasks(tasks_path, [name.strip() for name in (tasks or TASKS).split(",") if name.strip()])
     if threads:
         torch.set_num_threads(threads)
     lm, tokenizer = load_target(target, dtype, device)
-    settings = BenchSettings(sizes, limit, max_new_tokens, batch_size, seed, watched)
-    about = {"command": meta(target, None)["command"], "target": target or "shipped"}
-    result = measure(lm, tokenizer, open_entries(named, lm, tokenizer), chosen, settings, meta=about, out=json_out)
+    entries = chosen_entries(
+        lm, tokenizer, alike if quick or ablations else named, lambda text: print(text, flush=True)
+    )
+    settings = BenchSettings(
+        sizes, limit or usual.limit, max_new_tokens or usual.max_new_tokens, batch_size, seed, watched
+    )
+    about = {"command": meta(target, None)["command"], "target": target or "shipped", "ablations": ablations}
+    result = measure(lm, tokenizer, entries, chosen, settings, meta=about, out=json_out)
     Console().print(results_table(result))
     if not result["meta"]["complete"]:
         print("interrupted: these are the batches that were finished; the same command goes on", file=sys.stderr)

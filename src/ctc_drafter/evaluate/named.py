@@ -1,14 +1,23 @@
-"""Drafters that a user named, loaded for a bench."""
+"""The drafters of a bench: those that a user named, or those that it trains itself."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
 from ctc_drafter.evaluate.bench import Entry
 from ctc_drafter.evaluate.facts import facts
+from ctc_drafter.evaluate.quick import (
+    TrainedAlike,
+    recipes,
+    sample_rows,
+    selected,
+    train_entries,
+    with_lookup,
+    work_folder,
+)
 from ctc_drafter.load import load_drafter
 from ctc_drafter.methods import method_of
 from ctc_drafter.quickstart import DRAFTER_DIR
@@ -25,3 +34,17 @@ def open_entries(named: Mapping[str, str], target: Target, tokenizer: PreTrained
         drafter = load_drafter(place, target, tokenizer)
         entries[name] = Entry(drafter, facts(drafter, Path(place) if Path(place).is_dir() else None))
     return entries
+
+
+def chosen_entries(
+    target: Target,
+    tokenizer: PreTrainedTokenizerBase,
+    chosen: TrainedAlike | Mapping[str, str],
+    tell: Callable[[str], None],
+) -> dict[str, Entry]:
+    """Entries of named drafters, or of trained ones; `tell` hears which one is being trained."""
+    if not isinstance(chosen, TrainedAlike):
+        return open_entries(chosen, target, tokenizer)
+    which = selected(recipes(), chosen.only)
+    trained = train_entries(target, tokenizer, which, sample_rows(), work_folder(chosen), steps=chosen.steps, tell=tell)
+    return with_lookup(trained)

@@ -1,6 +1,7 @@
 """The small target and drafter that ship with the package, so that `demo` needs no network.
 
-Reading order: `corpus` (text and tokenizer), `pretrain` (the target), `build` (the whole recipe).
+Reading order: `corpus` (text and tokenizer), `pretrain` (the target), `build` (the whole recipe),
+`sample` (a little of the distilled text, for `bench --quick`).
 """
 
 from pathlib import Path
@@ -8,3 +9,4 @@ from pathlib import Path
 MODEL_DIR = Path(__file__).parent / "model"
 TARGET_DIR = MODEL_DIR / "target"
 DRAFTER_DIR = MODEL_DIR / "drafter"
+SAMPLE_DIR = MODEL_DIR / "sample"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import logging
@@ -261,17 +262,26 @@ class LengthSampler(Sampler[int]):
 
 
 def _shard_rows(folder: Path) -> Iterator[dict[str, Any]]:
-    shards = sorted(folder.glob("shard-*.jsonl"))
+    shards = sorted([*folder.glob("shard-*.jsonl"), *folder.glob("shard-*.jsonl.gz")])
     if not shards:
         raise UserError(f"{folder} has no shards; run distill with this folder as its output first")
     for shard in shards:
-        for number, line in enumerate(shard.read_text(encoding="utf-8").splitlines(), start=1):
+        for number, line in enumerate(_shard_text(shard).splitlines(), start=1):
             try:
                 row = json.loads(line)
                 row["id"], row["prompt_ids"] + row["answer_ids"]
             except (ValueError, TypeError, KeyError) as error:
                 raise UserError(f"{shard} line {number} is damaged; delete this shard and run distill again") from error
             yield row
+
+
+def _shard_text(shard: Path) -> str:
+    if shard.suffix != ".gz":
+        return shard.read_text(encoding="utf-8")
+    try:
+        return gzip.decompress(shard.read_bytes()).decode("utf-8")
+    except (OSError, EOFError, ValueError) as error:
+        raise UserError(f"{shard} is damaged; install the package again, or make the sample again") from error
 
 
 def _common_manifest(folders: Sequence[Path]) -> dict[str, Any] | None:

@@ -52,9 +52,8 @@ def train_drafter(
 
     The same call after a crash goes on from the newest whole checkpoint and gives the same losses as an
     unbroken run. The log holds `loss`, `seconds` and `tokens` so far, and with `held_out` rows `eval_loss`,
-    `eval_beta_chain`, `eval_beta_16` and so on; it is also written to `out/train_log.jsonl`. Raises `UserError` for data
-    of
-    another target, a folder of another run, damaged checkpoints, and checkpoints that `resume=False` would
+    `eval_beta_chain`, `eval_beta_16` and so on; it is also written to `out/train_log.jsonl`. Raises `UserError` for
+    data of another target, a folder of another run, damaged checkpoints, and checkpoints that `resume=False` would
     overwrite.
     """
     _check_data(target, drafter, dataset)
