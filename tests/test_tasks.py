@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 
+from ctc_drafter.evaluate.published import SOURCES
 from ctc_drafter.evaluate.tasks import read_prompts, read_tasks
 from ctc_drafter.types import UserError
 
@@ -16,6 +17,7 @@ def write(path: Path, text: str) -> Path:
     [
         ('{"id": "a/1", "benchmark": "a", "category": "math", "turns": ["x", "y"]}', "a/1", "math", ("x", "y")),
         ('{"question_id": 81, "category": "writing", "turns": ["x", "y"]}', "81", "writing", ("x", "y")),
+        ('{"question_id": 7, "category": "rag", "turns": ["x"], "reference": null}', "7", "rag", ("x",)),
         ('{"question": "How many?", "answer": "#### 3"}', "task/1", "task", ("How many?",)),
         ('{"task_id": "HumanEval/0", "prompt": "def f():\\n", "test": "t"}', "HumanEval/0", "task", ("def f():\n",)),
         ('{"prompt": ["x", "y"], "prompt_id": 7}', "7", "task", ("x", "y")),
@@ -69,3 +71,45 @@ def test_tasks_are_found_by_name(tmp_path: Path) -> None:
         read_tasks(tmp_path, [])
     with pytest.raises(UserError, match="not a folder"):
         read_tasks(tmp_path / "none", ["gsm8k"])
+
+
+def test_a_file_of_prompts_is_a_task(tmp_path: Path) -> None:
+    file = write(tmp_path / "mine.jsonl", '{"prompt": "a"}')
+    write(tmp_path / "other.jsonl", '{"prompt": "b"}')
+    assert [task.name for task in read_tasks(tmp_path, [str(file), "other"])] == ["mine", "other"]
+    assert [task.name for task in read_tasks(None, [str(file)])] == ["mine"]
+
+
+PUBLISHED = {
+    "mt_bench": {"question_id": 81, "category": "writing", "turns": ["a", "b"], "reference": None},
+    "gsm8k": {"question": "a", "answer": "#### 1"},
+    "humaneval": {"task_id": "HumanEval/0", "prompt": "def f():", "canonical_solution": "c", "test": "t"},
+    "spec_bench": {"question_id": 300, "category": "rag", "turns": ["a"]},
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_benchmarks_are_downloaded(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def load_dataset(path: str, config: str | None, **options: object) -> list[dict[str, object]]:
+        asked.append((path, config, options["split"]))
+        return [PUBLISHED[name]]
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    (task,) = read_tasks(None, [name])
+    assert asked == [(SOURCES[name].path, SOURCES[name].name, SOURCES[name].split)]
+    row = PUBLISHED[name]
+    assert task.prompts[0].category == row.get("category", name)
+    assert list(task.prompts[0].turns) in (row.get("turns"), ["a"], ["def f():"])
+
+
+def test_downloads_that_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_dataset(*_args: object, **_options: object) -> None:
+        raise ConnectionError("no route\nto host")
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    with pytest.raises(UserError, match=r"gsm8k could not be downloaded \(no route\); give --tasks-path"):
+        read_tasks(None, ["gsm8k"])
+    with pytest.raises(UserError, match="task mine has no file"):
+        read_tasks(None, ["mine"])

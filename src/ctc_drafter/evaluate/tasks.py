@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ctc_drafter.evaluate.published import SOURCES, download
 from ctc_drafter.types import UserError
 
 ID_FIELDS = ("id", "question_id", "task_id", "prompt_id")
@@ -32,23 +33,32 @@ class Task:
 
 
 def read_tasks(folder: Path | None, names: Sequence[str]) -> list[Task]:
-    """`FOLDER/<name>.jsonl` for each name; names that end in .jsonl are files of their own.
+    """`FOLDER/<name>.jsonl` for each name, in this project's or the published format; `x.jsonl` is a file of its own.
 
     Without a folder, published benchmarks are downloaded, see `published.py`. Raises `UserError` when one is missing,
     or nothing is named.
     """
     if folder is not None and not folder.is_dir():
         raise UserError(f"{folder} is not a folder; give --tasks-path the folder that holds the <task>.jsonl files")
-    files = {name: Path(name) for name in names if name.endswith(".jsonl")}
-    found = sorted(path.stem for path in folder.glob("*.jsonl")) if folder else []
-    unknown = [name for name in names if name not in files and name not in found]
-    if folder is None and unknown:
-        raise UserError(f"task {unknown[0]} has no file; give --tasks-path the folder that holds {unknown[0]}.jsonl")
-    if unknown or not names:
-        named = f"no task {', '.join(unknown)}" if unknown else "no task was named"
-        raise UserError(f"{named}; {folder or 'the command line'} has {', '.join(found) or 'no .jsonl file'}")
-    places = {name: files.get(name) or Path(folder or "") / f"{name}.jsonl" for name in names}
-    return [Task(place.stem, read_prompts(place)) for place in places.values()]
+    if not names:
+        raise UserError(f"no task was named; {folder or 'the command line'} has {', '.join(task_files(folder))}")
+    return [read_task(folder, name) for name in names]
+
+
+def read_task(folder: Path | None, name: str) -> Task:
+    if name.endswith(".jsonl"):
+        return Task(Path(name).stem, read_prompts(Path(name)))
+    if folder is None:
+        rows = enumerate(download(name), 1)
+        return Task(name, tuple(row_prompt(row, name, number) for number, row in rows))
+    if name not in task_files(folder):
+        raise UserError(f"no task {name}; {folder} has {', '.join(task_files(folder)) or 'no .jsonl file'}")
+    return Task(name, read_prompts(folder / f"{name}.jsonl"))
+
+
+def task_files(folder: Path | None) -> list[str]:
+    """Names of what can be measured there."""
+    return sorted(path.stem for path in folder.glob("*.jsonl")) if folder else list(SOURCES)
 
 
 def read_prompts(path: Path) -> tuple[Prompt, ...]:
@@ -87,12 +97,17 @@ def _json_prompt(line: str, task: str, number: int) -> Prompt:
         raise ValueError(f"not JSON ({error.msg}); write one object a line") from error
     if not isinstance(row, Mapping):
         raise ValueError("not a JSON object; write one object a line")
-    given_id = next((row[field] for field in ID_FIELDS if field in row), f"{task}/{number}")
-    return Prompt(id=str(given_id), category=str(row.get("category", task)), turns=_turns(row))
+    return row_prompt(row, task, number)
+
+
+def row_prompt(row: Mapping[str, Any], task: str, number: int) -> Prompt:
+    """A prompt from a row of a published format. Raises `ValueError` if it holds no text."""
+    given_id = next((row[field] for field in ID_FIELDS if row.get(field) is not None), f"{task}/{number}")
+    return Prompt(id=str(given_id), category=str(row.get("category") or task), turns=_turns(row))
 
 
 def _turns(row: Mapping[str, Any]) -> tuple[str, ...]:
-    text = next((row[field] for field in TEXT_FIELDS if field in row), None)
+    text = next((row[field] for field in TEXT_FIELDS if row.get(field) is not None), None)
     turns = (text,) if isinstance(text, str) else tuple(text) if isinstance(text, list) else ()
     if not turns or any(not isinstance(turn, str) or not turn.strip() for turn in turns):
         raise ValueError(f"no text; give one of the fields {', '.join(TEXT_FIELDS)}")
