@@ -1,5 +1,9 @@
 """Quiet, single-threaded tests: two cores are shared, and small tensors gain nothing from threads."""
 
+import json
+from pathlib import Path
+
+import pytest
 import torch
 from hypothesis import settings
 
@@ -7,3 +11,25 @@ torch.set_num_threads(1)
 # The first example may wait for a compiler, and machines of continuous integration are uneven.
 settings.register_profile("patient", deadline=None)
 settings.load_profile("patient")
+
+
+@pytest.fixture
+def tiny_quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Options of a quick bench of a tiny target, in place of the shipped one, with trainings of 2 steps."""
+    from ctc_drafter.cli import main
+    from ctc_drafter.evaluate import quick
+    from ctc_drafter.quickstart.sample import write_sample
+    from tiny_models import save_pair
+
+    target, drafter = save_pair(tmp_path)
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"the cat {i} " * 3}) + "\n" for i in range(4)))
+    options = ["--target", str(target), "--prompts", str(prompts), "--max-new-tokens", "30"]
+    assert main(["distill", *options, "--out", str(tmp_path / "answers")]) == 0
+    write_sample([tmp_path / "answers"], tmp_path / "sample")
+    monkeypatch.setattr("ctc_drafter.load.TARGET_DIR", target)
+    monkeypatch.setattr("ctc_drafter.load.DRAFTER_DIR", drafter)
+    monkeypatch.setattr(quick, "SAMPLE_DIR", tmp_path / "sample")
+    tasks = tmp_path / "cats.jsonl"
+    tasks.write_text('{"prompt": "the cat"}\n')
+    return ["--tasks", str(tasks), "--max-new-tokens", "6", "--watched", "0", "--steps", "2"]

@@ -64,7 +64,7 @@ SHARED_BY_DRAFTERS = {
     *("base", "trainable", "sizes", "borrowed", "layers", "context", "predictor", "host"),
     *("expand", "chain", "heads", "block", "session", "frames"),
 }
-PART_OF_DRAFTER = {"config": "ctc", "pairs": "eagle", "rollout": "eagle"}
+PART_OF_DRAFTER = {"config": "ctc", "pairs": "eagle", "rollout": "eagle", "linear": "ctc", "vocabulary": "ctc"}
 
 # Optional engines, and the only file that may import them. Nobody but `cli` imports integrations, and lazily.
 ENGINES = {"vllm": "integrations.vllm", "sglang": "integrations.sglang"}

@@ -15,9 +15,6 @@ from ctc_drafter.quickstart.sample import write_sample
 from ctc_drafter.train.data import DistilledDataset
 from ctc_drafter.train.manifest import config_hash
 from ctc_drafter.types import UserError
-from tiny_models import save_pair
-
-STEPS = 2
 
 
 def distilled(folder: Path, prefix: str, rows: int, length: int, config: str = "c") -> Path:
@@ -68,23 +65,6 @@ def test_the_shipped_sample_is_the_shipped_targets() -> None:
     assert size < 1_500_000
 
 
-@pytest.fixture
-def tiny_quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Options of a quick bench of a tiny target, in place of the shipped one."""
-    target, drafter = save_pair(tmp_path)
-    prompts = tmp_path / "p.jsonl"
-    prompts.write_text("".join(json.dumps({"prompt": f"the cat {i} " * 3}) + "\n" for i in range(4)))
-    options = ["--target", str(target), "--prompts", str(prompts), "--max-new-tokens", "30"]
-    assert main(["distill", *options, "--out", str(tmp_path / "answers")]) == 0
-    write_sample([tmp_path / "answers"], tmp_path / "sample")
-    monkeypatch.setattr("ctc_drafter.load.TARGET_DIR", target)
-    monkeypatch.setattr("ctc_drafter.load.DRAFTER_DIR", drafter)
-    monkeypatch.setattr(quick, "SAMPLE_DIR", tmp_path / "sample")
-    tasks = tmp_path / "cats.jsonl"
-    tasks.write_text('{"prompt": "the cat"}\n')
-    return ["--tasks", str(tasks), "--max-new-tokens", "6", "--watched", "0", "--steps", str(STEPS)]
-
-
 def test_command(tiny_quick: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd) -> None:
     out, work = tmp_path / "out.json", tmp_path / "work"
     options = ["bench", "--quick", *tiny_quick, "--json", str(out), "--work", str(work)]
@@ -97,7 +77,7 @@ def test_command(tiny_quick: list[str], tmp_path: Path, monkeypatch: pytest.Monk
     assert all(row["identical"] == row["compared"] == 1 for row in result["rows"])
     facts = result["meta"]["drafters"]
     assert facts["ctc"]["draft_length"] == facts["medusa"]["draft_length"] == 5
-    assert facts["ctc"]["training"]["steps"] == facts["medusa"]["training"]["steps"] == STEPS
+    assert facts["ctc"]["training"]["steps"] == facts["medusa"]["training"]["steps"] == 2
     assert facts["ctc"]["training"]["tokens"] == facts["medusa"]["training"]["tokens"] > 0
 
     def never(*_: object) -> None:

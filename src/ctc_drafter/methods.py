@@ -37,6 +37,7 @@ class Trained:
 
 TRAINED = {
     "ctc": Trained("ctc", "CTCDrafter", "ctc_drafter"),
+    "ctc-linear": Trained("linear", "LinearCTCDrafter", "ctc_linear_drafter"),
     "ctc-paper": Trained("paper", "PaperDrafter", "ctc_paper_drafter"),
     "medusa": Trained("medusa", "MedusaDrafter", "medusa_drafter"),
     "hydra": Trained("hydra", "HydraDrafter", "hydra_drafter", training={"loss_decay": 1.0}),
@@ -52,6 +53,7 @@ TRAINED = {
     "eagle": Trained("eagle", "EagleDrafter", "eagle_drafter", training={"loss": "teacher"}),
 }
 PROMPT_LOOKUP = "prompt_lookup"
+FOR_ABLATIONS = frozenset({"ctc-linear"})  # parts of other methods, no method of their own
 
 
 def trained_method(name: str) -> Trained:

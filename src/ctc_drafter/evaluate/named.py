@@ -7,6 +7,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from ctc_drafter.evaluate.ablations import ablation_entries, chosen_variants
 from ctc_drafter.evaluate.bench import Entry
 from ctc_drafter.evaluate.facts import facts
 from ctc_drafter.evaluate.quick import (
@@ -45,6 +46,10 @@ def chosen_entries(
     """Entries of named drafters, or of trained ones; `tell` hears which one is being trained."""
     if not isinstance(chosen, TrainedAlike):
         return open_entries(chosen, target, tokenizer)
+    if chosen.kind == "ablations":
+        variants = chosen_variants(chosen.only)
+        work = work_folder(chosen)
+        return ablation_entries(target, tokenizer, variants, sample_rows(), work, steps=chosen.steps, tell=tell)
     which = selected(recipes(), chosen.only)
     trained = train_entries(target, tokenizer, which, sample_rows(), work_folder(chosen), steps=chosen.steps, tell=tell)
     return with_lookup(trained)

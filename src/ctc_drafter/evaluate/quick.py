@@ -16,7 +16,7 @@ from ctc_drafter.evaluate.bench import BenchSettings, Entry
 from ctc_drafter.evaluate.facts import facts
 from ctc_drafter.layout import columns_first
 from ctc_drafter.load import fresh_drafter
-from ctc_drafter.methods import PROMPT_LOOKUP, TRAINED, trained_method
+from ctc_drafter.methods import FOR_ABLATIONS, PROMPT_LOOKUP, TRAINED, trained_method
 from ctc_drafter.quickstart import SAMPLE_DIR
 from ctc_drafter.target import Target
 from ctc_drafter.train.data import DistilledDataset
@@ -64,7 +64,7 @@ class Recipe:
 
 def recipes() -> dict[str, Recipe]:
     """Every method that can be trained, by its name."""
-    return {name: Recipe(name) for name in TRAINED}
+    return {name: Recipe(name) for name in TRAINED if name not in FOR_ABLATIONS}
 
 
 def work_folder(alike: TrainedAlike) -> Path:
