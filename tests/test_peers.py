@@ -262,7 +262,7 @@ def test_impossible_configs_are_refused(name: str, overrides: dict[str, int], me
 
 def test_what_is_no_drafter_is_named(tmp_path: Path) -> None:
     target = tiny_target()
-    with pytest.raises(UserError, match=r"unknown method medus; known are ctc, ctc-paper, medusa"):
+    with pytest.raises(UserError, match=r"unknown method medus; known are ctc, ctc-linear, ctc-paper, medusa"):
         trained_method("medus")
     with pytest.raises(UserError, match="nothing to train"):
         trained_method("prompt_lookup")
