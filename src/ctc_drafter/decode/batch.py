@@ -19,7 +19,16 @@ from ctc_drafter.decode.tree import build_tree
 from ctc_drafter.decode.verify import verify
 from ctc_drafter.drafters.base import Drafter, DraftSession
 from ctc_drafter.target import Target
-from ctc_drafter.types import UserError
+from ctc_drafter.types import Acceptance, TokenTree, UserError
+
+
+@dataclass(frozen=True)
+class Step:
+    """One verification of every row: the tree, the target's logits `[B, 1+N, V]` at its nodes, and what is accepted."""
+
+    tree: TokenTree
+    logits: torch.Tensor
+    acceptance: Acceptance
 
 
 @dataclass(frozen=True)
@@ -53,6 +62,13 @@ class Batch:
 
     def admit(self, rows: Sequence[Row]) -> list[int]:
         """Prefills new rows, which take the last places; returns the first token of each."""
+        return self.enter(rows)[0].tolist()
+
+    def enter(self, rows: Sequence[Row]) -> tuple[torch.Tensor, torch.Tensor]:
+        """`admit`, as tensors: the first token `int64 [R]` of each new row, chosen from these logits `[R, V]`.
+
+        A row that cannot be decoded raises before anything of the batch has changed.
+        """
         target, drafter, chooser = self.method.target, self.method.drafter, self.method.chooser
         with self.clock("prefill"):
             state = prefill(target, [row.prompt for row in rows], drafter.feature_layers)
@@ -68,7 +84,7 @@ class Batch:
                 self.session.extend(state.tokens, state.features, state.lengths)
                 self.cache, self.lengths, self.root = state.cache, state.lengths, root
         self.rows += rows
-        return root.tolist()
+        return root, state.logits
 
     def keep(self, places: Sequence[int]) -> None:
         """Leaves only these places of the batch."""
@@ -84,6 +100,11 @@ class Batch:
 
     def step(self) -> tuple[list[list[int]], list[int]]:
         """One verification of every row: tokens to emit, as in `Acceptance`, and accepted nodes."""
+        acceptance = self.advance().acceptance
+        return acceptance.tokens.tolist(), acceptance.counts.tolist()
+
+    def advance(self) -> Step:
+        """`step`, with all that it saw."""
         target, nodes, floor = self.method.target, self.method.nodes, self.method.floor
         with self.clock("draft"):
             candidates = self.session.propose(self.root, nodes, floor)
@@ -94,14 +115,13 @@ class Batch:
             verification = verify(target, self.cache, self.lengths, tree, self.method.drafter.feature_layers)
         with self.clock("accept"):
             acceptance = follow(tree, self.method.chooser.along(tree, verification.logits, self.rows))
-            counts = acceptance.counts.tolist()
-            path = acceptance.path[:, : max(counts) + 1]
+            path = acceptance.path[:, : int(acceptance.counts.max()) + 1]
         with self.clock("compact"):
             compact(self.cache, self.lengths, slots, path, acceptance.counts)
         with self.clock("draft"):
             self.session.extend(*committed(tree.tokens, verification.features, path), acceptance.counts + 1)
         self.lengths, self.root = self.lengths + acceptance.counts + 1, acceptance.bonus
-        return acceptance.tokens.tolist(), counts
+        return Step(tree, verification.logits, acceptance)
 
 
 def committed(

@@ -22,6 +22,8 @@ def verify(
     slots = cache.get_seq_length()
     # Positions past the context belong to nodes that can no longer be emitted; they only must not overflow.
     positions = (lengths.unsqueeze(1) + tree.depths).clamp(max=target.context - 1)
+    if tree.tokens.shape[1] == 1 and bool((lengths == slots).all()):  # nothing drafted: plain text needs no mask
+        return target.forward(tree.tokens, positions, cache, layers=layers)
     cached = torch.arange(slots, device=lengths.device).expand(lengths.shape[0], -1)
     allowed = tree_mask(tree, cached < lengths.unsqueeze(1))
     key_positions = torch.cat([cached, positions], 1)

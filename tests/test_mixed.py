@@ -1,0 +1,48 @@
+"""Rows of one batch under different settings are rows decoded alone, and a silent drafter is plain decoding."""
+
+from transformers import LogitsProcessorList, NoRepeatNGramLogitsProcessor
+
+from ctc_drafter.decode.choose import ARGMAX, Greedy, Sampled, warpers
+from ctc_drafter.decode.generate import generate, plain_generate
+from ctc_drafter.decode.mixed import ByRow
+from ctc_drafter.decode.queue import generate_many
+from ctc_drafter.drafters.silent import Silent
+from helpers import ScriptedDrafter, tiny_drafter, tiny_target
+
+PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6], [2, 7], [8, 2, 8, 1], [5], [31, 41, 59], [6, 6]]
+NEW = 16
+SEEDS = [4, 8, 15, 16, 23, 42]
+HOT = Sampled(SEEDS, warpers(temperature=1.3, top_p=0.9))
+CHOOSERS = [ARGMAX, HOT, ARGMAX, Greedy(LogitsProcessorList([NoRepeatNGramLogitsProcessor(1)])), HOT, Sampled(SEEDS)]
+
+
+def alone(target):
+    """Each prompt by plain decoding in a call where all rows have its settings."""
+    each = [plain_generate(target, PROMPTS, max_new_tokens=NEW, chooser=chooser).tokens for chooser in CHOOSERS]
+    return [tokens[row] for row, tokens in enumerate(each)]
+
+
+def test_rows_with_settings_of_their_own():
+    target = tiny_target()
+    expected = alone(target)
+    assert len({tuple(row) for row in expected}) == len(expected)
+    mixed = ByRow(lambda row: CHOOSERS[row.index])
+    scripted = ScriptedDrafter([p + t for p, t in zip(PROMPTS, expected, strict=True)], (4, 0, 2))
+    for drafter in (scripted, tiny_drafter(target)):
+        assert generate(target, drafter, PROMPTS, max_new_tokens=NEW, nodes=12, chooser=mixed).tokens == expected
+    joined = generate_many(target, tiny_drafter(target), PROMPTS, in_flight=2, max_new_tokens=NEW, chooser=mixed)
+    assert dict(joined) == dict(enumerate(expected))
+
+
+def test_nothing_drafted_is_plain_decoding():
+    target = tiny_target()
+    expected = plain_generate(target, PROMPTS, max_new_tokens=NEW).tokens
+    eos = {expected[0][3], expected[2][6]}
+    expected = plain_generate(target, PROMPTS, max_new_tokens=NEW, eos=eos)
+    for prompts in (PROMPTS, PROMPTS[:1]):
+        silent = generate(target, Silent(), prompts, max_new_tokens=NEW, eos=eos)
+        assert silent.tokens == expected.tokens[: len(prompts)]
+        assert silent.stats.beta == 1.0
+    assert dict(generate_many(target, Silent(), PROMPTS, in_flight=3, max_new_tokens=NEW, eos=eos)) == dict(
+        enumerate(expected.tokens)
+    )
