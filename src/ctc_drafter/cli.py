@@ -458,6 +458,59 @@ def train(
     print(f"{out}: {trained.steps} steps; " + ", ".join(f"{key} {value:.3f}" for key, value in figures.items()))
 
 
+@app.command()
+def serve(
+    target: TargetOption = None,
+    drafter: DrafterOption = None,
+    host: Annotated[str, typer.Option("--host", help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option("--port", min=0, max=65535, help="Port to listen on; 0 takes a free one.")
+    ] = 8000,
+    api_key: Annotated[
+        str | None, typer.Option("--api-key", envvar="CTC_DRAFTER_API_KEY", help="Clients must send it.")
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option("--name", help="What clients call the model.", show_default="the target's name")
+    ] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Answers decoded together.")] = 8,
+    queue: Annotated[int, typer.Option("--queue", min=1, help="Answers that may wait.")] = 64,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer, in tokens.")] = 2048,
+    max_prompt: Annotated[
+        int | None, typer.Option("--max-prompt", min=1, help="Longest prompt, in tokens.", show_default="the context")
+    ] = None,
+    max_body: Annotated[int, typer.Option("--max-body", min=1, help="Longest request, in bytes.")] = 1 << 20,
+    timeout: Annotated[float, typer.Option("--timeout", help="Seconds of an answer, its wait included.")] = 300.0,
+    grace: Annotated[
+        float, typer.Option("--grace", min=0.0, help="Seconds that answers have left when the server stops.")
+    ] = 10.0,
+    nodes: NodesOption = None,
+    floor: FloorOption = None,
+    plain: Annotated[bool, typer.Option("--plain", help="Decode without a drafter.")] = False,
+    dtype: DtypeOption = "float32",
+    device: DeviceOption = "auto",
+    threads: ThreadsOption = None,
+) -> None:
+    """Serves OpenAI's API, and a page that shows the drafter at work."""
+    import torch
+
+    from ctc_drafter.decode.generate import DEFAULT_FLOOR, DEFAULT_NODES
+    from ctc_drafter.load import load_drafter, load_target, pair
+    from ctc_drafter.serve.run import make_engine
+    from ctc_drafter.serve.run import serve as run_server
+    from ctc_drafter.serve.service import Limits, Service
+
+    limits = Limits(max_new_tokens, max_prompt, max_body, timeout, grace)
+    if threads:
+        torch.set_num_threads(threads)
+    names = (target, None) if plain and target else pair(target, drafter)
+    lm, tokenizer = load_target(names[0], dtype, device)
+    draft = None if plain else load_drafter(names[1], lm, tokenizer)
+    chosen = (nodes or DEFAULT_NODES, DEFAULT_FLOOR if floor is None else floor)
+    engine = make_engine(lm, draft, *chosen, batch_size, queue)
+    public = name or (Path(target).name if target and Path(target).is_dir() else target) or "ctc-drafter-quickstart"
+    run_server(Service(engine, lm, tokenizer, public, limits), api_key, host, port)
+
+
 def pairs(settings: list[str]) -> dict[str, Any]:
     """NAME=VALUE texts as a dictionary; commas make a list."""
     found: dict[str, Any] = {}

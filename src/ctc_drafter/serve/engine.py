@@ -1,0 +1,180 @@
+"""The thread that decodes: requests wait in a bounded queue, join a batch between its steps, and leave when done."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+
+import torch
+
+from ctc_drafter.decode.batch import Method
+from ctc_drafter.serve.jobs import Failure, Job
+from ctc_drafter.serve.lane import Lane
+from ctc_drafter.serve.speedup import Speedup
+from ctc_drafter.types import UserError
+
+LOG = logging.getLogger(__name__)
+SHUTDOWN = Failure("shutdown", "the server is shutting down; try another one, or later")
+TIMEOUT = Failure("timeout", "the answer took longer than the server allows; ask for fewer tokens")
+ERROR = Failure("error", "decoding failed; the server's log says why")
+
+
+class QueueFull(Exception):
+    """No room for more requests. seconds: when to ask again, estimated."""
+
+    def __init__(self, seconds: int):
+        super().__init__(f"the queue is full; try again in {seconds} s")
+        self.seconds = seconds
+
+
+class ShuttingDown(Exception):
+    """No requests are taken any more."""
+
+
+@dataclass(frozen=True)
+class Load:
+    """What is going on: rows in batches, rows that wait, and whether new ones are taken."""
+
+    running: int
+    waiting: int
+    open: bool
+
+
+class Engine:
+    """Decodes jobs on a thread of its own, at most `batch_size` at a time, with up to `queue` more waiting.
+
+    lanes: the methods by name; the first one is the default. Use it as a context, or call `start` and `close`.
+    """
+
+    def __init__(
+        self, lanes: Mapping[str, Method], batch_size: int = 8, queue: int = 64, speedup: Speedup | None = None
+    ):
+        for name, value in {"batch size": batch_size, "queue": queue}.items():
+            if value < 1:
+                raise UserError(f"the {name} is {value}; give at least 1")
+        self.lanes = {name: Lane(method) for name, method in lanes.items()}
+        self.batch_size, self.queue, self.speedup = batch_size, queue, speedup
+        self._waiting: deque[Job] = deque()
+        self._wake = threading.Condition()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._stop_at: float | None = None  # from then on nothing is decoded
+        self._served, self._busy_seconds = 0, 0.0
+
+    def __enter__(self) -> Engine:
+        self.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def drain(self, grace: float) -> None:
+        """Takes no more requests and turns away those that wait; rows at work have `grace` seconds left."""
+        with self._wake:
+            if self._stop_at is None or time.monotonic() + grace < self._stop_at:
+                self._stop_at = time.monotonic() + grace
+            self._wake.notify()
+
+    def close(self) -> None:
+        """Ends what is at work, and the thread."""
+        self.drain(0.0)
+        if self._thread.is_alive():
+            self._thread.join()
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive() and self._stop_at is None
+
+    def load(self) -> Load:
+        return Load(sum(len(lane.jobs) for lane in self.lanes.values()), len(self._waiting), self.alive)
+
+    def submit(self, jobs: Sequence[Job]) -> None:
+        """Takes all of these jobs, or raises `QueueFull` or `ShuttingDown`."""
+        with self._wake:
+            if not self.alive:
+                raise ShuttingDown
+            if len(self._waiting) + len(jobs) > self.queue + self.batch_size - self.load().running:
+                raise QueueFull(self._wait_estimate())
+            self._waiting.extend(jobs)
+            self._wake.notify()
+
+    def _wait_estimate(self) -> int:
+        each = self._busy_seconds / self._served if self._served else 1.0
+        return max(1, min(60, round(each * len(self._waiting))))
+
+    @torch.inference_mode()
+    def _run(self) -> None:
+        while True:
+            with self._wake:
+                while not (self._waiting or self.load().running or self._stop_at is not None):
+                    self._wake.wait()
+                arriving, stop_at = self._arriving(), self._stop_at
+            if stop_at is not None and (time.monotonic() >= stop_at or not self.load().running):
+                self._end(SHUTDOWN)
+                return
+            begin = time.perf_counter()
+            for job in arriving:
+                self._admit(job)
+            for lane in self.lanes.values():
+                self._step(lane)
+            self._busy_seconds += time.perf_counter() - begin
+
+    def _arriving(self) -> list[Job]:
+        """The jobs that join now; those that nobody waits for, or that waited too long, are let go."""
+        arriving: list[Job] = []
+        running, staying = self.load().running, deque[Job]()
+        while self._waiting:
+            job = self._waiting.popleft()
+            if job.cancelled or self._late(job) or self._turned_away(job):
+                continue
+            (arriving if running + len(arriving) < self.batch_size else staying).append(job)
+        self._waiting = staying
+        return arriving
+
+    def _turned_away(self, job: Job) -> bool:
+        if self._stop_at is not None:
+            job.deliver(SHUTDOWN)
+        return self._stop_at is not None
+
+    def _late(self, job: Job) -> bool:
+        if not job.cancelled and time.monotonic() > job.deadline:
+            job.cancelled = True
+            job.deliver(TIMEOUT)
+        return job.cancelled
+
+    def _admit(self, job: Job) -> None:
+        try:
+            self.lanes[job.lane].admit(job)
+            self._served += 1
+        except Exception:
+            LOG.exception("a prompt of %d tokens could not be decoded", len(job.prompt))
+            job.deliver(ERROR)
+
+    def _step(self, lane: Lane) -> None:
+        for job in lane.jobs:
+            self._late(job)
+        lane.drop()
+        if not lane.jobs:
+            return
+        rows, begin = len(lane.jobs), time.perf_counter()
+        try:
+            tokens = lane.step()
+        except Exception:
+            LOG.exception("a step of %d rows failed", rows)
+            for job in lane.clear():
+                job.deliver(ERROR)
+            return
+        if self.speedup is not None and lane is next(iter(self.lanes.values())):
+            self.speedup.count(rows, tokens, time.perf_counter() - begin)
+
+    def _end(self, why: Failure) -> None:
+        for lane in self.lanes.values():
+            for job in lane.clear():
+                job.deliver(why)

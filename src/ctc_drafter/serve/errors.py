@@ -1,0 +1,90 @@
+"""Errors in OpenAI's shape."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from ctc_drafter.serve.engine import QueueFull, ShuttingDown
+from ctc_drafter.serve.replies import ErrorBody, ErrorReply
+from ctc_drafter.types import UserError
+
+LOG = logging.getLogger(__name__)
+RETRY_AFTER_SHUTDOWN = "5"
+
+
+class APIError(Exception):
+    """An answer that is an error. kind: OpenAI's type of error."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ):
+        super().__init__(message)
+        self.status, self.headers = status, headers
+        self.body = ErrorReply(error=ErrorBody(message=message, type=kind(status), param=param, code=code))
+
+
+def kind(status: int) -> str:
+    if status == HTTPStatus.TOO_MANY_REQUESTS:
+        return "rate_limit_error"
+    return "server_error" if status >= 500 else "invalid_request_error"
+
+
+def respond(error: APIError) -> JSONResponse:
+    return JSONResponse(error.body.model_dump(), error.status, error.headers)
+
+
+def explain(errors: Sequence[Mapping[str, Any]]) -> APIError:
+    """The first thing that is wrong with a request, in one line."""
+    first = errors[0]
+    # Of a union's complaints the path may name the member that was tried; the field's own name is enough.
+    path = [str(part) for part in first["loc"] if part != "body"]
+    place = ".".join(part for part in path if (part.replace("_", "").isalnum() and part.islower()) or part.isdigit())
+    if first["type"] == "json_invalid":
+        return APIError(400, "the body is not valid JSON")
+    if first["type"] == "extra_forbidden":
+        return APIError(400, f"unknown field {place}; leave it out", param=place)
+    message = str(first["msg"]).removeprefix("Value error, ")
+    return APIError(400, f"{place}: {message}" if place else message, param=place or None)
+
+
+def translate(error: Exception) -> APIError:
+    """What the client is told about an error of ours."""
+    match error:
+        case APIError():
+            return error
+        case UserError():
+            return APIError(400, " ".join(str(error).split()))
+        case QueueFull():
+            headers = {"Retry-After": str(error.seconds)}
+            return APIError(429, str(error), code="queue_full", headers=headers)
+        case ShuttingDown():
+            headers = {"Retry-After": RETRY_AFTER_SHUTDOWN}
+            return APIError(503, "the server is shutting down", code="shutdown", headers=headers)
+        case RequestValidationError():
+            return explain(error.errors())
+        case HTTPException():
+            return APIError(error.status_code, str(error.detail), headers=error.headers)
+    LOG.error("a request failed", exc_info=error)
+    return APIError(500, "the server failed; its log says why")
+
+
+def install(app: FastAPI) -> None:
+    async def handle(_request: Request, error: Exception) -> JSONResponse:
+        return respond(translate(error))
+
+    for known in (APIError, UserError, QueueFull, ShuttingDown, RequestValidationError, HTTPException, Exception):
+        app.add_exception_handler(known, handle)

@@ -1,0 +1,111 @@
+"""Between the event loop and the engine's thread: a request's jobs go there, their events come back."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, TypeVar
+
+from fastapi import Request
+from fastapi.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from ctc_drafter.serve.engine import Engine
+from ctc_drafter.serve.errors import APIError
+from ctc_drafter.serve.jobs import Burst, Event, Failure, Finish, Job, Written
+
+STATUS = {"timeout": 504, "shutdown": 503, "error": 500}
+CLIENT_GONE = 499  # nobody reads it
+T = TypeVar("T")
+
+
+@dataclass
+class Answer:
+    """One choice, when it is complete."""
+
+    finish: Finish
+    text: str = ""
+    tokens: list[Written] = field(default_factory=list)
+
+
+class Exchange:
+    """Jobs at the engine. Made inside the event loop; raises what `Engine.submit` raises."""
+
+    def __init__(self, engine: Engine, jobs: Sequence[Job]):
+        self.jobs = list(jobs)
+        # No bound is needed: a job delivers no more events than it has tokens, and two.
+        self._queue: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        self._loop = asyncio.get_running_loop()
+        for place, job in enumerate(self.jobs):
+            job.deliver = partial(self._deliver, place)
+        engine.submit(self.jobs)
+
+    def _deliver(self, place: int, event: Event) -> None:
+        try:
+            self._loop.call_soon_threadsafe(self._queue.put_nowait, (place, event))
+        except RuntimeError:  # the loop is closed: nobody is there
+            self.jobs[place].cancelled = True
+
+    def cancel(self) -> None:
+        """Rows at work leave at the next step."""
+        for job in self.jobs:
+            job.cancelled = True
+
+    async def events(self) -> AsyncIterator[tuple[int, Burst | Finish]]:
+        """What happens to which job, until all have finished. Raises `APIError` when one fails."""
+        going = len(self.jobs)
+        while going:
+            place, event = await self._queue.get()
+            if isinstance(event, Failure):
+                raise APIError(STATUS[event.reason], event.message, code=event.reason)
+            yield place, event
+            going -= isinstance(event, Finish)
+
+    async def collect(self) -> list[Answer]:
+        """All answers, complete."""
+        bursts: list[list[Burst | Finish]] = [[] for _ in self.jobs]
+        async for place, event in self.events():
+            bursts[place].append(event)
+        answers = []
+        for events in bursts:
+            finish = events[-1]
+            assert isinstance(finish, Finish)
+            tokens = [token for event in events for token in event.tokens]
+            answers.append(Answer(finish, "".join(event.text for event in events), tokens))
+        return answers
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events about an exchange, which is cancelled when the client goes away."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, exchange: Exchange, lines: AsyncIterator[str]):
+        super().__init__(lines, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        self.exchange = exchange
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self.exchange.cancel()
+
+
+async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`, which is cancelled when the client goes away."""
+    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(gone(request))
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise APIError(CLIENT_GONE, "the client has gone")
+        return working.result()
+    finally:
+        working.cancel()
+        leaving.cancel()
+
+
+async def gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,124 @@
+"""A batch whose rows join and leave between steps, and tell their clients what they wrote."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from ctc_drafter.decode.batch import Batch, Method, Step
+from ctc_drafter.decode.choose import Chooser
+from ctc_drafter.decode.mixed import ByRow
+from ctc_drafter.decode.rows import Row
+from ctc_drafter.decode.stats import Stats, Stopwatch
+from ctc_drafter.serve.jobs import Burst, Job, Likelihood, Node
+
+
+def own_chooser(row: Row) -> Chooser:
+    assert isinstance(row, Job)
+    return row.chooser
+
+
+class Lane:
+    """Rows decoded by one method; each chooses its tokens by its own `Job.chooser`. `stats` and `clock` hold totals."""
+
+    def __init__(self, method: Method):
+        self.method = replace(method, chooser=ByRow(own_chooser))
+        device = method.target.device
+        self.clock = Stopwatch(device, timed=device.type == "cpu")  # a GPU would have to wait for every stage
+        self.stats = Stats()
+        self.jobs: list[Job] = []
+        self.batch = Batch(self.method, self.clock)
+
+    def admit(self, job: Job) -> None:
+        """Prefills a row and tells its first token. If that fails, the rows at work are as they were."""
+        job.begin = time.perf_counter()
+        roots, logits = self.batch.enter([job])
+        self.jobs.append(job)
+        job.stats.prefill_seconds = time.perf_counter() - job.begin
+        likelihoods = likely(logits, roots, job.top)
+        job.stats.tokens += 1
+        self.stats.tokens += 1
+        text = job.write(int(roots[0]), likelihoods[0] if likelihoods else None)
+        job.deliver(Burst(text, job.released(), bonus=True, seconds=time.perf_counter() - job.begin))
+        self._leave()
+
+    def step(self) -> int:
+        """One verification of every row; returns the tokens that they took."""
+        step = self.batch.advance()
+        tokens, counts = step.acceptance.tokens.tolist(), step.acceptance.counts.tolist()
+        before = self.stats.tokens
+        for place, job in enumerate(self.jobs):
+            self._write(job, tokens[place][: counts[place] + 1], step, place)
+        self._leave()
+        return self.stats.tokens - before
+
+    def drop(self) -> None:
+        """Lets the rows go that nobody waits for."""
+        self._keep([place for place, job in enumerate(self.jobs) if not job.cancelled])
+
+    def clear(self) -> list[Job]:
+        """Lets all rows go, and returns them."""
+        gone, self.jobs = self.jobs, []
+        self.batch = Batch(self.method, self.clock)
+        return gone
+
+    def _write(self, job: Job, tokens: Sequence[int], step: Step, place: int) -> None:
+        path = step.acceptance.path[place, : len(tokens)]
+        likelihoods: list[Likelihood] = []
+        if job.top is not None:
+            written = torch.tensor(tokens, device=path.device)
+            likelihoods = likely(step.logits[place, path], written, job.top)
+        text, taken = "", 0
+        for token in tokens:
+            text += job.write(token, likelihoods[taken] if likelihoods else None)
+            taken += 1
+            if job.over:
+                break
+        accepted = len(tokens) - 1
+        job.stats.count(accepted, taken)
+        self.stats.count(accepted, taken)
+        nodes = seen(step, place) if job.trace else ()
+        seconds = time.perf_counter() - job.begin
+        job.deliver(Burst(text, job.released(), min(accepted, taken), taken == len(tokens), seconds, nodes))
+
+    def _leave(self) -> None:
+        for job in self.jobs:
+            if job.over:
+                job.deliver(job.finish())
+        self._keep([place for place, job in enumerate(self.jobs) if not job.over])
+
+    def _keep(self, places: list[int]) -> None:
+        self.jobs = [self.jobs[place] for place in places]
+        if places:
+            self.batch.keep(places)
+        elif self.batch.rows:
+            self.batch = Batch(self.method, self.clock)  # an idle server holds no cache
+
+
+def likely(logits: torch.Tensor, tokens: torch.Tensor, top: int | None) -> list[Likelihood]:
+    """Of each token `int64 [M]` under logits `[M, V]`, with the `top` likeliest; nothing if top is None."""
+    if top is None:
+        return []
+    logs = logits.float().log_softmax(-1)
+    written = logs.gather(1, tokens.unsqueeze(1)).squeeze(1).tolist()
+    best = logs.topk(min(top, logs.shape[1]), dim=1)
+    rows = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    return [Likelihood(own, tuple(zip(*row, strict=True))) for own, row in zip(written, rows, strict=True)]
+
+
+def seen(step: Step, place: int) -> tuple[Node, ...]:
+    """The tree of one row, without its padding."""
+    tree = step.tree
+    on_path = set(step.acceptance.path[place].tolist())
+    values = (tree.tokens, tree.parents, tree.depths, tree.valid, tree.scores)
+    nodes = list(zip(*(value[place].tolist() for value in values), strict=True))
+    number: dict[int, int] = {}
+    found: list[Node] = []
+    for index, (token, parent, depth, valid, score) in enumerate(nodes):
+        if valid:
+            number[index] = len(found)
+            found.append(Node(token, number[parent], depth, float(torch.tensor(score).exp()), index in on_path))
+    return tuple(found)

@@ -1,0 +1,88 @@
+"""`ctc-drafter serve`: the application on a socket, until it is told to stop."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import socket
+
+import uvicorn
+
+from ctc_drafter.decode.batch import Method
+from ctc_drafter.decode.choose import ARGMAX
+from ctc_drafter.decode.generate import generate
+from ctc_drafter.drafters.base import Drafter
+from ctc_drafter.drafters.silent import Silent
+from ctc_drafter.serve.app import create_app
+from ctc_drafter.serve.engine import Engine
+from ctc_drafter.serve.service import Service
+from ctc_drafter.serve.speedup import Speedup, time_plain_steps
+from ctc_drafter.serve.trace import PLAIN
+from ctc_drafter.target import Target
+from ctc_drafter.types import UserError
+
+LOG = logging.getLogger(__name__)
+BACKLOG = 128
+MOST_CONNECTIONS = 1024
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+def make_engine(
+    target: Target, drafter: Drafter | None, nodes: int, floor: float, batch_size: int, queue: int
+) -> Engine:
+    """Not started yet. Both lanes are tried first, so that the first request finds everything compiled."""
+    plain = Method(target, Silent(), 1, 0.0, ARGMAX)
+    lanes = (
+        {PLAIN: plain} if drafter is None else {"draft": Method(target, drafter, nodes, floor, ARGMAX), PLAIN: plain}
+    )
+    if drafter is not None:
+        generate(target, drafter, [[0, 0]], max_new_tokens=8, nodes=nodes, floor=floor)
+    return Engine(lanes, batch_size, queue, Speedup(time_plain_steps(plain, batch_size)))
+
+
+class Server(uvicorn.Server):
+    """Told to stop, it lets answers at work come to their end, for a while, and ends streams properly."""
+
+    def __init__(self, config: uvicorn.Config, service: Service):
+        super().__init__(config)
+        self.service = service
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self.service.engine.drain(self.service.limits.grace)
+        await super().shutdown(sockets)
+
+
+def serve(service: Service, api_key: str | None, host: str, port: int) -> None:
+    """Serves until SIGINT or SIGTERM. Raises `UserError` when it cannot listen there."""
+    listener = listen(host, port)
+    if api_key is None and host not in LOOPBACK:
+        LOG.warning("anyone who reaches %s may use this server; give --api-key", host)
+    with listener, service.engine, contextlib.suppress(KeyboardInterrupt):
+        LOG.info("serving %s on %s; Ctrl-C stops it", service.name, address(listener))
+        make_server(service, api_key).run(sockets=[listener])
+
+
+def make_server(service: Service, api_key: str | None = None) -> Server:
+    config = uvicorn.Config(
+        create_app(service, api_key),
+        http="h11",
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        limit_concurrency=MOST_CONNECTIONS,
+        timeout_graceful_shutdown=int(service.limits.grace) + 5,
+    )
+    return Server(config, service)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family, backlog=BACKLOG)
+    except (OSError, OverflowError) as error:
+        raise UserError(f"cannot listen on {host}, port {port}: {error}; give another --host or --port") from error
+
+
+def address(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"

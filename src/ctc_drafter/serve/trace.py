@@ -1,0 +1,89 @@
+"""Our own stream, for the page: what every verification emitted, and the tree that it checked."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+from fastapi import APIRouter
+from fastapi.responses import Response
+from pydantic import BaseModel
+from starlette.concurrency import run_in_threadpool
+
+from ctc_drafter.serve.errors import APIError
+from ctc_drafter.serve.exchange import EventStream, Exchange
+from ctc_drafter.serve.forms import Wording, usage_of
+from ctc_drafter.serve.jobs import Burst, Finish
+from ctc_drafter.serve.openai_api import ERRORS
+from ctc_drafter.serve.replies import TraceEnd, TraceNode, TracePiece, TraceStep
+from ctc_drafter.serve.schema import TraceRequest
+from ctc_drafter.serve.service import Service
+
+PLAIN = "plain"  # the lane without a drafter
+
+
+def trace_router(service: Service) -> APIRouter:
+    router = APIRouter(prefix="/v1/ctc", responses=ERRORS)
+
+    @router.post("/stream")
+    async def trace(body: TraceRequest) -> Response:
+        """The answer to a conversation as server-sent events: `step` for the prefill and every verification, then
+        `end`, or `error` in OpenAI's shape."""
+        service.check_model(body.model)
+        prompt = await run_in_threadpool(service.encode_chat, body.messages)
+        lane = PLAIN if body.plain else None
+        jobs = service.jobs([prompt], body, body.max_tokens, lane=lane, trace=True)
+        exchange = Exchange(service.engine, jobs)
+        return EventStream(exchange, lines(exchange, Wording(service.tokenizer, False)))
+
+    return router
+
+
+async def lines(exchange: Exchange, wording: Wording) -> AsyncIterator[str]:
+    number = 0
+    try:
+        async for _, event in exchange.events():
+            if isinstance(event, Burst):
+                yield named("step", step(number, event, wording))
+                number += 1
+            else:
+                yield named("end", end(exchange, event))
+    except APIError as error:
+        yield named("error", error.body)
+
+
+def step(number: int, burst: Burst, wording: Wording) -> TraceStep:
+    return TraceStep(
+        number=number,
+        seconds=burst.seconds,
+        pieces=[TracePiece(token=written.token, text=written.text) for written in burst.tokens],
+        accepted=burst.accepted,
+        bonus=burst.bonus,
+        tree=[
+            TraceNode(
+                token=node.token,
+                text=wording.text(node.token),
+                parent=node.parent,
+                depth=node.depth,
+                probability=node.probability,
+                accepted=node.accepted,
+            )
+            for node in burst.tree
+        ],
+    )
+
+
+def end(exchange: Exchange, finish: Finish) -> TraceEnd:
+    stats = finish.stats
+    return TraceEnd(
+        finish_reason=finish.reason,
+        tail=finish.text,
+        usage=usage_of(exchange.jobs, 1),
+        verifications=stats.steps,
+        beta=stats.beta,
+        seconds=stats.seconds,
+        prefill_seconds=stats.prefill_seconds,
+    )
+
+
+def named(event: str, value: BaseModel) -> str:
+    return f"event: {event}\ndata: {value.model_dump_json()}\n\n"
