@@ -6,19 +6,23 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
+import torch
 from openai import OpenAI
 
 import tiny_models
+from ctc_drafter.decode.batch import Method
 from ctc_drafter.decode.choose import ARGMAX, Sampled, warpers
 from ctc_drafter.decode.generate import plain_generate
 from ctc_drafter.drafters.base import Drafter
+from ctc_drafter.drafters.silent import Silent
 from ctc_drafter.serve.engine import Engine
 from ctc_drafter.serve.run import Server, listen, make_engine, make_server
 from ctc_drafter.serve.service import Limits, Service
 from ctc_drafter.target import Target
 from ctc_drafter.text import TextStream, eos_ids
+from ctc_drafter.types import Candidates
 
 NAME = "tiny"
 KEY = "secret"
@@ -46,6 +50,13 @@ def tiny_service(batch_size: int = 3, queue: int = 16, drafter: Drafter | None =
     return Service(engine, target, tokenizer, NAME, Limits(**limits))
 
 
+def blocked_service(batch_size: int = 1, queue: int = 1, **limits: float) -> tuple[Service, Turnstile]:
+    """One whose verifications wait for the turnstile; answers have one token, the prefill's, before it opens."""
+    target, turnstile = Target.wrap(tiny_models.tiny_llama()), Turnstile()
+    engine = Engine({"draft": Method(target, turnstile, 1, 0.0, ARGMAX)}, batch_size, queue)
+    return Service(engine, target, tiny_models.tiny_tokenizer(), NAME, Limits(**limits)), turnstile
+
+
 @contextmanager
 def running(service: Service, api_key: str | None = KEY) -> Iterator[Running]:
     """Serves from another thread until the block ends."""
@@ -60,10 +71,6 @@ def running(service: Service, api_key: str | None = KEY) -> Iterator[Running]:
             server.should_exit = True
             thread.join(20)
             assert not thread.is_alive()
-
-
-def with_engine(service: Service, engine: Engine) -> Service:
-    return replace(service, engine=engine)
 
 
 def wait_until(condition, seconds: float = 20.0) -> None:
@@ -98,3 +105,32 @@ def cut(text: str, stops: list[str]) -> str:
         if found:
             return text[: end - max(map(len, found))]
     return text
+
+
+class Turnstile(Silent):
+    """Lets so many verifications through as it was told to, and then waits."""
+
+    def __init__(self) -> None:
+        self.passes = threading.Semaphore(0)
+
+    def propose(self, root: torch.Tensor, nodes: int, floor: float) -> Candidates:
+        assert self.passes.acquire(timeout=20)
+        return super().propose(root, nodes, floor)
+
+    def open(self, count: int = 10_000) -> None:
+        self.passes.release(count)
+
+    @contextmanager
+    def dripping(self, seconds: float) -> Iterator[None]:
+        """Lets one verification through every so often."""
+        done = threading.Event()
+
+        def drip() -> None:
+            while not done.wait(seconds):
+                self.open(1)
+
+        thread = threading.Thread(target=drip)
+        thread.start()
+        yield
+        done.set()
+        thread.join()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from fastapi import FastAPI
-from fastapi.responses import Response
+from fastapi.responses import FileResponse, Response
 from fastapi.staticfiles import StaticFiles
 from prometheus_client import CONTENT_TYPE_LATEST
 
@@ -30,10 +30,10 @@ def create_app(service: Service, api_key: str | None = None) -> FastAPI:
         title="CTC-drafter",
         docs_url=None,  # its page loads scripts from elsewhere
         redoc_url=None,
-        max_body_size=service.limits.max_body,
     )
-    metrics = Metrics(service.engine)
-    app.add_middleware(Gate, api_key=api_key, seconds=service.limits.timeout + SLACK, metrics=metrics)
+    metrics, limits = Metrics(service.engine), service.limits
+    seconds = limits.timeout + SLACK
+    app.add_middleware(Gate, api_key=api_key, max_body=limits.max_body, seconds=seconds, metrics=metrics)
     errors.install(app)
     app.include_router(openai_router(service))
     app.include_router(trace_router(service))
@@ -50,5 +50,9 @@ def create_app(service: Service, api_key: str | None = None) -> FastAPI:
         """Figures for Prometheus."""
         return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
-    app.mount("/", StaticFiles(directory=PAGE, html=True))
+    @app.get("/", include_in_schema=False)
+    async def page() -> FileResponse:
+        return FileResponse(PAGE / "index.html")
+
+    app.mount("/page", StaticFiles(directory=PAGE))
     return app
