@@ -188,10 +188,11 @@ def test_killed_and_started_again(folder, asked):
     with served(folder) as (process, url):
         port = int(url.rsplit(":", 1)[1])
         with httpx.stream("POST", f"{url}/v1/completions", json=body | {"stream": True}, headers=HEADERS) as reply:
-            next(reply.iter_lines())
+            lines = reply.iter_lines()
+            next(lines)
             process.send_signal(signal.SIGKILL)
             with pytest.raises(httpx.HTTPError):
-                list(reply.iter_lines())
+                list(lines)
     with served(folder, port) as (process, url):
         reply = httpx.post(f"{url}/v1/completions", json=body, headers=HEADERS, timeout=60)
         assert reply.json()["choices"][0]["text"] == expected
