@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from serve_helpers import KEY, plain_texts, running, tiny_service
+from serve_helpers import KEY, NAME, plain_texts, running, tiny_service
 
 PAGE = Path(__file__).parents[1] / "src" / "ctc_drafter" / "serve" / "page"
 CHROMIUM = next(
@@ -81,6 +81,33 @@ def test_events_are_whole_however_they_are_cut(tmp_path):
     found = [json.loads(line) for line in run.stdout.splitlines()]
     assert len(found) == len(text)
     assert all(each == [list(block) for block in blocks] for each in found)
+
+
+@needs_node
+def test_the_scripts_work_together(server, tmp_path):
+    scripts = tmp_path / "page"
+    shutil.copytree(PAGE, scripts)
+    (scripts / "package.json").write_text('{"type": "module"}')
+    driver = Path(__file__).with_name("page_driver.mjs")
+    command = [NODE, str(driver), server.url, KEY, str(scripts)]
+    run = subprocess.run(command, capture_output=True, check=False, text=True, timeout=60)
+    assert run.returncode == 0, run.stderr
+    result = json.loads(run.stdout)
+    messages = [{"role": "user", "content": QUESTION}]
+    ids = server.service.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    (expected,) = plain_texts(server.service, list(ids), 32)
+    assert result["texts"] == [expected, expected]
+    assert result["bursts"] == result["bonus"] > 5
+    assert "the same text" in result["verdict"][0]
+    assert "β" in result["figures"][0]
+    assert "β" not in result["figures"][1]
+    assert result["model"] == NAME
+    assert [title.split(" of ")[0] for title, _, _ in result["tree"]] == ["Step 1", "Step 2", "Step 3"]
+    assert all("accepted" in summary and "root" in body for _, summary, body in result["tree"])
+    assert result["nodes"] > 1
+    assert result["closed"]
+    assert result["notice"] == [False, "The server does not answer.", "and the hat?"]
+    assert result["again"] == [True, 1]
 
 
 @pytest.fixture

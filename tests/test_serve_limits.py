@@ -98,6 +98,12 @@ def test_beyond_the_queue_is_429():
         assert post(at).status_code == 200
 
 
+def test_more_answers_than_ever_fit_are_no_matter_of_waiting():
+    service, _ = blocked_service(batch_size=1, queue=1)
+    with running(service) as at:
+        assert post(at, json.dumps(BODY | {"n": 3})).status_code == 400
+
+
 def test_rows_leave_when_their_client_does():
     service, turnstile = blocked_service(batch_size=2, queue=4)
     with running(service) as at:

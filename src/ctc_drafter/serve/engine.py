@@ -95,12 +95,17 @@ class Engine:
     def load(self) -> Load:
         return Load(sum(len(lane.jobs) for lane in self.lanes.values()), len(self._waiting), self.alive)
 
+    @property
+    def most(self) -> int:
+        """Jobs that can be at work or waiting."""
+        return self.batch_size + self.queue
+
     def submit(self, jobs: Sequence[Job]) -> None:
         """Takes all of these jobs, or raises `QueueFull` or `ShuttingDown`."""
         with self._wake:
             if not self.alive:
                 raise ShuttingDown
-            if len(self._waiting) + len(jobs) > self.queue + self.batch_size - self.load().running:
+            if len(self._waiting) + len(jobs) > self.most - self.load().running:
                 raise QueueFull(self._wait_estimate())
             self._waiting.extend(jobs)
             self._wake.notify()
@@ -155,6 +160,7 @@ class Engine:
             self._served += 1
         except Exception:
             LOG.exception("a prompt of %d tokens could not be decoded", len(job.prompt))
+            job.cancelled = True  # should it have come as far as the batch
             job.deliver(ERROR)
 
     def _step(self, lane: Lane) -> None:

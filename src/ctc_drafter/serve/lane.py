@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -120,5 +121,5 @@ def seen(step: Step, place: int) -> tuple[Node, ...]:
     for index, (token, parent, depth, valid, score) in enumerate(nodes):
         if valid:
             number[index] = len(found)
-            found.append(Node(token, number[parent], depth, float(torch.tensor(score).exp()), index in on_path))
+            found.append(Node(token, number[parent], depth, math.exp(score), index in on_path))
     return tuple(found)

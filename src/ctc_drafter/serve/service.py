@@ -100,8 +100,9 @@ class Service:
         trace: bool = False,
     ) -> list[Job]:
         """n choices for each prompt, in order."""
-        if len(prompts) * n > MOST_CHOICES:
-            raise APIError(400, f"{len(prompts) * n} answers are asked for; at most {MOST_CHOICES} go together")
+        most = min(MOST_CHOICES, self.engine.most)
+        if len(prompts) * n > most:
+            raise APIError(400, f"{len(prompts) * n} answers are asked for; at most {most} go together", param="n")
         eos = frozenset(eos_ids(self.target.model, self.tokenizer))
         chooser = chooser_of(request)
         deadline = time.monotonic() + self.limits.timeout
