@@ -11,8 +11,7 @@ from ctc_drafter.cli import app, main
 from ctc_drafter.decode.generate import DEFAULT_FLOOR, DEFAULT_NODES
 from tiny_models import save_pair, tiny_llama, tiny_tokenizer
 
-COMMANDS = ("demo", "generate", "eval", "bench", "report", "exactness", "distill", "train")
-COMMANDS = ("demo", "generate", "eval", "exactness", "distill", "train", "serve")
+COMMANDS = ("demo", "generate", "eval", "bench", "report", "exactness", "distill", "train", "serve")
 
 
 @pytest.fixture(scope="module")
