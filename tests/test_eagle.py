@@ -105,12 +105,14 @@ def test_a_trees_scores_are_those_of_the_rollouts_along_it(nodes: int) -> None:
     for row, text in enumerate(rows):
         scores = {}
         for path, score in zip(paths_of(candidates, row), candidates.scores[row].tolist(), strict=True):
+            if score == -math.inf:  # padding
+                continue
             known = [*text, int(roots[row])]
             logits = rollout(target, drafter, state.features[row, : len(text)], known, path[:-1])
             steps = logits.log_softmax(-1).gather(1, torch.tensor(path).unsqueeze(1))
             assert score == pytest.approx(float(steps.sum()), abs=1e-3)
             scores[tuple(path)] = score
-        assert len(scores) == candidates.tokens.shape[1] >= nodes
+        assert len(scores) >= nodes
         best = max(range(97), key=lambda token: float(logits[0, token]))
         assert max(scores, key=scores.__getitem__) == (best,)
 

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from ctc_drafter.drafters.expand import expand
+from ctc_drafter.drafters.expand import expand, expand_statically
 
 VOCABULARY, DEPTH = 4, 3
 
@@ -43,18 +43,27 @@ def found_in(candidates, row: int) -> dict[tuple[int, ...], float]:
     prefixes: list[tuple[int, ...]] = []
     for place, token in enumerate(candidates.tokens[row].tolist()):
         parent = int(candidates.parents[row, place])
+        if candidates.scores[row, place] == -math.inf:  # padding, behind all others of its level
+            prefixes.append(())
+            continue
         assert parent < place
         prefixes.append((*(prefixes[parent] if parent >= 0 else ()), token))
         assert len(prefixes[-1]) == int(candidates.depths[row, place])
-    assert len(set(prefixes)) == len(prefixes)
-    return dict(zip(prefixes, candidates.scores[row].tolist(), strict=True))
+    found = [(prefix, score) for prefix, score in zip(prefixes, candidates.scores[row].tolist(), strict=True) if prefix]
+    assert len(dict(found)) == len(found)
+    return dict(found)
 
 
 @pytest.mark.parametrize("nodes", [1, 2, 5, 20, 200])
 @pytest.mark.parametrize("sharpness", [0.3, 1.0, 4.0])
-def test_the_best_prefixes_of_all(nodes: int, sharpness: float) -> None:
+@pytest.mark.parametrize("compiled", [True, False])
+def test_the_best_prefixes_of_all(nodes: int, sharpness: float, compiled: bool) -> None:
     known = table(3, sharpness)
-    candidates = expand(stepper(known), torch.tensor([9, 9, 9]), nodes=nodes, depth=DEPTH)
+    roots, step = torch.tensor([9, 9, 9]), stepper(known)
+    if compiled:
+        candidates = expand(step, roots, nodes=nodes, depth=DEPTH)
+    else:
+        candidates = expand_statically(step, roots, nodes, DEPTH)
     for row in range(3):
         expected, found = all_scores(known, row), found_in(candidates, row)
         assert found == pytest.approx({prefix: expected[prefix] for prefix in found}, abs=1e-5)
@@ -99,5 +108,54 @@ def test_what_cannot_pay_is_not_expanded() -> None:
     floored: list[int] = []
     candidates = expand(stepper(known, floored), torch.tensor([9]), nodes=100, depth=DEPTH, floor=0.9)
     expected = {prefix for prefix, score in all_scores(known, 0).items() if score >= math.log(0.9)}
-    assert expected <= found_in(candidates, 0).keys()
+    assert expected == found_in(candidates, 0).keys()
     assert sum(floored) < 6
+
+
+def test_each_place_is_where_the_level_above_asked() -> None:
+    """The state that a step keeps by place is that of the prefix's parent, in rows of unequal trees too."""
+    known = {prefix: steps * torch.tensor([[0.1], [5.0], [1.0]]) for prefix, steps in table(3).items()}
+    above: list[list[tuple[int, ...]]] = [[]]
+    answer = stepper(known)
+
+    def step(prefixes, places):
+        asked = [[tuple(path) for path in row] for row in prefixes.tolist()]
+        if places is not None:
+            for row, (paths, wheres) in enumerate(zip(asked, places.tolist(), strict=True)):
+                for path, where in zip(paths, wheres, strict=True):
+                    if path[0] == 9:  # zeros are padding
+                        assert above[0][row][where] == path[:-1]
+        above[0] = asked
+        safe = prefixes.clone()
+        safe[:, :, 0] = 9
+        return answer(safe, places)
+
+    candidates = expand(step, torch.tensor([9, 9, 9]), nodes=7, depth=DEPTH)
+    for row in range(3):
+        best = sorted(all_scores(known_row(known), row).values(), reverse=True)[:7]
+        assert sorted(found_in(candidates, row).values(), reverse=True)[:7] == pytest.approx(best, abs=1e-5)
+
+
+def test_nothing_likely_leaves_no_prefix() -> None:
+    candidates = expand(stepper(table(2, 0.1)), torch.tensor([9, 9]), nodes=5, depth=DEPTH, floor=0.9)
+    assert candidates.tokens.shape == candidates.scores.shape == (2, 0)
+
+
+def known_row(known):
+    return {prefix: steps.log_softmax(-1) for prefix, steps in known.items()}
+
+
+def test_a_large_vocabulary_against_tensor_operations() -> None:
+    generator = torch.Generator().manual_seed(1)
+    heads = 3.0 * torch.randn(4, 2, 500, generator=generator)
+    mixed = torch.randn(500, 500, generator=generator)
+
+    def step(prefixes, _places):
+        return heads[prefixes.shape[2] - 1].unsqueeze(1) + mixed[prefixes[:, :, -1]]
+
+    roots = torch.tensor([3, 400])
+    fast, slow = expand(step, roots, nodes=32, depth=4), expand_statically(step, roots, 32, 4)
+    for row in range(2):
+        mine, theirs = found_in(fast, row), found_in(slow, row)
+        best = dict(sorted(theirs.items(), key=lambda item: -item[1])[:32])
+        assert {prefix: mine[prefix] for prefix in best} == pytest.approx(best, abs=1e-5)

@@ -62,7 +62,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 # Concrete drafters do not import each other, and what they share imports none of them.
 SHARED_BY_DRAFTERS = {
     *("base", "trainable", "sizes", "borrowed", "layers", "context", "predictor", "host"),
-    *("expand", "chain", "heads", "block", "session", "frames"),
+    *("expand", "grow", "chain", "heads", "block", "session", "frames", "tokenframes"),
 }
 PART_OF_DRAFTER = {"config": "ctc", "pairs": "eagle", "rollout": "eagle", "linear": "ctc", "vocabulary": "ctc"}
 

@@ -55,6 +55,13 @@ def test_they_never_change_the_output(name: str, batch: int, nodes: int) -> None
 
 
 @pytest.mark.parametrize("name", PEERS)
+def test_nor_when_nothing_is_likely_enough_to_draft(name: str) -> None:
+    target = tiny_target()
+    expected = plain_generate(target, PROMPTS, max_new_tokens=5).tokens
+    assert generate(target, fresh(target, name), PROMPTS, max_new_tokens=5, nodes=8, floor=0.999).tokens == expected
+
+
+@pytest.mark.parametrize("name", PEERS)
 def test_bfloat16_runs(name: str, tmp_path: Path) -> None:
     target = tiny_target(dtype=torch.bfloat16)
     drafter = fresh(target, name).to(torch.bfloat16)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -12,6 +13,9 @@ from torch import nn
 from ctc_drafter.ctc.search import prefix_search
 from ctc_drafter.drafters.predictor import Predictor
 from ctc_drafter.types import Candidates
+
+if TYPE_CHECKING:
+    from ctc_drafter.ctc.best_first import LowRankBias
 
 # (frame logits [N, F, V], blank logits [N, F], root int64 [N], block output at the root [N, H], nodes, floor)
 Search = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int, float], Candidates]
@@ -45,11 +49,9 @@ def borrow_search(
 
 def best_first(predictor: Predictor | None, depth: int, embed: nn.Module, vocabulary: torch.Tensor | None) -> Search:
     """The search for a CPU; what the predictor makes of every token is worked out here."""
-    from ctc_drafter.ctc.best_first import LowRankBias, best_prefixes
+    from ctc_drafter.ctc.best_first import best_prefixes
 
-    nothing = torch.zeros(0, 0)
-    tables = (*(nothing,) * 4, torch.zeros(0), nothing) if predictor is None else predictor.tables(embed)
-    bias = LowRankBias(*(table.contiguous().numpy() for table in tables))
+    bias = low_rank_bias(predictor, embed)
 
     def search(
         tokens: torch.Tensor, blanks: torch.Tensor, root: torch.Tensor, start: torch.Tensor, nodes: int, floor: float
@@ -68,6 +70,16 @@ def best_first(predictor: Predictor | None, depth: int, embed: nn.Module, vocabu
         )
 
     return search
+
+
+@torch.no_grad()
+def low_rank_bias(predictor: Predictor | None, embed: nn.Module) -> LowRankBias:
+    """What the searches on a CPU read of a predictor; of rank 0 without one."""
+    from ctc_drafter.ctc.best_first import LowRankBias
+
+    nothing = torch.zeros(0, 0)
+    tables = (*(nothing,) * 4, torch.zeros(0), nothing) if predictor is None else predictor.tables(embed)
+    return LowRankBias(*(table.contiguous().numpy() for table in tables))
 
 
 def level_by_level(

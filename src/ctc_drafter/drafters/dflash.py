@@ -14,10 +14,10 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from ctc_drafter.drafters.block import BlockModel, frame_logits
-from ctc_drafter.drafters.chain import StepwiseDrafter
+from ctc_drafter.drafters.block import frame_logits
 from ctc_drafter.drafters.expand import Step
 from ctc_drafter.drafters.sizes import BlockConfig
+from ctc_drafter.drafters.tokenframes import TokenFrames
 
 
 class DFlashConfig(BlockConfig):
@@ -26,7 +26,7 @@ class DFlashConfig(BlockConfig):
     model_type = "dflash_drafter"
 
 
-class DFlashDrafter(StepwiseDrafter, BlockModel):
+class DFlashDrafter(TokenFrames):
     """Independent frames, one a token."""
 
     config_class = DFlashConfig
@@ -34,6 +34,7 @@ class DFlashDrafter(StepwiseDrafter, BlockModel):
 
     def __init__(self, config: DFlashConfig):
         super().__init__(config)
+        self.predictor = None
         self.post_init()
 
     def steps(self, blocks: torch.Tensor, embed: nn.Module, outputs: Sequence[nn.Module]) -> Step:

@@ -15,11 +15,11 @@ import torch
 from torch import nn
 from torch.nn import functional as fn
 
-from ctc_drafter.drafters.block import BlockModel, frame_logits
-from ctc_drafter.drafters.chain import StepwiseDrafter
+from ctc_drafter.drafters.block import frame_logits
 from ctc_drafter.drafters.expand import Step
 from ctc_drafter.drafters.predictor import Predictor
 from ctc_drafter.drafters.sizes import BlockConfig
+from ctc_drafter.drafters.tokenframes import TokenFrames
 from ctc_drafter.types import UserError
 
 
@@ -41,11 +41,12 @@ class DSparkConfig(BlockConfig):
             raise UserError(f"predictor_rank is {self.predictor_rank}; give at least 1, or train dflash")
 
 
-class DSparkDrafter(StepwiseDrafter, BlockModel):
+class DSparkDrafter(TokenFrames):
     """Frames that know the tokens before them through a bias."""
 
     config_class = DSparkConfig
     config: DSparkConfig
+    predictor: Predictor
 
     def __init__(self, config: DSparkConfig):
         super().__init__(config)
