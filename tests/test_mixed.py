@@ -13,7 +13,8 @@ PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6], [2, 7], [8, 2, 8, 1], [5], [31, 41, 59], [6
 NEW = 16
 SEEDS = [4, 8, 15, 16, 23, 42]
 HOT = Sampled(SEEDS, warpers(temperature=1.3, top_p=0.9))
-CHOOSERS = [ARGMAX, HOT, ARGMAX, Greedy(LogitsProcessorList([NoRepeatNGramLogitsProcessor(1)])), HOT, Sampled(SEEDS)]
+ONCE = Greedy(LogitsProcessorList([NoRepeatNGramLogitsProcessor(1)]))
+CHOOSERS = [ARGMAX, HOT, ONCE, ARGMAX, HOT, Sampled(SEEDS)]  # groups whose order is not its own inverse
 
 
 def alone(target):
