@@ -45,8 +45,9 @@ class Variant:
 FULL = {"loss": "ctc"}
 BARE = {"predictor_rank": 0}
 BASE = Recipe("ctc")
-CE, CE_PREDICTOR = Recipe("dflash"), Recipe("dspark", {"predictor_width": 256})
-LINEAR_CE = Recipe("medusa", {"own_outputs": False})
+TEXT = {"loss": "prefix", "loss_decay": 0.8}  # cross-entropy, weighted as ours, whatever the method's authors do
+CE, CE_PREDICTOR = Recipe("dflash", {}, TEXT), Recipe("dspark", {"predictor_width": 256}, TEXT)
+LINEAR_CE = Recipe("medusa", {"own_outputs": False}, TEXT)
 
 
 def variants() -> tuple[Variant, ...]:

@@ -24,7 +24,7 @@ from ctc_drafter.train.settings import TrainSettings
 from ctc_drafter.train.trainer import train_drafter
 from ctc_drafter.types import UserError
 
-# The same for all: longest draft, text, steps, learning rate. A minute each on two cores.
+# The same for all: longest draft, text, steps, learning rate; losses are the methods' own. A minute each on two cores.
 SIZES: dict[str, Any] = {"draft_length": 5, "frames": 6}
 TRAINING: dict[str, Any] = {
     "steps": 160,
@@ -113,10 +113,13 @@ def train_one(
     steps: int | None = None,
 ) -> Entry:
     """Trains one recipe, or goes on with it."""
-    known = trained_method(recipe.method).drafter.config_class.__dataclass_fields__
+    method = trained_method(recipe.method)
+    known = method.drafter.config_class.__dataclass_fields__
     sizes = {key: size for key, size in SIZES.items() if key in known} | dict(recipe.sizes)
     drafter = fresh_drafter(target, tokenizer, 0, recipe.method, **sizes)
-    given = TRAINING | {"progress": False} | dict(recipe.training) | ({"steps": steps} if steps else {})
+    given = (
+        TRAINING | method.training | {"progress": False} | dict(recipe.training) | ({"steps": steps} if steps else {})
+    )
     train_drafter(target, drafter, rows, None, out, TrainSettings.parse(given))
     return Entry(ready(drafter, target), facts(drafter, out))
 
