@@ -17,7 +17,7 @@ demo: $(STAMP) ## plain and CTC decoding of three prompts on the shipped model
 	$(BIN)/ctc-drafter demo
 
 test: $(STAMP) ## fast tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 test-slow: $(STAMP) ## tests that take minutes
 	$(BIN)/python -m pytest -m slow --timeout 3600
