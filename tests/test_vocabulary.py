@@ -141,3 +141,24 @@ def test_output_is_the_targets_and_drafts_are_of_the_vocabulary(tmp_path):
 def test_a_vocabulary_larger_than_the_targets_is_refused():
     with pytest.raises(UserError, match="draft_vocab_size 98 must lie between 0 and 97"):
         tiny_drafter(tiny_target(), draft_vocab_size=98)
+
+
+def test_a_pruned_drafter_is_the_whole_one_with_fewer_tokens(tmp_path):
+    target, tokens = tiny_target(), torch.arange(2, VOCABULARY, 5)
+    whole = tiny_drafter(target)
+    pruned = whole.pruned(tokens)
+    state = prefill(target, [[5, 9, 11]], whole.feature_layers)
+    drafts = []
+    for drafter in (whole, pruned):
+        session = drafter.begin(target.embed, target.head, 1)
+        session.extend(state.tokens, state.features, state.lengths)
+        with torch.inference_mode():
+            drafts.append(session.propose(torch.tensor([7]), VOCABULARY))
+    firsts = [candidates.tokens[0][candidates.depths[0] == 1].tolist() for candidates in drafts]
+    kept = [token for token in firsts[0] if token in set(tokens.tolist())]
+    assert [token for token in firsts[1] if token in set(kept)] == kept  # a frame ranks them as before
+    again = pruned.pruned(tokens[::2])
+    assert torch.equal(again.vocabulary, tokens[::2])
+    assert torch.equal(again.predictor.output.weight, whole.predictor.output.weight[tokens[::2]])
+    with pytest.raises(UserError, match="does not draft some of these tokens"):
+        pruned.pruned(torch.tensor([1, 2]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import cast
 
 import torch
@@ -47,6 +48,20 @@ class CTCDrafter(FramesModel):
         """Drafts these tokens from now on: sorted ids `int64 [V]`, `draft_vocab_size` of them. For fresh drafters."""
         offsets = cast(torch.Tensor, self.d2t)
         offsets.copy_(tokens.to(offsets.device) - torch.arange(len(offsets), device=offsets.device))
+
+    @torch.no_grad()
+    def pruned(self, tokens: torch.Tensor) -> CTCDrafter:
+        """The same drafter that drafts these tokens alone: sorted ids `int64 [V]`, all of its own vocabulary."""
+        columns = tokens if self.vocabulary is None else columns_of(tokens, self.vocabulary)
+        if (columns < 0).any():
+            raise UserError("the drafter does not draft some of these tokens; prune one that drafts them all")
+        config = copy.deepcopy(self.config)
+        config.draft_vocab_size = len(tokens)
+        narrow, weights = type(self)(config), {k: v for k, v in self.state_dict().items() if k != "d2t"}
+        if self.predictor is not None:
+            weights["predictor.output.weight"] = weights["predictor.output.weight"][columns]
+        narrow.load_state_dict(weights | {"d2t": tokens - torch.arange(len(tokens), device=tokens.device)})
+        return narrow.to(self.device, self.dtype).eval()
 
     def narrowed(self, head: nn.Module) -> nn.Module:
         return head if self.vocabulary is None else narrow_head(head, self.vocabulary)

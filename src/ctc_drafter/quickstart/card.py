@@ -5,15 +5,21 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 from safetensors import safe_open
+from transformers import PreTrainedTokenizerBase
 
 from ctc_drafter.decode.generate import plain_generate
-from ctc_drafter.load import load_target
+from ctc_drafter.drafters.config import CTCDrafterConfig
+from ctc_drafter.drafters.ctc import CTCDrafter
+from ctc_drafter.load import load_drafter, load_target
 from ctc_drafter.quickstart.corpus import MIX, read_source
 from ctc_drafter.quickstart.pretrain import PHASES, TOKENS_PER_STEP
+from ctc_drafter.target import Target
 from ctc_drafter.text import decode, encode_conversation, eos_ids
+from ctc_drafter.train.data import DistilledDataset
+from ctc_drafter.train.validate import offline_beta
 
 SOURCES = {
     "gsm8k_train": ("openai/grade-school-math", "MIT"),
@@ -36,6 +42,7 @@ SOURCES = {
 }
 
 SAMPLE_TOKENS = 96
+BETA_POSITIONS = 3000
 
 HEAD = """# Quickstart target and drafter
 
@@ -48,12 +55,16 @@ text that the target itself wrote. Both are stored in bfloat16.
 """
 
 
-def write_card(corpus: Path, work: Path, out: Path) -> None:
-    """Writes `out/README.md` from the run's own figures and ten samples of the packaged target."""
+def write_card(corpus: Path, work: Path, out: Path, held_out: DistilledDataset) -> None:
+    """Writes `out/README.md` from the run's own figures, the packaged drafter's β and ten samples of its target."""
     perplexity = json.loads((work / "perplexity.json").read_text())
     log = [json.loads(line) for line in (work / "drafter" / "train_log.jsonl").read_text().splitlines()]
     sizes = {f"{part}_m": parameters(out / part / "model.safetensors") / 1e6 for part in ("target", "drafter")}
-    parts = [HEAD.format(**sizes), data_table(perplexity), beta_table(log), *samples(corpus, out / "target")]
+    target, tokenizer = load_target(str(out / "target"), "float32", "cpu")
+    drafter = cast(CTCDrafter, load_drafter(str(out / "drafter"), target, tokenizer))
+    beta = offline_beta(target, drafter, held_out, max_positions=BETA_POSITIONS, max_rows=len(held_out))
+    drafted = beta_table(log[-1]["step"], drafter.config, beta)
+    parts = [HEAD.format(**sizes), data_table(perplexity), drafted, *samples(corpus, target, tokenizer)]
     (out / "README.md").write_text("\n".join(parts), encoding="utf-8")
 
 
@@ -73,22 +84,21 @@ def data_table(perplexity: dict[str, float]) -> str:
     return "\n".join([*rows, "in float32.\n"])
 
 
-def beta_table(log: list[dict[str, Any]]) -> str:
-    last = [entry for entry in log if any(key.startswith("eval_beta") for key in entry)][-1]
-    keys = [key for key in last if key.startswith("eval_beta_")]
+def beta_table(steps: int, config: CTCDrafterConfig, beta: dict[str, float]) -> str:
     rows = [
-        f"## The drafter after {last['step']} steps\n",
-        "Tokens per verification on held-out answers of the target, by nodes of the tree:\n",
-        "| " + " | ".join(key.removeprefix("eval_beta_") for key in keys) + " |",
-        "|---" * len(keys) + "|",
-        "| " + " | ".join(f"{last[key]:.2f}" for key in keys) + " |\n",
+        f"## The drafter after {steps} steps\n",
+        f"It drafts {config.draft_vocab_size:,} of the {config.vocab_size:,} tokens, the most frequent in the answers",
+        f"that it learnt from. Tokens per verification at {BETA_POSITIONS:,} places of held-out answers of the target,",
+        "by nodes of the tree:\n",
+        "| " + " | ".join(beta) + " |",
+        "|---" * len(beta) + "|",
+        "| " + " | ".join(f"{value:.2f}" for value in beta.values()) + " |\n",
     ]
     return "\n".join(rows)
 
 
-def samples(corpus: Path, target_dir: Path) -> list[str]:
+def samples(corpus: Path, target: Target, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Ten unedited greedy answers to held-out prompts, the first of each source in turn."""
-    target, tokenizer = load_target(str(target_dir), "float32", "cpu")
     questions = []
     for take in range(2):
         for source in MIX:
