@@ -21,7 +21,7 @@ from ctc_drafter.target import Target
 from ctc_drafter.types import UserError
 
 DEFAULT_NODES = 8
-DEFAULT_FLOOR = 0.05
+DEFAULT_FLOOR = 0.1
 NO_CRITERIA = StoppingCriteriaList()
 
 
