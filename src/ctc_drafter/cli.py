@@ -33,7 +33,7 @@ NodesOption = Annotated[
 ]
 FloorOption = Annotated[
     float | None,
-    typer.Option("--floor", min=0.0, max=0.99, help="Least likely draft that is checked.", show_default="0.05"),
+    typer.Option("--floor", min=0.0, max=0.99, help="Least likely draft that is checked.", show_default="0.1"),
 ]
 NewTokensOption = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer, in tokens.")]
 BatchOption = Annotated[int, typer.Option("--batch-size", min=1, help="Prompts decoded together.")]
