@@ -11,7 +11,7 @@ from ctc_drafter.cli import app, main
 from ctc_drafter.decode.generate import DEFAULT_FLOOR, DEFAULT_NODES
 from tiny_models import save_pair, tiny_llama, tiny_tokenizer
 
-COMMANDS = ("demo", "generate", "eval", "bench", "report", "exactness", "distill", "train", "serve")
+COMMANDS = ("demo", "generate", "profile", "eval", "bench", "report", "exactness", "distill", "train", "serve")
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +130,23 @@ def test_exactness_writes_and_shows_results(models: list[str], tasks_path: str, 
     assert (result["meta"]["drafter"] is None) == (drafts == "made up")
     assert [(row["outputs"], row["different"]) for row in result["rows"]] == [(4, 0)] * 4
     assert "trees of 5" in capfd.readouterr().out
+
+
+def test_a_budget_is_measured_and_used(models: list[str], tasks_path: str, tmp_path: Path, monkeypatch, capfd) -> None:
+    monkeypatch.setenv("CTC_DRAFTER_CACHE", str(tmp_path / "cache"))
+    assert main(["profile", *models, "--nodes", "2", "--json", str(tmp_path / "steps.json")]) == 0
+    shown, (file,) = capfd.readouterr().out, (tmp_path / "cache").iterdir()
+    assert "2 nodes" in shown
+    times = json.loads((tmp_path / "steps.json").read_text())
+    assert times["times"] == json.loads(file.read_text())
+    assert {"commit", "hardware", "dtype", "threads"} <= set(times["meta"])
+    more = ["--limit", "1", "--max-new-tokens", "4", "--nodes", "2", "--budget", "--json", str(tmp_path / "out.json")]
+    assert main(["eval", *models, "--tasks", "gsm8k", "--tasks-path", tasks_path, *more]) == 0
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert [row["nodes"] for row in rows] == [None, 2, "budget"]
+    assert all(row["identical"] == row["compared"] == 1 for row in rows)
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+    assert main(["generate", *models, "--prompt", "the cat", "--max-new-tokens", "4", "--nodes", "2", "--budget"]) == 0
 
 
 def test_demo_without_a_terminal(models: list[str], capfd: pytest.CaptureFixture[str]) -> None:

@@ -31,6 +31,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "decode": {"types", "target", "drafters.base"},
     "train": {"types", "text", "ctc", "target", "drafters", "decode"},
     "methods": {"types", "drafters"},
+    "profile": {"types", "target", "drafters", "decode", "evaluate.environment"},
     # A bench trains small drafters of its own.
     "evaluate": {
         *(
@@ -47,13 +48,13 @@ MAY_IMPORT: dict[str, set[str]] = {
             "load",
         ),
     },
-    "serve": {"types", "text", "target", "drafters", "decode"},
+    "serve": {"types", "text", "target", "drafters", "decode", "profile"},
     "integrations": {"types", "ctc", "target", "drafters"},
     "quickstart": {"types", "text", "ctc", "target", "drafters", "decode", "train", "load"},
     # The rows below serve the command line and the user; nothing above imports them.
     "load": {"types", "text", "layout", "target", "drafters", "methods", "quickstart"},
     "demo": {"types", "text", "target", "drafters", "decode", "quickstart"},
-    "answer": {"types", "text", "target", "drafters", "decode", "evaluate"},
+    "answer": {"types", "text", "target", "drafters", "decode", "evaluate", "profile"},
     "cli": {"*"},
     "__init__": {"types", "ctc", "target", "drafters", "decode"},
 }

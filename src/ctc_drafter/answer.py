@@ -5,11 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TextIO
 
 from transformers import LogitsProcessorList, PreTrainedTokenizerBase, StoppingCriteriaList, StopStringCriteria
 
+from ctc_drafter.decode.budget import Budget
 from ctc_drafter.decode.choose import ARGMAX, Chooser, Sampled, warpers
 from ctc_drafter.decode.generate import Generation, generate, plain_generate
 from ctc_drafter.decode.noise import row_seeds
@@ -19,6 +21,7 @@ from ctc_drafter.decode.writer import OnTokens
 from ctc_drafter.drafters.base import Drafter
 from ctc_drafter.evaluate.run import write_json
 from ctc_drafter.evaluate.tasks import Prompt
+from ctc_drafter.profile import budget_for
 from ctc_drafter.target import Target
 from ctc_drafter.text import TextStream, decode, encode_conversation, eos_ids
 from ctc_drafter.types import UserError
@@ -26,7 +29,8 @@ from ctc_drafter.types import UserError
 
 @dataclass(frozen=True)
 class AnswerSettings:
-    """`raw` leaves the chat template out. Temperature 0 is greedy; `stop` holds texts that end an answer.
+    """`raw` leaves the chat template out. Temperature 0 is greedy; `stop` holds texts that end an answer. With `budget`
+    trees are as large as pays on this machine, up to `nodes`.
 
     Raises `UserError` for contradictions.
     """
@@ -40,6 +44,7 @@ class AnswerSettings:
     top_p: float = 1.0
     seed: int = 0
     stop: tuple[str, ...] = ()
+    budget: bool = False
 
     def __post_init__(self) -> None:
         if not self.temperature and (self.top_k or self.top_p != 1):
@@ -81,7 +86,13 @@ class Answerer:
         }
         if self.drafter is None:
             return plain_generate(self.target, prompts, **options)
-        return generate(self.target, self.drafter, prompts, nodes=self.settings.nodes, **options)
+        return generate(self.target, self.drafter, prompts, nodes=self.settings.nodes, budget=self.budget, **options)
+
+    @cached_property
+    def budget(self) -> Budget | None:
+        if self.drafter is None or not self.settings.budget:
+            return None
+        return budget_for(self.target, self.drafter, self.settings.nodes, self.settings.batch_size)
 
     def chooser(self, numbers: Sequence[int]) -> Chooser:
         if not self.settings.temperature:

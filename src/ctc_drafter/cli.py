@@ -35,6 +35,10 @@ FloorOption = Annotated[
     float | None,
     typer.Option("--floor", min=0.0, max=0.99, help="Least likely draft that is checked.", show_default="0.1"),
 ]
+BudgetOption = Annotated[
+    bool,
+    typer.Option("--budget", help="Trees as large as pays on this machine, up to --nodes; measured at the first use."),
+]
 NewTokensOption = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer, in tokens.")]
 BatchOption = Annotated[int, typer.Option("--batch-size", min=1, help="Prompts decoded together.")]
 ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads.", show_default="PyTorch's")]
@@ -88,6 +92,7 @@ def generate(
     top_k: Annotated[int, typer.Option("--top-k", min=0, help="Sample from so many likeliest tokens; 0: all.")] = 0,
     seed: SeedOption = 0,
     stop: Annotated[list[str] | None, typer.Option("--stop", help="Text that ends an answer; may be repeated.")] = None,
+    budget: BudgetOption = False,
     json_out: JsonOption = None,
 ) -> None:
     """Answers a prompt, or every prompt of a file, in the target's own words."""
@@ -103,7 +108,16 @@ def generate(
         refuse("the prompt is empty; give some text to --prompt")
     check_place(json_out)
     settings = AnswerSettings(
-        max_new_tokens, batch_size, nodes or DEFAULT_NODES, raw, temperature, top_k, top_p, seed, tuple(stop or ())
+        max_new_tokens,
+        batch_size,
+        nodes or DEFAULT_NODES,
+        raw,
+        temperature,
+        top_k,
+        top_p,
+        seed,
+        tuple(stop or ()),
+        budget,
     )
     prompts = read_prompts(prompts_file) if prompts_file else (Prompt("prompt", "prompt", (prompt or "",)),)
     names = (target, None) if plain and target else pair(target, drafter)
@@ -111,6 +125,37 @@ def generate(
     draft = None if plain else load_drafter(names[1], lm, tokenizer)
     details = meta(*names) | ({"drafter": None} if plain else {})
     answer(Answerer(lm, draft, tokenizer, settings), prompts, details, json_out, sys.stdout)
+
+
+@app.command()
+def profile(
+    target: TargetOption = None,
+    drafter: DrafterOption = None,
+    batch_size: BatchOption = 1,
+    nodes: NodesOption = None,
+    dtype: DtypeOption = "float32",
+    device: DeviceOption = "auto",
+    threads: ThreadsOption = None,
+    json_out: JsonOption = None,
+) -> None:
+    """Measures what a step costs on this machine by tree size, and keeps it for --budget."""
+    import torch
+    from rich.console import Console
+
+    from ctc_drafter.decode.generate import DEFAULT_NODES
+    from ctc_drafter.evaluate.run import check_place, write_json
+    from ctc_drafter.load import load_drafter, load_target, pair
+    from ctc_drafter.profile import measured_again, profile_json, profile_table
+
+    check_place(json_out)
+    if threads:
+        torch.set_num_threads(threads)
+    names = pair(target, drafter)
+    lm, tokenizer = load_target(names[0], dtype, device)
+    times = measured_again(lm, load_drafter(names[1], lm, tokenizer), nodes or DEFAULT_NODES, batch_size)
+    if json_out:
+        write_json(json_out, profile_json(times, lm, meta(*names)))
+    Console().print(profile_table(times))
 
 
 @app.command(name="eval")
@@ -128,6 +173,9 @@ def evaluate(
     device: DeviceOption = "auto",
     threads: ThreadsOption = None,
     seed: SeedOption = 0,
+    budget: Annotated[
+        bool, typer.Option("--budget", help="Also trees as large as pays on this machine, up to --nodes.")
+    ] = False,
     json_out: JsonOption = None,
 ) -> None:
     """Measures speed and acceptance against plain decoding, and compares the outputs."""
@@ -140,6 +188,7 @@ def evaluate(
     from ctc_drafter.evaluate.run import evaluate as measure
     from ctc_drafter.evaluate.tasks import read_tasks
     from ctc_drafter.load import load_drafter, load_target, pair
+    from ctc_drafter.profile import budget_for
 
     check_place(json_out)
     chosen = read_tasks(tasks_path, [name.strip() for name in tasks.split(",") if name.strip()])
@@ -158,6 +207,7 @@ def evaluate(
         batch_size=batch_size,
         nodes=nodes or DEFAULT_NODES,
         floor=DEFAULT_FLOOR if floor is None else floor,
+        budget=budget_for(lm, draft, nodes or DEFAULT_NODES, batch_size) if budget else None,
         seed=seed,
         meta=meta(*names),
         save=(lambda value: write_json(json_out, value)) if json_out else None,
@@ -485,6 +535,7 @@ def serve(
     ] = 10.0,
     nodes: NodesOption = None,
     floor: FloorOption = None,
+    budget: BudgetOption = False,
     plain: Annotated[bool, typer.Option("--plain", help="Decode without a drafter.")] = False,
     dtype: DtypeOption = "float32",
     device: DeviceOption = "auto",
@@ -495,6 +546,7 @@ def serve(
 
     from ctc_drafter.decode.generate import DEFAULT_FLOOR, DEFAULT_NODES
     from ctc_drafter.load import load_drafter, load_target, pair
+    from ctc_drafter.profile import budget_for
     from ctc_drafter.serve.run import make_engine
     from ctc_drafter.serve.run import serve as run_server
     from ctc_drafter.serve.service import Limits, Service
@@ -506,7 +558,8 @@ def serve(
     lm, tokenizer = load_target(names[0], dtype, device)
     draft = None if plain else load_drafter(names[1], lm, tokenizer)
     chosen = (nodes or DEFAULT_NODES, DEFAULT_FLOOR if floor is None else floor)
-    engine = make_engine(lm, draft, *chosen, batch_size, queue)
+    pays = budget_for(lm, draft, chosen[0], batch_size) if budget and draft is not None else None
+    engine = make_engine(lm, draft, *chosen, batch_size, queue, pays)
     public = name or (Path(target).name if target and Path(target).is_dir() else target) or "ctc-drafter-quickstart"
     run_server(Service(engine, lm, tokenizer, public, limits), api_key, host, port)
 

@@ -9,17 +9,19 @@ import torch
 from transformers import Cache
 
 from ctc_drafter.decode.accept import follow
+from ctc_drafter.decode.budget import Budget, Pace
 from ctc_drafter.decode.cache import compact
 from ctc_drafter.decode.choose import Chooser
 from ctc_drafter.decode.join import join
+from ctc_drafter.decode.lazy import LazySession
 from ctc_drafter.decode.prefill import prefill
 from ctc_drafter.decode.rows import Row
 from ctc_drafter.decode.stats import Stopwatch
 from ctc_drafter.decode.tree import build_tree
 from ctc_drafter.decode.verify import verify
-from ctc_drafter.drafters.base import Drafter, DraftSession
+from ctc_drafter.drafters.base import Drafter
 from ctc_drafter.target import Target
-from ctc_drafter.types import Acceptance, TokenTree, UserError
+from ctc_drafter.types import Acceptance, Candidates, TokenTree, UserError
 
 
 @dataclass(frozen=True)
@@ -33,13 +35,18 @@ class Step:
 
 @dataclass(frozen=True)
 class Method:
-    """How rows are decoded: by which target and drafter, in which trees, and who chooses the tokens."""
+    """How rows are decoded: by which target and drafter, in which trees, and who chooses the tokens.
+
+    With a budget trees are as large as pays, up to its nodes; without one they have up to `nodes` nodes of probability
+    `floor` and more.
+    """
 
     target: Target
     drafter: Drafter
     nodes: int
     floor: float
     chooser: Chooser
+    budget: Budget | None = None
 
     def __post_init__(self) -> None:
         if self.nodes < 1:
@@ -52,12 +59,13 @@ class Batch:
     """The rows at work, in the order of cache, drafter session, lengths and roots."""
 
     cache: Cache
-    session: DraftSession
+    session: LazySession
     lengths: torch.Tensor  # committed tokens, int64 [B]
     root: torch.Tensor  # newest tokens, int64 [B]
 
     def __init__(self, method: Method, clock: Stopwatch):
         self.method, self.clock = method, clock
+        self.pace = Pace(method.budget) if method.budget else None
         self.rows: list[Row] = []
 
     def admit(self, rows: Sequence[Row]) -> list[int]:
@@ -80,7 +88,7 @@ class Batch:
                 self.lengths = torch.cat([self.lengths, state.lengths])
                 self.root = torch.cat([self.root, root])
             else:
-                self.session = drafter.begin(target.embed, target.head, len(rows))
+                self.session = LazySession(drafter.begin(target.embed, target.head, len(rows)))
                 self.session.extend(state.tokens, state.features, state.lengths)
                 self.cache, self.lengths, self.root = state.cache, state.lengths, root
         self.rows += rows
@@ -105,14 +113,12 @@ class Batch:
 
     def advance(self) -> Step:
         """`step`, with all that it saw."""
-        target, nodes, floor = self.method.target, self.method.nodes, self.method.floor
-        with self.clock("draft"):
-            candidates = self.session.propose(self.root, nodes, floor)
-        with self.clock("tree"):
-            tree = build_tree(self.root, candidates, nodes, floor)
+        tree = self._draft() if self.pace is None else self._draft_what_pays(self.pace)
         with self.clock("verify"):
             slots = self.cache.get_seq_length()
-            verification = verify(target, self.cache, self.lengths, tree, self.method.drafter.feature_layers)
+            verification = verify(
+                self.method.target, self.cache, self.lengths, tree, self.method.drafter.feature_layers
+            )
         with self.clock("accept"):
             acceptance = follow(tree, self.method.chooser.along(tree, verification.logits, self.rows))
             path = acceptance.path[:, : int(acceptance.counts.max()) + 1]
@@ -120,8 +126,33 @@ class Batch:
             compact(self.cache, self.lengths, slots, path, acceptance.counts)
         with self.clock("draft"):
             self.session.extend(*committed(tree.tokens, verification.features, path), acceptance.counts + 1)
+        if self.pace is not None:
+            self.pace.note(slots, tree, acceptance)
         self.lengths, self.root = self.lengths + acceptance.counts + 1, acceptance.bonus
         return Step(tree, verification.logits, acceptance)
+
+    def _draft(self) -> TokenTree:
+        nodes, floor = self.method.nodes, self.method.floor
+        with self.clock("draft"):
+            candidates = self.session.propose(self.root, nodes, floor)
+        with self.clock("tree"):
+            return build_tree(self.root, candidates, nodes, floor)
+
+    def _draft_what_pays(self, pace: Pace) -> TokenTree:
+        slots, rows = self.cache.get_seq_length(), len(self.rows)
+        with self.clock("draft"):
+            if pace.drafts():
+                candidates = self.session.propose(self.root, pace.budget.nodes, pace.floor(rows, slots))
+            else:
+                candidates = nothing(self.root)
+        with self.clock("tree"):
+            return build_tree(self.root, candidates, pace.size(candidates, slots))
+
+
+def nothing(root: torch.Tensor) -> Candidates:
+    """No prefix for any of the roots `int64 [B]`."""
+    none = root.new_empty(len(root), 0)
+    return Candidates(none, none, none, torch.empty(len(root), 0, device=root.device))
 
 
 def committed(

@@ -10,6 +10,7 @@ import torch
 from transformers import Cache, StoppingCriteriaList
 
 from ctc_drafter.decode.batch import Batch, Method
+from ctc_drafter.decode.budget import Budget
 from ctc_drafter.decode.cache import compact
 from ctc_drafter.decode.choose import ARGMAX, Chooser
 from ctc_drafter.decode.prefill import prefill
@@ -45,6 +46,7 @@ def generate(
     max_new_tokens: int,
     nodes: int = DEFAULT_NODES,
     floor: float = DEFAULT_FLOOR,
+    budget: Budget | None = None,
     eos: Collection[int] = (),
     chooser: Chooser = ARGMAX,
     criteria: StoppingCriteriaList = NO_CRITERIA,
@@ -53,7 +55,8 @@ def generate(
 ) -> Generation:
     """The target's continuation of each prompt, drafted in trees of up to `nodes` nodes.
 
-    Prefixes less likely than `floor` are not worth the time that a node adds to a verification. Greedy, or as
+    Prefixes less likely than `floor` are not worth the time that a node adds to a verification. With a `budget` trees
+    are as large as pays on this machine instead, and plain steps are taken where none does. Greedy, or as
     `chooser` says: `Sampled(seeds, warpers(temperature=0.8))`. A row ends at an eos, at `max_new_tokens`, at the
     target's context, or where `criteria` say so.
 
@@ -61,7 +64,7 @@ def generate(
     at different times; a finished row leaves the batch.
     Raises `UserError` for prompts or settings that cannot be decoded.
     """
-    method = Method(target, drafter, nodes, floor, chooser)
+    method = Method(target, drafter, nodes, floor, chooser, budget)
     return run(method, new_rows(target, prompts, max_new_tokens, eos), criteria, on_tokens, timed)
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
+from ctc_drafter.decode.budget import Budget
 from ctc_drafter.decode.choose import ARGMAX, Chooser
 from ctc_drafter.decode.generate import Generation, generate, plain_generate
 from ctc_drafter.drafters.base import Drafter
@@ -17,7 +18,7 @@ from ctc_drafter.methods import method_of
 from ctc_drafter.target import Target
 from ctc_drafter.text import eos_ids
 
-CHAIN = "chain"
+CHAIN, BUDGET = "chain", "budget"
 
 # (prompts as token ids, timed, where to count what trees promised) -> what was generated
 Decode = Callable[[list[list[int]], bool, Calibration | None], Generation]
@@ -25,7 +26,7 @@ Decode = Callable[[list[list[int]], bool, Calibration | None], Generation]
 
 @dataclass(frozen=True)
 class Contender:
-    """A way to decode. nodes: "chain", a tree's size, None for plain decoding."""
+    """A way to decode. nodes: "chain", a tree's size, "budget" for what pays, None for plain decoding."""
 
     method: str
     nodes: int | str | None
@@ -70,6 +71,23 @@ class Decoding:
 
         return Contender(method, nodes, run)
 
+    def budgeted(self, method: str, drafter: Drafter, budget: Budget) -> Contender:
+        """Trees as large as pays, up to the budget's nodes."""
+
+        def run(prompts: list[list[int]], timed: bool, calibration: Calibration | None) -> Generation:
+            return generate(
+                self.target,
+                drafter,
+                prompts,
+                max_new_tokens=self.max_new_tokens,
+                budget=budget,
+                eos=self.eos,
+                chooser=Watched(calibration) if calibration else ARGMAX,
+                timed=timed,
+            )
+
+        return Contender(method, BUDGET, run)
+
     def of_size(self, method: str, drafter: Drafter, nodes: int | str, chooser: Chooser = ARGMAX) -> Contender:
         """A chain, or trees of exactly so many nodes: without a floor, as far as the drafter has as many."""
         if nodes == CHAIN:
@@ -81,6 +99,10 @@ def decoding(target: Target, tokenizer: PreTrainedTokenizerBase, max_new_tokens:
     return Decoding(target, frozenset(eos_ids(target.model, tokenizer)), max_new_tokens)
 
 
-def contenders_of(decoding: Decoding, drafter: Drafter, nodes: int, floor: float) -> list[Contender]:
-    """Plain decoding and the drafter's."""
-    return [decoding.plain(), decoding.drafted(method_of(drafter), drafter, nodes, nodes, floor)]
+def contenders_of(
+    decoding: Decoding, drafter: Drafter, nodes: int, floor: float, budget: Budget | None
+) -> list[Contender]:
+    """Plain decoding and the drafter's, under a budget as well if there is one."""
+    method = method_of(drafter)
+    found = [decoding.plain(), decoding.drafted(method, drafter, nodes, nodes, floor)]
+    return found if budget is None else [*found, decoding.budgeted(method, drafter, budget)]

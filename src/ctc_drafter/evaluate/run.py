@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedTokenizerBase
 
+from ctc_drafter.decode.budget import Budget
 from ctc_drafter.decode.generate import DEFAULT_FLOOR, DEFAULT_NODES
 from ctc_drafter.drafters.base import Drafter
 from ctc_drafter.evaluate.calibration import Calibration
@@ -157,6 +158,7 @@ def evaluate(
     batch_size: int = 1,
     nodes: int = DEFAULT_NODES,
     floor: float = DEFAULT_FLOOR,
+    budget: Budget | None = None,
     seed: int = 0,
     meta: dict[str, Any] | None = None,
     save: Callable[[dict[str, Any]], None] | None = None,
@@ -164,12 +166,12 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measures plain and drafted decoding on the first `limit` prompts of each task.
 
-    Both run in turn on each batch, the order alternating, after a warm-up. Returns `{"meta", "rows"}`, a row per
-    method and task. `identical` of `compared` prompts have, over all turns, plain decoding's very tokens; `skipped`
-    prompts do not fit the target's context. `meta` adds to the meta object. `save` gets the object after every
-    batch. After Ctrl-C the object holds what was finished, and `meta["complete"]` is false.
+    All run in turn on each batch, the order alternating, after a warm-up; with a `budget` trees of its choice too.
+    Returns `{"meta", "rows"}`, a row per method and task. `identical` of `compared` prompts have, over all turns, plain
+    decoding's very tokens; `skipped` prompts do not fit the target's context. `meta` adds to the meta object. `save`
+    gets the object after every batch. After Ctrl-C the object holds what was finished, and `meta["complete"]` is false.
     """
-    contenders = contenders_of(decoding(target, tokenizer, max_new_tokens), drafter, nodes, floor)
+    contenders = contenders_of(decoding(target, tokenizer, max_new_tokens), drafter, nodes, floor, budget)
     bench = Bench(target, tokenizer, contenders, max_new_tokens, batch_size)
     settings = {"seed": seed, "nodes": nodes, "floor": floor, "limit": limit}
     result = {"meta": head(bench, settings) | (meta or {}), "rows": []}

@@ -9,6 +9,7 @@ import socket
 import uvicorn
 
 from ctc_drafter.decode.batch import Method
+from ctc_drafter.decode.budget import Budget
 from ctc_drafter.decode.choose import ARGMAX
 from ctc_drafter.decode.generate import generate
 from ctc_drafter.drafters.base import Drafter
@@ -28,12 +29,20 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def make_engine(
-    target: Target, drafter: Drafter | None, nodes: int, floor: float, batch_size: int, queue: int
+    target: Target,
+    drafter: Drafter | None,
+    nodes: int,
+    floor: float,
+    batch_size: int,
+    queue: int,
+    budget: Budget | None = None,
 ) -> Engine:
     """Not started yet. Both lanes are tried first, so that the first request finds everything compiled."""
     plain = Method(target, Silent(), 1, 0.0, ARGMAX)
     lanes = (
-        {PLAIN: plain} if drafter is None else {"draft": Method(target, drafter, nodes, floor, ARGMAX), PLAIN: plain}
+        {PLAIN: plain}
+        if drafter is None
+        else {"draft": Method(target, drafter, nodes, floor, ARGMAX, budget), PLAIN: plain}
     )
     if drafter is not None:
         generate(target, drafter, [[0, 0]], max_new_tokens=8, nodes=nodes, floor=floor)

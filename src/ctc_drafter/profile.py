@@ -1,0 +1,161 @@
+"""Measures what steps cost on this machine, once for each target, drafter and setting, and remembers it."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import platform
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from pydantic import TypeAdapter
+from rich import box
+from rich.table import Table
+from torch import nn
+
+from ctc_drafter.decode.batch import Batch, Method
+from ctc_drafter.decode.budget import Budget, StepTimes
+from ctc_drafter.decode.choose import ARGMAX
+from ctc_drafter.decode.rows import Row
+from ctc_drafter.decode.stats import Stopwatch
+from ctc_drafter.drafters.base import Drafter
+from ctc_drafter.drafters.silent import Silent
+from ctc_drafter.evaluate.environment import environment
+from ctc_drafter.target import Target
+
+SIZES = (1, 2, 4, 8, 16, 32, 64)
+BATCHES = (1, 4, 16)
+CONTEXTS = (128, 768)
+ROUNDS, WARM = 7, 2
+FILE = TypeAdapter(StepTimes)
+CACHE = "CTC_DRAFTER_CACHE"  # environment variable: another folder than ~/.cache/ctc-drafter
+
+
+def budget_for(target: Target, drafter: Drafter, nodes: int, rows: int) -> Budget:
+    """The budget of this machine for up to `nodes` nodes and `rows` rows; see `step_times`."""
+    return Budget(step_times(target, drafter, nodes, rows), nodes)
+
+
+def step_times(target: Target, drafter: Drafter, nodes: int, rows: int) -> StepTimes:
+    """Times of steps with up to `nodes` nodes and `rows` rows: those on disk, or measured now and written there."""
+    try:
+        return FILE.validate_json(place_of(target, drafter, *grid(nodes, rows)).read_bytes())
+    except (OSError, ValueError):  # none yet, or one that was cut off
+        return measured_again(target, drafter, nodes, rows)
+
+
+def measured_again(target: Target, drafter: Drafter, nodes: int, rows: int) -> StepTimes:
+    """`step_times`, whatever is on disk."""
+    sizes, batches = grid(nodes, rows)
+    times, place = measure(target, drafter, batches=batches, sizes=sizes), place_of(target, drafter, sizes, batches)
+    with contextlib.suppress(OSError):  # a machine that lets nothing be written measures every time
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(FILE.dump_json(times))
+    return times
+
+
+def grid(nodes: int, rows: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Tree sizes and numbers of rows that are measured."""
+    return (*(size for size in SIZES if size < nodes), nodes), (*(size for size in BATCHES if size < rows), rows)
+
+
+def place_of(target: Target, drafter: Drafter, sizes: Sequence[int], batches: Sequence[int]) -> Path:
+    return cache_folder() / f"steps-{key(target, drafter, batches, sizes)}.json"
+
+
+def profile_json(times: StepTimes, target: Target, meta: dict[str, Any]) -> dict[str, Any]:
+    """A results file: where, how and what."""
+    facts = {"dtype": str(target.dtype).removeprefix("torch."), "threads": torch.get_num_threads()}
+    return {"meta": environment() | facts | meta, "times": FILE.dump_python(times)}
+
+
+def profile_table(times: StepTimes) -> Table:
+    """Milliseconds by rows and context: a plain step, then steps by nodes, in plain steps as well."""
+    table = Table(box=box.SIMPLE_HEAD)
+    columns = ["rows", "context", "plain ms", "draft ms", *(f"{size} nodes" for size in times.sizes)]
+    for name in columns:
+        table.add_column(name, justify="right")
+    for b, rows in enumerate(times.batches):
+        for c, context in enumerate(times.contexts):
+            plain = times.plain[b][c]
+            steps = (f"{ms:.2f} ({ms / plain:.2f}x)" for ms in times.whole[b][c])
+            table.add_row(str(rows), str(context), f"{plain:.2f}", f"{times.draft[b][c]:.2f}", *steps)
+    return table
+
+
+def cache_folder() -> Path:
+    return Path(os.environ.get(CACHE) or Path.home() / ".cache" / "ctc-drafter")
+
+
+def key(target: Target, drafter: Drafter, batches: Sequence[int], sizes: Sequence[int]) -> str:
+    """A hash of all that a time depends on and that can be known."""
+    device = torch.cuda.get_device_name(target.device) if target.device.type == "cuda" else platform.processor()
+    config = drafter.config.to_json_string() if hasattr(drafter, "config") else ""
+    kinds = sorted({str(p.dtype) for p in drafter.parameters()}) if isinstance(drafter, nn.Module) else []
+    known = [
+        *(target.model.config.to_json_string(), str(target.dtype), target.cache, type(drafter).__name__, config),
+        *(str(device), platform.machine(), str(os.cpu_count()), str(torch.get_num_threads()), *kinds),
+        *(torch.__version__, transformers.__version__, str(tuple(batches)), str(tuple(sizes))),
+    ]
+    return hashlib.sha256("\\n".join(known).encode()).hexdigest()[:16]
+
+
+@torch.inference_mode()
+def measure(
+    target: Target,
+    drafter: Drafter,
+    *,
+    batches: Sequence[int] = BATCHES,
+    contexts: Sequence[int] = CONTEXTS,
+    sizes: Sequence[int] = SIZES,
+) -> StepTimes:
+    """Median times of whole steps on made-up text, all sizes in turn: a change of the machine hits them alike."""
+    most = target.context - (ROUNDS + WARM) * (max(sizes) + 1) - 1
+    contexts = sorted({max(1, min(context, most)) for context in contexts})
+    cells = [[measure_cell(target, drafter, rows, context, sizes) for context in contexts] for rows in batches]
+    return StepTimes(
+        tuple(batches),
+        tuple(contexts),
+        tuple(sizes),
+        plain=tuple(tuple(cell[0] for cell in line) for line in cells),
+        draft=tuple(tuple(cell[1] for cell in line) for line in cells),
+        whole=tuple(tuple(cell[2] for cell in line) for line in cells),
+    )
+
+
+def measure_cell(
+    target: Target, drafter: Drafter, rows: int, context: int, sizes: Sequence[int]
+) -> tuple[float, float, tuple[float, ...]]:
+    """ms of a plain step, of its drafting part, and of whole steps by size."""
+    methods = [
+        Method(target, Silent(), 1, 0.0, ARGMAX),
+        *(Method(target, drafter, size, 0.0, ARGMAX) for size in sizes),
+    ]
+    clock = Stopwatch(target.device, timed=True)
+    batches = [started(method, rows, context, clock) for method in methods]
+    taken: list[list[float]] = [[] for _ in batches]
+    drafted: list[float] = []
+    for turn in range(WARM + ROUNDS):
+        for place, batch in enumerate(batches):
+            before, begin = clock.total_ms["draft"], time.perf_counter()
+            batch.step()
+            if turn >= WARM:
+                taken[place].append((time.perf_counter() - begin) * 1e3)
+                if place:
+                    drafted.append(clock.total_ms["draft"] - before)
+    plain, *whole = (statistics.median(each) for each in taken)
+    return plain, statistics.median(drafted), tuple(whole)
+
+
+def started(method: Method, rows: int, context: int, clock: Stopwatch) -> Batch:
+    batch = Batch(method, clock)
+    generator = torch.Generator().manual_seed(0)
+    prompts = torch.randint(method.target.vocab_size, (rows, context), generator=generator).tolist()
+    batch.admit([Row(place, prompt, method.target.context) for place, prompt in enumerate(prompts)])
+    return batch

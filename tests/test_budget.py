@@ -1,0 +1,182 @@
+"""Tree sizes that pay: the choice by hand, and decoding under a budget."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from ctc_drafter.decode.accept import follow
+from ctc_drafter.decode.budget import REST, Budget, Pace, StepTimes
+from ctc_drafter.decode.generate import generate, plain_generate
+from ctc_drafter.decode.lazy import LazySession
+from ctc_drafter.decode.prefill import prefill
+from ctc_drafter.decode.tree import build_tree
+from ctc_drafter.profile import CACHE, measure, step_times
+from ctc_drafter.types import Candidates
+from helpers import ScriptedDrafter, tiny_drafter, tiny_target
+
+PROMPTS = [[3, 1, 4, 1, 5], [9, 2, 6]]
+
+
+def times(plain=4.0, draft=1.0, whole=(6.0, 7.0, 9.0), sizes=(1, 2, 4)):
+    return StepTimes((1,), (100,), sizes, ((plain,),), ((draft,),), ((tuple(whole),),))
+
+
+def siblings(*probabilities):
+    """Children of the root, one row."""
+    count = len(probabilities)
+    tokens, ones = torch.arange(count)[None], torch.ones(1, count, dtype=torch.long)
+    return Candidates(tokens, -ones, ones, torch.tensor([probabilities]).log())
+
+
+def test_times_between_the_measured_ones():
+    table = StepTimes(
+        (1, 3),
+        (100, 300),
+        (2,),
+        plain=((4.0, 6.0), (8.0, 12.0)),
+        draft=((1.0, 1.0), (2.0, 2.0)),
+        whole=(((6.0,), (8.0,)), ((14.0,), (18.0,))),
+    )
+    curve = Budget(table, 2).curve(2, 192)  # contexts count in steps of 64
+    share = 0.46
+    assert curve.plain == pytest.approx((4 + 2 * share + 8 + 4 * share) / 2)
+    draft = 1.5
+    assert curve.whole[0] == pytest.approx(curve.plain + draft)
+    assert curve.whole[2] == pytest.approx((6 + 2 * share + 14 + 4 * share) / 2)
+    assert curve.whole[1] == pytest.approx((curve.whole[0] + curve.whole[2]) / 2)
+    assert Budget(table, 2).curve(9, 9000).plain == 12.0
+
+
+def test_noise_never_makes_more_nodes_cheaper():
+    whole = Budget(times(whole=(6.0, 5.0, 9.0)), 4).curve(1, 100).whole
+    assert whole.tolist() == [5.0, 6.0, 6.0, 7.0, 9.0]
+
+
+@pytest.mark.parametrize(
+    ("probabilities", "nodes"),
+    [
+        # A node adds 1 ms, and a ms is worth 1.15 tokens in 4.
+        ((0.5, 0.30, 0.27, 0.1), 2),
+        ((0.9, 0.05, 0.04, 0.01), 1),
+        ((0.28, 0.28, 0.28, 0.28), 0),
+        ((0.45, 0.45, 0.45, 0.45), 4),
+        ((), 0),
+    ],
+)
+def test_nodes_that_bring_more_than_their_time_is_worth(probabilities, nodes):
+    assert Pace(Budget(times(), 4)).size(siblings(*probabilities), 100) == nodes
+
+
+def test_a_node_below_the_floor_never_pays():
+    budget = Budget(times(), 4)
+    floor = budget.curve(1, 100).floor
+    assert floor == pytest.approx((9 - 6) / 3 / 4)
+    pace = Pace(budget)
+    assert pace.size(siblings(0.9, *[0.9 * floor] * 3), 100) == 1
+    assert pace.size(siblings(0.9, *[1.3 * floor] * 3), 100) == 4
+    assert pace.floor(1, 100) < floor
+
+
+def test_drafting_that_does_not_pay_rests_longer_each_time():
+    pace, wrong = Pace(Budget(times(), 4)), []
+    candidates = siblings(0.4, 0.3)
+    tree = build_tree(torch.tensor([0]), candidates, 2)
+    refused = follow(tree, torch.full_like(tree.tokens, 50))
+    for step in range(60):
+        if pace.drafts():
+            wrong.append(step)
+        pace.note(100, tree, refused)
+    rests = [gap - 1 for gap in np.diff(wrong).tolist() if gap > 1]
+    assert rests == [REST, 2 * REST, 4 * REST]
+    assert len(wrong) <= 5 + 2 * len(rests)
+    accepted = follow(tree, torch.tensor([[0, 5, 5]]))
+    assert accepted.counts.tolist() == [1]
+    pace.budget, pace.waiting = Budget(times(whole=(5.0, 5.1, 5.2)), 4), 0
+    for _ in range(20):
+        assert pace.drafts()
+        pace.note(100, tree, accepted)
+    assert pace.gain > 1.2
+    assert (pace.waiting, pace.rest) == (0, REST)
+
+
+@pytest.mark.parametrize("wrong_after", [0, 2, 4])
+def test_output_is_plain_decodings_and_idle_drafters_are_left_alone(wrong_after):
+    target = tiny_target()
+    plain = plain_generate(target, PROMPTS, max_new_tokens=40)
+    texts = [[*prompt, *tokens] for prompt, tokens in zip(PROMPTS, plain.tokens, strict=True)]
+    drafter = ScriptedDrafter(texts, wrong_after)
+    asked = []
+    begin = drafter.begin
+
+    class Counted:
+        def __init__(self, session):
+            self.__dict__.update(session=session)
+
+        def __getattr__(self, name):
+            return getattr(self.session, name)
+
+        def propose(self, root, nodes, floor):
+            asked.append(nodes)
+            return self.session.propose(root, nodes, floor)
+
+    drafter.begin = lambda *args: Counted(begin(*args))
+    budget = Budget(times(), 4)
+    found = generate(target, drafter, PROMPTS, max_new_tokens=40, budget=budget)
+    assert found.tokens == plain.tokens
+    if wrong_after == 0:
+        assert len(asked) <= 12
+    if wrong_after == 4:
+        assert len(asked) >= 0.8 * found.stats.steps / 2
+
+
+def test_a_resting_drafter_catches_up():
+    """A session that took text in at once drafts what one that took it in as it came does."""
+    target = tiny_target()
+    drafter = tiny_drafter(target)
+    text = plain_generate(target, PROMPTS[:1], max_new_tokens=9).tokens[0]
+    state = prefill(target, [PROMPTS[0] + text], drafter.feature_layers)
+    start, end = len(PROMPTS[0]), state.tokens.shape[1]
+    lazy = LazySession(drafter.begin(target.embed, target.head, 1))
+    eager = drafter.begin(target.embed, target.head, 1)
+    with torch.inference_mode():
+        for session in (lazy, eager):
+            session.extend(state.tokens[:, :start], state.features[:, :start], torch.tensor([start]))
+            for i in range(start, end):
+                session.extend(state.tokens[:, i : i + 1], state.features[:, i : i + 1], torch.tensor([1]))
+        assert len(lazy.waiting) == end - start
+        first, second = (session.propose(torch.tensor([7]), 6, 0.0) for session in (lazy, eager))
+    assert torch.equal(first.tokens, second.tokens)
+    torch.testing.assert_close(first.scores, second.scores)
+    assert lazy.waiting == []
+
+
+def test_a_real_drafter_under_a_budget_with_rows_that_leave():
+    target = tiny_target()
+    drafter = tiny_drafter(target)
+    plain = plain_generate(target, PROMPTS, max_new_tokens=30, eos=(7, 11))
+    for cheap in (times(whole=(4.1, 4.2, 4.3)), times(draft=9.0, whole=(20.0, 21.0, 22.0))):
+        found = generate(target, drafter, PROMPTS, max_new_tokens=30, eos=(7, 11), budget=Budget(cheap, 4))
+        assert found.tokens == plain.tokens
+
+
+def test_measured_once(tmp_path, monkeypatch):
+    monkeypatch.setenv(CACHE, str(tmp_path))
+    target = tiny_target()
+    drafter = tiny_drafter(target)
+    first = step_times(target, drafter, nodes=2, rows=2)
+    assert (first.batches, first.sizes) == ((1, 2), (1, 2))
+    assert all(0 < value < math.inf for line in first.plain for value in line)
+    (file,) = tmp_path.iterdir()
+    monkeypatch.setattr("ctc_drafter.profile.measure", None)
+    assert step_times(target, drafter, nodes=2, rows=2) == first
+    file.write_text("{")
+    monkeypatch.setattr("ctc_drafter.profile.measure", lambda *_args, **_more: first)
+    assert step_times(target, drafter, nodes=2, rows=2) == first
+    assert file.read_text() != "{"
+
+
+def test_measures_fit_into_the_context():
+    target = tiny_target()  # of 128 tokens
+    assert measure(target, tiny_drafter(target), batches=(1,), sizes=(1, 2)).contexts == (100,)
