@@ -141,7 +141,7 @@ def test_a_budget_is_measured_and_used(models: list[str], tasks_path: str, tmp_p
     assert times["times"] == json.loads(file.read_text())
     assert {"commit", "hardware", "dtype", "threads"} <= set(times["meta"])
     more = ["--limit", "1", "--max-new-tokens", "4", "--nodes", "2", "--budget", "--json", str(tmp_path / "out.json")]
-    assert main(["eval", *models, "--tasks", "gsm8k", "--tasks-path", tasks_path, *more]) == 0
+    assert main(["eval", *models, "--tasks", "maths", "--tasks-path", tasks_path, *more]) == 0
     rows = json.loads((tmp_path / "out.json").read_text())["rows"]
     assert [row["nodes"] for row in rows] == [None, 2, "budget"]
     assert all(row["identical"] == row["compared"] == 1 for row in rows)
