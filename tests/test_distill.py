@@ -15,7 +15,8 @@ from ctc_drafter.target import Target
 from ctc_drafter.train import distill as distill_module
 from ctc_drafter.train import manifest as manifest_module
 from ctc_drafter.train.data import DistilledDataset, Prompt
-from ctc_drafter.train.distill import Distilled, distill
+from ctc_drafter.train.distill import Sampling, distill
+from ctc_drafter.train.shards import Distilled
 from ctc_drafter.types import UserError
 from tiny_models import tiny_llama, tiny_tokenizer
 
@@ -91,12 +92,13 @@ def test_interrupted_and_repeated(
 def test_sigkill_while_a_shard_is_written(tmp_path: Path, unbroken: dict[str, str]) -> None:
     script = (
         "import os, signal, sys, pathlib, test_distill as t\n"
+        "from ctc_drafter.train import shards\n"
         "lines = [0]\n"
         "def line(prompt, answer):\n"
         "    lines[0] += 1\n"
         "    if lines[0] == 7: os.kill(os.getpid(), signal.SIGKILL)\n"
         "    return real(prompt, answer)\n"
-        "real, t.distill_module._line = t.distill_module._line, line\n"
+        "real, shards._line = shards._line, line\n"
         "t.run(pathlib.Path(sys.argv[1]))\n"
     )
     here = Path(__file__).parent
@@ -205,3 +207,18 @@ def test_unusable_folders(tmp_path: Path) -> None:
     shard.write_text(shard.read_text()[:-20])
     with pytest.raises(UserError, match=r"shard-00001\.jsonl line 4 is damaged; delete this shard"):
         DistilledDataset.load([tmp_path / "a"])
+
+
+def test_drawn_answers_depend_on_seed_and_prompt_alone(tmp_path: Path) -> None:
+    drawn = Sampling(temperature=0.9, top_p=0.95, seed=1)
+    first = run(tmp_path / "a", sampling=drawn, batch_size=2)
+    assert run(tmp_path / "b", PROMPTS[:4], sampling=drawn, batch_size=3).rows == 4
+    shards = [contents(tmp_path / name)["shard-00000.jsonl"] for name in "ab"]
+    assert shards[0] == shards[1]
+    run(tmp_path / "c", sampling=Sampling(temperature=0.9, top_p=0.95, seed=2))
+    assert contents(tmp_path / "c")["shard-00000.jsonl"] != shards[0]
+    assert 0 < first.cut < first.rows
+    with pytest.raises(UserError, match="seed was 1, is now 0"):
+        run(tmp_path / "a", sampling=Sampling(temperature=0.9, top_p=0.95))
+    with pytest.raises(UserError, match="give --temperature"):
+        Sampling(top_p=0.5)

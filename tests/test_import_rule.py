@@ -55,6 +55,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "load": {"types", "text", "layout", "target", "drafters", "methods", "quickstart"},
     "demo": {"types", "text", "target", "drafters", "decode", "quickstart"},
     "answer": {"types", "text", "target", "drafters", "decode", "evaluate", "profile"},
+    "options": {"types"},
+    "cli_train": {"*"},
     "cli": {"*"},
     "__init__": {"types", "ctc", "target", "drafters", "decode"},
 }

@@ -20,7 +20,7 @@ TALK = [
 ]
 
 
-def texts(path: Path, **options) -> list[str]:
+def texts(path: Path | str, **options) -> list[str]:
     tokenizer = tiny_tokenizer()
     return sorted(tokenizer.decode(prompt.ids) for prompt in read_prompts(path, tokenizer, **options).prompts)
 
@@ -128,3 +128,41 @@ def test_cuts_end_inside_answers_and_texts(tmp_path: Path) -> None:
     assert asked == sorted([opening, opening + "the", opening + "the cat", "<|bos|>a", "<|bos|>a hat"])
     assert len(texts(file, cuts=1)) == 4
     assert texts(file, cuts=1) == texts(file, cuts=1)
+
+
+def test_a_json_list_and_a_text_file(tmp_path: Path) -> None:
+    opening = "<|bos|><|user|>{}<|end|><|assistant|>"
+    share = [{"conversations": [{"from": "human", "value": "the cat"}]}, {"instruction": "the hat"}, 7]
+    (tmp_path / "share.json").write_text(json.dumps(share))
+    (tmp_path / "lines.txt").write_bytes(b"the mat\n\nno \xff text\nsat\n")
+    assert texts(tmp_path / "share.json") == sorted(map(opening.format, ["the cat", "the hat"]))
+    assert texts(tmp_path / "lines.txt") == sorted(map(opening.format, ["the mat", "sat"]))
+    found = read_prompts(tmp_path / "lines.txt", tiny_tokenizer())
+    assert sum(n for reason, n in found.counts.items() if reason.startswith("bad")) == 1
+    with pytest.raises(UserError, match="no usable files"):
+        read_prompts(tmp_path, tiny_tokenizer())
+
+
+def test_a_data_set_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder of that name stands for the hub: the same library reads both."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    Path("some/chats").mkdir(parents=True)
+    write_jsonl(Path("some/chats/train.jsonl"), [{"prompt": "the cat"}, {"messages": TALK[:1]}, {"turns": ["hat"]}])
+    write_jsonl(Path("some/chats/test.jsonl"), [{"prompt": "held back"}])
+    opening = "<|bos|><|user|>{}<|end|><|assistant|>"
+    assert texts("hub:some/chats") == sorted(map(opening.format, ["the cat", "hat"]))
+    assert texts("hub:some/chats:test") == [opening.format("held back")]
+    for wrong, said in (("hub:chats", "names no data set; write hub:owner/name"), ("hub:some/chats:dev", "dev")):
+        with pytest.raises(UserError, match=said):
+            read_prompts(wrong, tiny_tokenizer())
+
+
+def test_a_template_that_opens_no_answer(tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "the cat"}])
+    closed = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
+    with pytest.raises(UserError, match=r"no generation prompt \('<\|assistant\|>' must stand.*--chat-template"):
+        read_prompts(file, tiny_tokenizer(closed))
+    llama2 = "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %} {{ m.content }}"
+    assert read_prompts(file, tiny_tokenizer(llama2 + "<|end|>{% endif %}{% endfor %}")).prompts

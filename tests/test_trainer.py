@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 
 from ctc_drafter.drafters.ctc import CTCDrafter
 from ctc_drafter.train import trainer as trainer_module
-from ctc_drafter.train.data import DistilledDataset, collate
-from ctc_drafter.train.manifest import config_hash
+from ctc_drafter.train.data import DistilledDataset, DistilledRow, collate
+from ctc_drafter.train.manifest import config_hash, weights_hash
 from ctc_drafter.train.settings import TrainSettings
 from ctc_drafter.train.trainer import DrafterTrainer, Trained, train_drafter
 from ctc_drafter.types import UserError
@@ -148,10 +148,21 @@ def test_data_of_another_target(tmp_path: Path) -> None:
     target, drafter = pair()
     rows = written_rows(target, 2).rows
     other = DistilledDataset(rows, {"config": "x", "target": "some-model"})
-    with pytest.raises(UserError, match="written by another target \\(some-model\\); distill again"):
+    with pytest.raises(
+        UserError, match="another target \\(some-model\\): the configuration is not the same; distill again"
+    ):
         train_drafter(target, drafter, other, None, tmp_path, settings(steps=1))
     own = DistilledDataset(rows, {"config": config_hash(target.model.config)})
     assert train_drafter(target, drafter, own, None, tmp_path, settings(steps=1)).steps == 1
+    own.manifest["weights"] = weights_hash(target.model)
+    assert train_drafter(target, drafter, own, None, tmp_path, settings(steps=1)).steps == 1
+    with torch.no_grad():
+        next(target.model.parameters()).mul_(1.5)
+    with pytest.raises(UserError, match="the weights are not the same"):
+        train_drafter(target, drafter, own, None, tmp_path, settings(steps=1))
+    strange = DistilledRow(torch.tensor([1, 2, 97], dtype=torch.int32), 1, 0)
+    with pytest.raises(UserError, match="hold token 97, the target's vocabulary ends at 96"):
+        train_drafter(target, drafter, DistilledDataset([strange]), None, tmp_path, settings(steps=1))
     with pytest.raises(UserError, match="no training rows"):
         train_drafter(target, drafter, DistilledDataset([]), None, tmp_path, settings(steps=1))
 

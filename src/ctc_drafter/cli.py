@@ -5,9 +5,27 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any
 
 import typer
+
+from ctc_drafter.cli_train import distill, train
+from ctc_drafter.options import (
+    BatchOption,
+    BudgetOption,
+    DeviceOption,
+    DrafterOption,
+    DtypeOption,
+    FloorOption,
+    JsonOption,
+    LimitOption,
+    NewTokensOption,
+    NodesOption,
+    SeedOption,
+    TargetOption,
+    ThreadsOption,
+    refuse,
+)
 
 app = typer.Typer(
     help="Lossless speculative decoding with a CTC drafter.",
@@ -15,36 +33,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-Dtype = Literal["float32", "bfloat16", "float16"]
-Device = Literal["auto", "cpu", "cuda"]
-
-TargetOption = Annotated[
-    str | None, typer.Option("--target", help="Target: folder or hub id. Default: the shipped one.")
-]
-DrafterOption = Annotated[
-    str | None,
-    typer.Option("--drafter", help="Its drafter: folder, hub id or prompt_lookup. Default: the shipped one."),
-]
-DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Number format of target and drafter.")]
-DeviceOption = Annotated[Device, typer.Option("--device", help="Where to run; auto takes CUDA if there is one.")]
-NodesOption = Annotated[
-    int | None, typer.Option("--nodes", min=1, help="Drafted tokens that one verification checks.", show_default="8")
-]
-FloorOption = Annotated[
-    float | None,
-    typer.Option("--floor", min=0.0, max=0.99, help="Least likely draft that is checked.", show_default="0.1"),
-]
-BudgetOption = Annotated[
-    bool,
-    typer.Option("--budget", help="Trees as large as pays on this machine, up to --nodes; measured at the first use."),
-]
-NewTokensOption = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer, in tokens.")]
-BatchOption = Annotated[int, typer.Option("--batch-size", min=1, help="Prompts decoded together.")]
-ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads.", show_default="PyTorch's")]
-JsonOption = Annotated[Path | None, typer.Option("--json", help="Write the results to this file.")]
-LimitOption = Annotated[int | None, typer.Option("--limit", min=1, help="First prompts only.", show_default="all")]
-SeedOption = Annotated[int, typer.Option("--seed", help="Seed of everything random.")]
 
 
 @app.command()
@@ -382,130 +370,8 @@ def exactness(
     Console().print(exactness_table(result))
 
 
-@app.command()
-def distill(
-    prompts: Annotated[Path, typer.Option("--prompts", help="JSONL file (.gz too), or a folder of them.")],
-    out: Annotated[Path, typer.Option("--out", help="Folder for the answers; the same command resumes it.")],
-    target: TargetOption = None,
-    pattern: Annotated[str, typer.Option("--pattern", help="Names of the files to read.")] = "*",
-    limit: LimitOption = None,
-    per_file: Annotated[
-        int | None, typer.Option("--per-file", min=1, help="Prompts taken from each file.", show_default="all")
-    ] = None,
-    max_prompt_tokens: Annotated[
-        int | None, typer.Option("--max-prompt-tokens", min=1, help="Longer prompts are left out.", show_default="any")
-    ] = None,
-    cuts: Annotated[int, typer.Option("--cuts", min=0, help="Further prompts per row that end in its answer.")] = 0,
-    max_new_tokens: NewTokensOption = 256,
-    batch_size: BatchOption = 16,
-    shard_size: Annotated[int, typer.Option("--shard-size", min=1, help="Answers in a file.")] = 256,
-    seed: SeedOption = 0,
-    dtype: DtypeOption = "float32",
-    device: DeviceOption = "auto",
-) -> None:
-    """Lets the target answer prompts: the text that a drafter is trained on."""
-    from ctc_drafter.load import load_target
-    from ctc_drafter.train.data import read_prompts
-    from ctc_drafter.train.distill import distill as run_distill
-
-    lm, tokenizer = load_target(target, dtype, device)
-    found = read_prompts(
-        prompts,
-        tokenizer,
-        pattern=pattern,
-        limit=limit,
-        per_file=per_file,
-        max_prompt_tokens=max_prompt_tokens,
-        cuts=cuts,
-        seed=seed,
-    )
-    done = run_distill(
-        lm,
-        tokenizer,
-        found.prompts,
-        out,
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-        shard_size=shard_size,
-        name=target or "shipped",
-    )
-    print(
-        f"{out}: {done.rows} answers with {done.tokens} tokens in {done.seconds:.0f} s, {done.found} were there, "
-        f"{done.too_long} prompts were too long"
-    )
-
-
-@app.command()
-def train(
-    data: Annotated[list[Path], typer.Option("--data", help="Folder that distill wrote; may be repeated.")],
-    out: Annotated[Path, typer.Option("--out", help="Folder for the drafter; the same command resumes it.")],
-    target: TargetOption = None,
-    method: Annotated[
-        str,
-        typer.Option("--method", help="ctc, ctc-paper, medusa, hydra, hydra++, dflash, dspark or eagle."),
-    ] = "ctc",
-    steps: Annotated[int | None, typer.Option("--steps", help="Optimizer steps.", show_default="by --epochs")] = None,
-    epochs: Annotated[float | None, typer.Option("--epochs", help="Passes over the data.")] = None,
-    learning_rate: Annotated[float | None, typer.Option("--learning-rate", help="Peak learning rate.")] = None,
-    batch_size: Annotated[int | None, typer.Option("--batch-size", help="Rows of a forward pass.")] = None,
-    anchors: Annotated[int | None, typer.Option("--anchors", help="Positions of a row that a step learns.")] = None,
-    loss: Annotated[
-        Literal["prefix", "ctc", "teacher"] | None,
-        typer.Option(
-            "--loss", help="Prefix, full-sequence CTC, or the target's own probabilities.", show_default="the method's"
-        ),
-    ] = None,
-    bf16: Annotated[bool, typer.Option("--bf16", help="bfloat16 autocast.")] = False,
-    seed: SeedOption = 0,
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", help="NAME=VALUE of any other training setting; may be repeated.")
-    ] = None,
-    frames: Annotated[int | None, typer.Option("--frames", help="CTC frames of a pass.")] = None,
-    draft_length: Annotated[
-        int | None, typer.Option("--draft-length", help="Longest draft, at most the frames.")
-    ] = None,
-    draft_layers: Annotated[int | None, typer.Option("--draft-layers", help="Layers of the drafter.")] = None,
-    predictor_rank: Annotated[int | None, typer.Option("--predictor-rank", help="Of its bias; 0 for none.")] = None,
-    draft_vocabulary: Annotated[
-        int | None,
-        typer.Option("--draft-vocabulary", help="Drafts only that many tokens, the most frequent.", show_default="all"),
-    ] = None,
-    max_length: Annotated[int | None, typer.Option("--max-length", min=2, help="Longer rows lose their end.")] = None,
-    held_out: Annotated[float, typer.Option("--held-out", min=0.0, max=0.5, help="Share of rows for β.")] = 0.02,
-    resume: Annotated[bool, typer.Option("--resume/--no-resume", help="Go on from the newest checkpoint.")] = True,
-    dtype: DtypeOption = "float32",
-    device: DeviceOption = "auto",
-) -> None:
-    """Trains a drafter for the target on its own answers."""
-    from ctc_drafter.load import choose_vocabulary, fresh_drafter, load_target
-    from ctc_drafter.methods import trained_method
-    from ctc_drafter.train.data import DistilledDataset
-    from ctc_drafter.train.settings import TrainSettings
-    from ctc_drafter.train.trainer import train_drafter
-
-    named: dict[str, Any] = {"steps": steps, "epochs": epochs, "learning_rate": learning_rate, "batch_size": batch_size}
-    named |= {"anchors": anchors, "loss": loss, "bf16": bf16 or None, "seed": seed}
-    given = pairs(settings or []) | {k: v for k, v in named.items() if v is not None}
-    chosen = TrainSettings.parse(trained_method(method).training | given)
-    lm, tokenizer = load_target(target, dtype, device)
-    rows, held = DistilledDataset.load(data, max_length).split(held_out)
-    draft = fresh_drafter(
-        lm,
-        tokenizer,
-        seed,
-        method,
-        frames=frames,
-        draft_length=draft_length,
-        num_hidden_layers=draft_layers,
-        predictor_rank=predictor_rank,
-        draft_vocab_size=draft_vocabulary,
-    )
-    choose_vocabulary(draft, rows.answer_counts(lm.vocab_size))
-    trained = train_drafter(lm, draft, rows, held, out, chosen, resume)
-    figures = {
-        key: value for entry in trained.history for key, value in entry.items() if "loss" in key or "beta" in key
-    }
-    print(f"{out}: {trained.steps} steps; " + ", ".join(f"{key} {value:.3f}" for key, value in figures.items()))
+for command in (distill, train):
+    app.command()(command)
 
 
 @app.command()
@@ -564,29 +430,12 @@ def serve(
     run_server(Service(engine, lm, tokenizer, public, limits), api_key, host, port)
 
 
-def pairs(settings: list[str]) -> dict[str, Any]:
-    """NAME=VALUE texts as a dictionary; commas make a list."""
-    found: dict[str, Any] = {}
-    for text in settings:
-        name, equals, value = text.partition("=")
-        if not equals:
-            refuse(f"--set {text} has no value; write NAME=VALUE")
-        found[name.strip().replace("-", "_")] = value.split(",") if "," in value else value
-    return found
-
-
 def meta(target: str | None, drafter: str | None) -> dict[str, Any]:
     return {
         "command": shlex.join(["ctc-drafter", *sys.argv[1:]]),
         "target": target or "shipped",
         "drafter": drafter or "shipped",
     }
-
-
-def refuse(message: str) -> NoReturn:
-    from ctc_drafter.types import UserError
-
-    raise UserError(message)
 
 
 def bad_input(error: Exception) -> str | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from ctc_drafter.drafters.base import Drafter
@@ -48,6 +48,32 @@ def load_target(name: str | None, dtype: str, device: str) -> tuple[Target, PreT
         return target, AutoTokenizer.from_pretrained(name)
     except Exception as error:  # tokenizers raises bare Exception for a corrupt file
         raise UserError(f"no tokenizer could be loaded from {name}: {first_line(error)}") from error
+
+
+def load_config(name: str | None) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase, tuple[int, ...]]:
+    """Configuration, tokenizer and end tokens of a target whose weights are not needed."""
+    keep_quiet()
+    name = name or shipped(TARGET_DIR)
+    try:
+        config, tokenizer = AutoConfig.from_pretrained(name), AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # tokenizers raises bare Exception for a corrupt file
+        raise UserError(f"no configuration and tokenizer could be loaded from {name}: {first_line(error)}") from error
+    try:
+        listed = GenerationConfig.from_pretrained(name).eos_token_id
+    except OSError:  # not every target has one
+        listed = config.get_text_config(decoder=True).eos_token_id
+    ends = {*(listed if isinstance(listed, list) else [listed]), tokenizer.eos_token_id} - {None}
+    return config, tokenizer, tuple(sorted(ends))
+
+
+def read_template(tokenizer: PreTrainedTokenizerBase, file: Path | None) -> None:
+    """Gives the tokenizer the chat template of a file, if there is one."""
+    if file is None:
+        return
+    try:
+        tokenizer.chat_template = file.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read the chat template {file}: {first_line(error)}") from error
 
 
 def load_drafter(name: str | None, target: Target, tokenizer: PreTrainedTokenizerBase) -> Drafter:

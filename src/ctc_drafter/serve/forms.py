@@ -119,14 +119,17 @@ class ChatForm:
 
 @dataclass(frozen=True)
 class CompletionForm:
+    """ids: whether token ids are given as well."""
+
     model: str
     wording: Wording
+    ids: bool = False
     id: str = field(default_factory=lambda: f"cmpl-{secrets.token_hex(12)}")
     created: int = field(default_factory=lambda: int(time.time()))
 
     def whole(self, answers: Sequence[Answer], usage: Usage) -> CompletionReply:
         choices = [
-            self._choice(place, answer.text, answer.tokens, answer.finish.reason)
+            self._choice(place, answer.text, answer.tokens, answer.finish.reason, answer.finish.ids)
             for place, answer in enumerate(answers)
         ]
         return self._reply(choices, usage)
@@ -141,9 +144,15 @@ class CompletionForm:
         return self._reply([], usage)
 
     def _choice(
-        self, place: int, text: str, tokens: Sequence[Written], reason: FinishReason | None
+        self,
+        place: int,
+        text: str,
+        tokens: Sequence[Written],
+        reason: FinishReason | None,
+        ids: Sequence[int] = (),
     ) -> CompletionChoice:
-        return CompletionChoice(index=place, text=text, logprobs=self.wording.completion(tokens), finish_reason=reason)
+        logprobs, given = self.wording.completion(tokens), list(ids) if self.ids else None
+        return CompletionChoice(index=place, text=text, token_ids=given, logprobs=logprobs, finish_reason=reason)
 
     def _reply(self, choices: list[CompletionChoice], usage: Usage | None = None) -> CompletionReply:
         return CompletionReply(id=self.id, created=self.created, model=self.model, choices=choices, usage=usage)

@@ -64,12 +64,16 @@ class Burst:
 
 @dataclass(frozen=True)
 class Finish:
-    """The end of an answer: the text that was held back, why it ended (`stop` or `length`), and its figures."""
+    """The end of an answer: the text that was held back, why it ended (`stop` or `length`), and its figures.
+
+    ids: all tokens that were written, the end token and a stop string's included.
+    """
 
     text: str
     tokens: tuple[Written, ...]
     reason: Literal["stop", "length"]
     stats: Stats
+    ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -127,4 +131,4 @@ class Job(Row):
         text = self.shown.close() if not self.shown.stopped else ""
         self.stats.seconds = time.perf_counter() - self.begin
         stopped = self.shown.stopped or self.tokens[-1] in self.eos
-        return Finish(text, self.released(), "stop" if stopped else "length", self.stats)
+        return Finish(text, self.released(), "stop" if stopped else "length", self.stats, tuple(self.tokens))

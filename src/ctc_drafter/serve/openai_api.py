@@ -55,7 +55,9 @@ def openai_router(service: Service) -> APIRouter:
         prompts = await run_in_threadpool(encode_all, service, body.prompts)
         limit = body.max_tokens or SHORT
         jobs = service.jobs(prompts, body, limit, n=body.n, stop=body.stops, top=body.logprobs)
-        form = CompletionForm(service.name, Wording(service.tokenizer, body.logprobs is not None))
+        form = CompletionForm(
+            service.name, Wording(service.tokenizer, body.logprobs is not None), body.return_token_ids
+        )
         return await answer(service, body, request, jobs, form)
 
     return router

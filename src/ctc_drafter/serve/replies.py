@@ -94,8 +94,11 @@ class ChatChunk(BaseModel):
 
 
 class CompletionChoice(BaseModel):
+    """token_ids: all that were written, the end token too, where the request asks for them; vLLM's name."""
+
     index: int
     text: str
+    token_ids: list[int] | None = None
     logprobs: CompletionLogprobs | None = None
     finish_reason: FinishReason | None
 

@@ -139,6 +139,13 @@ class ChatRequest(Streamed):
 class CompletionRequest(Streamed):
     prompt: Text | Annotated[list[Text] | list[int] | list[list[int]], Field(min_length=1)]
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+    return_token_ids: bool = False
+
+    @model_validator(mode="after")
+    def check_ids(self) -> CompletionRequest:
+        if self.return_token_ids and self.stream:
+            raise ValueError("return_token_ids is for whole answers; leave out stream")
+        return self
 
     @property
     def prompts(self) -> list[str] | list[list[int]]:

@@ -9,7 +9,7 @@ import logging
 import random
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedTokenizerBase
 
 from ctc_drafter.train.manifest import MANIFEST, different, read_manifest
-from ctc_drafter.train.records import EXPECTED, BadRow, Messages, corpus_files, parse_row, read_lines
+from ctc_drafter.train.records import EXPECTED, BadRow, Messages, Row, read_corpus
 from ctc_drafter.types import UserError
 
 logger = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ class PromptSet:
 
 
 def read_prompts(
-    path: Path,
+    source: str | Path,
     tokenizer: PreTrainedTokenizerBase,
     *,
     pattern: str = "*",
@@ -65,21 +65,23 @@ def read_prompts(
     cuts: int = 0,
     seed: int = 0,
 ) -> PromptSet:
-    """Prompts of a .jsonl or .jsonl.gz file, or of a folder of them, in an order that `seed` fixes.
+    """Prompts of a file, a folder of files or a data set of the hub (`records.read_corpus`), in an order that `seed`
+    fixes.
 
-    Rows are `{"messages": ...}`, `{"prompt": ...}`, `{"turns": ...}` (the first one) or ShareGPT's
-    `{"conversations": ...}`. Of a conversation one user turn is drawn; what was said before is its history.
+    Rows are `{"messages": ...}`, `{"prompt": ...}`, `{"turns": ...}` (the first one), ShareGPT's
+    `{"conversations": ...}` and a few more. Of a conversation one user turn is drawn; what was said before is its
+    history.
     With `cuts` set, that many more prompts end at random places inside its answer, or inside a plain text, for
     the target to carry on: few prompts then give much and varied text.
     `per_file` caps the prompts of each file, `limit` all of them; `pattern` filters file names.
     Bad rows, text without a conversation, longer prompts and repeated ones are left out, counted and logged.
-    Raises `UserError` if nothing is left.
+    Raises `UserError` if nothing is left, and for a chat template that opens no answer.
     """
+    check_template(tokenizer)
     counts: Counter[str] = Counter()
     openings: list[Opening] = []
-    for file in corpus_files(path, pattern):
-        name = file.relative_to(path).as_posix() if path.is_dir() else file.name
-        openings += _openings(file, f"{seed}:{name}", per_file, cuts, counts)
+    for name, rows in read_corpus(source, pattern):
+        openings += _openings(rows, f"{seed}:{name}", per_file, cuts, counts)
     random.Random(f"{seed}:order").shuffle(openings)
 
     prompts: dict[str, Prompt] = {}
@@ -100,22 +102,17 @@ def read_prompts(
             counts["used"] += 1
     found = PromptSet(list(prompts.values()), dict(counts))
     if not prompts:
-        raise UserError(f"{path} has no usable rows ({found}); {EXPECTED}")
-    logger.log(logging.WARNING if any("bad" in reason for reason in counts) else logging.INFO, "%s: %s", path, found)
+        raise UserError(f"{source} has no usable rows ({found}); {EXPECTED}")
+    logger.log(logging.WARNING if any("bad" in reason for reason in counts) else logging.INFO, "%s: %s", source, found)
     return found
 
 
-def _openings(file: Path, seed: str, cap: int | None, cuts: int, counts: Counter[str]) -> list[Opening]:
-    """Each usable row of a file up to one of its user turns, and cuts through what follows, all drawn per row."""
+def _openings(rows: Iterable[Row], seed: str, cap: int | None, cuts: int, counts: Counter[str]) -> list[Opening]:
+    """Each usable row up to one of its user turns, and cuts through what follows, all drawn per row."""
     found: list[Opening] = []
-    for number, line in enumerate(read_lines(file)):
-        if line is None:
-            counts["bad (the rest of a damaged file)"] += 1
-            break
-        try:
-            row = parse_row(line)
-        except BadRow as error:
-            counts[f"bad ({error})"] += 1
+    for number, row in enumerate(rows):
+        if isinstance(row, BadRow):
+            counts[f"bad ({row})"] += 1
             continue
         rng = random.Random(f"{seed}:{number}")
         if isinstance(row, str):
@@ -148,6 +145,32 @@ def encode_opening(tokenizer: PreTrainedTokenizerBase, opening: Opening) -> list
     if not ids or not opening.begun:
         return ids
     return ids + list(tokenizer(opening.begun, add_special_tokens=False).input_ids)
+
+
+def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises `UserError` for a chat template that puts something before an answer, but not at the end of a prompt.
+
+    The answer would then be written in the user's turn.
+    """
+    if not tokenizer.chat_template:
+        return
+    asked = [{"role": "user", "content": "Why?"}]
+    try:
+        with_opening, without = (
+            tokenizer.apply_chat_template(asked, add_generation_prompt=opening, tokenize=False)
+            for opening in (True, False)
+        )
+        answered = str(
+            tokenizer.apply_chat_template([*asked, {"role": "assistant", "content": "@answer"}], tokenize=False)
+        )
+    except (TemplateError, TypeError, ValueError):
+        return  # rows that it refuses are counted
+    missing = answered.partition("@answer")[0].removeprefix(str(without)).strip()
+    if with_opening == without and missing and answered.startswith(str(without)):
+        raise UserError(
+            f"the chat template has no generation prompt ({missing!r} must stand at the end of a prompt); "
+            "give one that has: --chat-template FILE"
+        )
 
 
 def encode_messages(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[int]:

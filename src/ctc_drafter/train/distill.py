@@ -2,44 +2,41 @@
 
 from __future__ import annotations
 
-import json
-import time
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
-from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
+from ctc_drafter.decode.choose import ARGMAX, Chooser, Sampled, warpers
 from ctc_drafter.decode.generate import plain_generate
+from ctc_drafter.decode.noise import row_seeds
 from ctc_drafter.target import Target
-from ctc_drafter.text import eos_ids, fingerprint
+from ctc_drafter.text import eos_ids
 from ctc_drafter.train.data import Prompt
-from ctc_drafter.train.manifest import (
-    MANIFEST,
-    claim,
-    config_hash,
-    digest,
-    disk_errors,
-    template_hash,
-    versions,
-    write_atomic,
-)
+from ctc_drafter.train.manifest import digest, weights_hash
+from ctc_drafter.train.shards import Distilled, Shards, fitting, origin
 from ctc_drafter.types import UserError
 
 
 @dataclass(frozen=True)
-class Distilled:
-    """What a call did: rows and tokens written now, rows found finished, prompts too long for the target."""
+class Sampling:
+    """How answers are drawn: greedily at temperature 0, else by a seed of each prompt's own."""
 
-    rows: int
-    tokens: int
-    found: int
-    too_long: int
-    seconds: float
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.top_p < 1 and not self.temperature:
+            raise UserError("top_p says nothing about greedy answers; give --temperature as well")
+
+    def seed_of(self, prompt: Prompt) -> int:
+        """31 bits that depend on seed and prompt alone."""
+        return int(digest(f"{self.seed}:{prompt.id}"), 16) & 0x7FFFFFFF
+
+
+GREEDY = Sampling()
 
 
 def distill(
@@ -53,102 +50,54 @@ def distill(
     shard_size: int = 256,
     eos: Collection[int] | None = None,
     name: str = "",
+    sampling: Sampling = GREEDY,
     progress: bool = True,
 ) -> Distilled:
-    """Writes the target's greedy answers to `out/shard-00000.jsonl` and on, `shard_size` prompts each.
+    """Writes the target's answers to `out/shard-00000.jsonl` and on, `shard_size` prompts each; see `Shards`.
 
-    A row is `{"id", "prompt_ids", "answer_ids"}`, in the order of the prompts, the end token included where it
-    was written. A shard appears whole or not at all, so that the same call may be killed and repeated at any
-    time: it goes on after the last finished shard. `name` is kept in the manifest; prompts that leave no room
-    for `max_new_tokens` are left out. Raises `UserError` for a folder of another run and for a full disk.
+    The same call may be killed and repeated at any time: it goes on after the last finished shard. `name` is kept in
+    the manifest; prompts that leave no room for `max_new_tokens` are left out. Raises `UserError` for a folder of
+    another run and for a full disk.
     """
-    fitting = [prompt for prompt in prompts if len(prompt.ids) + max_new_tokens <= target.context]
-    if not fitting:
-        raise UserError(f"no prompt leaves {max_new_tokens} of the target's {target.context} tokens; allow fewer")
+    chosen = fitting(prompts, max_new_tokens, target.context)
     eos = eos_ids(target.model, tokenizer) if eos is None else tuple(sorted(eos))
     settings = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "shard_size": shard_size, "eos": eos}
-    shards = [fitting[at : at + shard_size] for at in range(0, len(fitting), shard_size)]
-    with disk_errors(out):
-        _open_folder(out, _manifest(target, tokenizer, fitting, settings, name))
-
-    started = time.perf_counter()
-    rows = tokens = found = 0
-    with _progress(progress) as bar:
-        task = bar.add_task("distill", total=len(fitting), tokens=0)
-        for index, shard in enumerate(shards):
-            path = out / f"shard-{index:05d}.jsonl"
-            if path.exists():
-                found += len(shard)
-                bar.update(task, completed=rows + found)
-                continue
+    settings["sampling"] = asdict(sampling)
+    about = {"target": name or target.model.config.name_or_path or type(target.model).__name__}
+    about |= {
+        "weights": weights_hash(target.model),
+        "dtype": str(target.dtype).removeprefix("torch."),
+        "ids": "written",
+    }
+    manifest = about | origin(target.model.config, tokenizer, chosen) | {"settings": settings}
+    with Shards(out, chosen, shard_size, manifest, progress) as shards:
+        for index in shards.missing:
+            shard = shards.of(index)
             answers: list[list[int]] = [[]] * len(shard)
             for batch in _batches(shard, batch_size):
                 generation = plain_generate(
-                    target, [shard[i].ids for i in batch], max_new_tokens=max_new_tokens, eos=eos
+                    target,
+                    [shard[i].ids for i in batch],
+                    max_new_tokens=max_new_tokens,
+                    eos=eos,
+                    chooser=chooser([shard[i] for i in batch], sampling),
                 )
                 for i, answer in zip(batch, generation.tokens, strict=True):
                     answers[i] = answer
-                rows, tokens = rows + len(batch), tokens + sum(map(len, generation.tokens))
-                bar.update(task, completed=rows + found, tokens=tokens)
-            with disk_errors(out):
-                write_atomic(path, map(_line, shard, answers))
-    return Distilled(rows, tokens, found, len(prompts) - len(fitting), time.perf_counter() - started)
+                    shards.count(answer, cut=len(answer) == max_new_tokens and answer[-1] not in eos)
+            shards.write(index, answers)
+        return shards.summary(too_long=len(prompts) - len(chosen))
+
+
+def chooser(prompts: Sequence[Prompt], sampling: Sampling) -> Chooser:
+    if not sampling.temperature:
+        return ARGMAX
+    # Each is the first choice of a request of its own, as a server has it.
+    seeds = [row_seeds(sampling.seed_of(prompt), [0])[0] for prompt in prompts]
+    return Sampled(seeds, warpers(temperature=sampling.temperature, top_p=sampling.top_p))
 
 
 def _batches(shard: Sequence[Prompt], size: int) -> Iterator[list[int]]:
     """Indices of prompts of like length, so that little of a batch is padding."""
     order = sorted(range(len(shard)), key=lambda i: len(shard[i].ids))
     return (order[at : at + size] for at in range(0, len(order), size))
-
-
-def _line(prompt: Prompt, answer: list[int]) -> str:
-    return json.dumps({"id": prompt.id, "prompt_ids": prompt.ids, "answer_ids": answer})
-
-
-def _manifest(
-    target: Target,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Prompt],
-    settings: dict[str, Any],
-    name: str,
-) -> dict[str, Any]:
-    return {
-        "target": name or target.model.config.name_or_path or type(target.model).__name__,
-        "config": config_hash(target.model.config),
-        "dtype": str(target.dtype).removeprefix("torch."),
-        "tokenizer": fingerprint(tokenizer),
-        "template": template_hash(tokenizer),
-        "prompts": len(prompts),
-        "prompts_hash": digest(" ".join(prompt.id for prompt in prompts)),
-        "settings": settings,
-        "versions": versions(),
-    }
-
-
-def _open_folder(out: Path, manifest: dict[str, Any]) -> None:
-    """Makes the folder this run's, and removes what a killed one left half written."""
-    out.mkdir(parents=True, exist_ok=True)
-    if not (out / MANIFEST).exists() and any(out.glob("shard-*")):
-        raise UserError(f"{out} holds shards but no {MANIFEST}; use another output folder")
-    claim(out / MANIFEST, manifest)
-    for temporary in out.glob(".shard-*.tmp"):
-        temporary.unlink()
-
-
-class _TokenRate(ProgressColumn):
-    """Tokens per second since this call began."""
-
-    def render(self, task: Task) -> Text:
-        return Text(f"{task.fields['tokens'] / max(task.elapsed or 0.0, 1e-9):,.0f} tokens/s")
-
-
-def _progress(show: bool) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        _TokenRate(),
-        TimeRemainingColumn(elapsed_when_finished=True),
-        console=Console(stderr=True),
-        disable=not show,
-    )

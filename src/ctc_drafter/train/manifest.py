@@ -11,11 +11,21 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from ctc_drafter.text import fingerprint
 from ctc_drafter.types import UserError
 
 MANIFEST = "manifest.json"
+
+WORDS = {
+    "config": "the configuration is",
+    "weights": "the weights are",
+    "tokenizer": "the tokenizer is",
+    "template": "the chat template is",
+}
+SAMPLED = 16  # numbers of a weight that its hash covers
 
 # Keys of a model config that say how it was loaded, not what it is.
 VOLATILE = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures"}
@@ -29,6 +39,19 @@ def config_hash(config: PreTrainedConfig) -> str:
     """A hash of what a config says of the model, whatever it was loaded from and in whatever dtype."""
     kept = {key: value for key, value in config.to_dict().items() if key not in VOLATILE}
     return digest(json.dumps(kept, sort_keys=True, default=str))
+
+
+def weights_hash(model: PreTrainedModel) -> str:
+    """A hash of a few numbers of every floating-point weight, in bfloat16, so that the dtype of loading does not count;
+    empty for quantised models. It tells a target from the same one trained on."""
+    if getattr(model, "hf_quantizer", None) is not None:
+        return ""
+    found = hashlib.sha256()
+    for name, weight in sorted(model.named_parameters()):
+        flat = weight.detach().flatten()
+        some = flat[:: max(1, len(flat) // SAMPLED)][:SAMPLED].to(torch.bfloat16).float()
+        found.update(name.encode() + some.cpu().numpy().tobytes())
+    return found.hexdigest()[:16]
 
 
 def template_hash(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -81,7 +104,8 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
 def claim(path: Path, manifest: dict[str, Any]) -> None:
     """Writes the manifest of a new folder, or checks that the folder belongs to the same run.
 
-    `versions` may differ. Raises `UserError` that names the difference.
+    `versions` may differ, and what only one of them knows: another version of ours wrote it. Raises `UserError` that
+    names the difference.
     """
     found = read_manifest(path)
     if found is None:
@@ -89,11 +113,38 @@ def claim(path: Path, manifest: dict[str, Any]) -> None:
         return
     # Through JSON, so that tuples and the like compare as they were stored.
     wanted = json.loads(json.dumps(manifest))
-    for key in sorted((found.keys() | wanted.keys()) - {"versions"}):
-        if found.get(key) != wanted.get(key):
+    for key in sorted((found.keys() & wanted.keys()) - {"versions"}):
+        old, new = _shared(found[key], wanted[key])
+        if old != new:
             raise UserError(
-                f"{path.parent} holds another run: {different(key, found, wanted)}; "
+                f"{path.parent} holds another run: {different(key, {key: old}, {key: new})}; "
                 "use another output folder, or the options of that run to go on with it"
+            )
+
+
+def _shared(old: Any, new: Any) -> tuple[Any, Any]:
+    """Of two objects the keys that both have."""
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return old, new
+    keys = old.keys() & new.keys()
+    return {key: old[key] for key in keys}, {key: new[key] for key in keys}
+
+
+def check_writer(
+    manifest: dict[str, Any], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None
+) -> None:
+    """Raises `UserError` that says what differs if another target, tokenizer or template wrote the text.
+
+    Text whose manifest does not say is taken as it is.
+    """
+    own = {"config": config_hash(model.config), "weights": weights_hash(model)}
+    if tokenizer is not None:
+        own |= {"tokenizer": fingerprint(tokenizer), "template": template_hash(tokenizer)}
+    for key, value in own.items():
+        if value and manifest.get(key) and manifest[key] != value:
+            raise UserError(
+                f"the training rows were written by another target ({manifest.get('target')}): "
+                f"{WORDS[key]} not the same; distill again with this one"
             )
 
 

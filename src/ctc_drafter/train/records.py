@@ -1,11 +1,12 @@
-"""Rows of a prompt corpus: .jsonl or .jsonl.gz files, one conversation per line in one of the usual formats."""
+"""Rows of a prompt corpus: files or a data set of the hub, one conversation per row in one of the usual formats."""
 
 from __future__ import annotations
 
 import gzip
 import json
+import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,14 @@ from ctc_drafter.types import UserError
 
 EXPECTED = (
     'expected .jsonl or .jsonl.gz files with rows like {"messages": [{"role": "user", "content": "..."}]}, '
-    '{"prompt": "..."}, {"turns": ["..."]} or {"conversations": [{"from": "human", "value": "..."}]}'
+    '{"prompt": "..."}, {"turns": ["..."]} or {"conversations": [{"from": "human", "value": "..."}]}, '
+    "one .json file with a list of such rows, one .txt file with a prompt a line, or hub:owner/name"
+)
+LINES = (".jsonl", ".jsonl.gz")
+NAMED = (".json", ".txt")  # read when named; in folders they are often something else
+HUB = "hub:"
+HUB_NAME = re.compile(
+    r"(?P<name>[\w.-]+/[\w.-]+)(/(?P<config>[\w.-]+))?(:(?P<split>[\w.-]+))?(@(?P<revision>[\w./-]+))?"
 )
 
 # ShareGPT's names, and those found in the wild, for the chat roles.
@@ -35,6 +43,24 @@ class BadRow(ValueError):
     """A row that is no conversation; the message says why."""
 
 
+# A conversation, plain text, or why it is neither.
+Row = Messages | str | BadRow
+
+
+def read_corpus(source: str | Path, pattern: str = "*") -> Iterator[tuple[str, Iterable[Row]]]:
+    """The parts of a corpus by name, each with its rows, in a fixed order.
+
+    source: a file, a folder (its files whose names fit `pattern`), or `hub:owner/name`, see `hub_rows`. Raises
+    `UserError` if there is nothing to read.
+    """
+    if str(source).startswith(HUB):
+        yield str(source), hub_rows(str(source))
+        return
+    path = Path(source)
+    for file in corpus_files(path, pattern):
+        yield file.relative_to(path).as_posix() if path.is_dir() else file.name, file_rows(file)
+
+
 def corpus_files(path: Path, pattern: str = "*") -> list[Path]:
     """The usable files of a folder, subfolders included, or the file itself, in a fixed order.
 
@@ -42,11 +68,53 @@ def corpus_files(path: Path, pattern: str = "*") -> list[Path]:
     """
     if not path.exists():
         raise UserError(f"{path} does not exist; {EXPECTED}")
-    found = sorted(path.rglob("*")) if path.is_dir() else [path]
-    usable = [f for f in found if f.is_file() and f.name.endswith((".jsonl", ".jsonl.gz")) and f.match(pattern)]
+    found, endings = (sorted(path.rglob("*")), LINES) if path.is_dir() else ([path], LINES + NAMED)
+    usable = [f for f in found if f.is_file() and f.name.endswith(endings) and f.match(pattern)]
     if not usable:
         raise UserError(f"{path} has no usable files; {EXPECTED}")
     return usable
+
+
+def file_rows(file: Path) -> Iterator[Row]:
+    """Rows of a .jsonl, .jsonl.gz, .json or .txt file."""
+    if file.suffix == ".json":
+        try:
+            rows = json.loads(file.read_bytes())
+        except ValueError as error:
+            raise UserError(f"{file} is not JSON; {EXPECTED}") from error
+        yield from map(parse_row, rows if isinstance(rows, list) else [rows])
+        return
+    for line in read_lines(file):
+        if line is None:
+            yield BadRow("the rest of a damaged file")
+        elif file.suffix == ".txt":
+            yield parse_row({"prompt": line.decode("utf-8", "surrogateescape").strip()})
+        else:
+            yield parse_line(line)
+
+
+def hub_rows(source: str) -> Iterator[Row]:
+    """Rows of a data set of the hub: `hub:owner/name`, then `/config`, `:split` (train) and `@revision` if need be.
+
+    Raises `UserError` for names of another form and for data sets that cannot be loaded.
+    """
+    found = HUB_NAME.fullmatch(source.removeprefix(HUB))
+    if found is None:
+        raise UserError(
+            f"{source} names no data set; write hub:owner/name, hub:owner/name/config or hub:owner/name:split"
+        )
+    import datasets
+
+    datasets.disable_progress_bars()
+    try:
+        rows = datasets.load_dataset(
+            found["name"], found["config"], split=found["split"] or "train", revision=found["revision"]
+        )
+    except Exception as error:  # every reader and the network have errors of their own
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{source} could not be loaded: {reason}") from error
+    # Columns that a row lacks are there as None.
+    yield from (parse_row({key: value for key, value in row.items() if value is not None}) for row in rows)
 
 
 def read_lines(file: Path) -> Iterator[bytes | None]:
@@ -60,12 +128,23 @@ def read_lines(file: Path) -> Iterator[bytes | None]:
         yield None
 
 
-def parse_row(line: bytes) -> Messages | str:
-    """The conversation of a line, or its plain text. Raises `BadRow`."""
+def parse_line(line: bytes) -> Row:
+    """The row of a line of JSON."""
     try:
-        row = json.loads(line)
-    except ValueError as error:  # bad UTF-8 too
-        raise BadRow("not JSON") from error
+        return parse_row(json.loads(line))
+    except ValueError:  # bad UTF-8 too
+        return BadRow("not JSON")
+
+
+def parse_row(row: Any) -> Row:
+    """The conversation that a row holds, or its plain text."""
+    try:
+        return _parse(row)
+    except BadRow as error:
+        return error
+
+
+def _parse(row: Any) -> Row:
     if not isinstance(row, dict):
         raise BadRow("not an object")
     if "messages" in row:
@@ -75,10 +154,11 @@ def parse_row(line: bytes) -> Messages | str:
     if "turns" in row:
         turns = row["turns"]
         return [_user(turns[0] if isinstance(turns, list) and turns else None)]
-    if "prompt" in row:
-        return [_user(row["prompt"])]
+    for key in ("prompt", "instruction", "question"):
+        if key in row:
+            return [_user(row[key])]
     if isinstance(row.get("text"), str):
-        return row["text"]
+        return str(row["text"])
     raise BadRow("no messages, conversations, turns or prompt")
 
 

@@ -22,7 +22,15 @@ from ctc_drafter.target import Target
 from ctc_drafter.train.anchors import anchor_counts, draft_loss, draw_anchors, label_anchors
 from ctc_drafter.train.checkpoints import latest_checkpoint, seal, trainer_state
 from ctc_drafter.train.data import DistilledDataset, LengthSampler, collate
-from ctc_drafter.train.manifest import claim, config_hash, digest, disk_errors, versions, write_atomic
+from ctc_drafter.train.manifest import (
+    check_writer,
+    claim,
+    config_hash,
+    digest,
+    disk_errors,
+    versions,
+    write_atomic,
+)
 from ctc_drafter.train.settings import TrainSettings
 from ctc_drafter.train.validate import draft_positions, offline_beta
 from ctc_drafter.types import UserError
@@ -263,10 +271,12 @@ def _check_data(target: Target, drafter: TrainableDrafter, dataset: DistilledDat
     drafter.check_target(target.model.config)
     if not len(dataset):
         raise UserError("there are no training rows; distill more, or hold out fewer")
-    if dataset.manifest and dataset.manifest.get("config") != config_hash(target.model.config):
+    check_writer(dataset.manifest or {}, target.model)
+    largest = max(int(row.ids.max()) for row in dataset.rows)
+    if largest >= target.vocab_size:
         raise UserError(
-            f"the training rows were written by another target ({dataset.manifest.get('target')}); "
-            "distill again with this one"
+            f"the training rows hold token {largest}, the target's vocabulary ends at {target.vocab_size - 1}; "
+            "distill again with this target"
         )
 
 

@@ -1,0 +1,188 @@
+"""The commands that make a drafter. As in `cli`, the work is imported when it starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from ctc_drafter.options import (
+    BatchOption,
+    DeviceOption,
+    DtypeOption,
+    LimitOption,
+    NewTokensOption,
+    SeedOption,
+    TargetOption,
+    TemplateOption,
+    refuse,
+)
+
+
+def distill(
+    prompts: Annotated[
+        str,
+        typer.Option("--prompts", help="File (.jsonl, .jsonl.gz, .json, .txt), folder, or hub:owner/name[:split]."),
+    ],
+    out: Annotated[Path, typer.Option("--out", help="Folder for the answers; the same command resumes it.")],
+    target: TargetOption = None,
+    pattern: Annotated[str, typer.Option("--pattern", help="Names of the files to read.")] = "*",
+    limit: LimitOption = None,
+    per_file: Annotated[
+        int | None, typer.Option("--per-file", min=1, help="Prompts taken from each file.", show_default="all")
+    ] = None,
+    max_prompt_tokens: Annotated[
+        int | None, typer.Option("--max-prompt-tokens", min=1, help="Longer prompts are left out.", show_default="any")
+    ] = None,
+    cuts: Annotated[int, typer.Option("--cuts", min=0, help="Further prompts per row that end in its answer.")] = 0,
+    max_new_tokens: NewTokensOption = 256,
+    batch_size: BatchOption = 16,
+    shard_size: Annotated[int, typer.Option("--shard-size", min=1, help="Answers in a file.")] = 256,
+    temperature: Annotated[
+        float, typer.Option("--temperature", min=0.0, help="Sample, the wilder the higher; 0 is greedy.")
+    ] = 0.0,
+    top_p: Annotated[float, typer.Option("--top-p", help="Sample from the likeliest tokens of this mass.")] = 1.0,
+    seed: SeedOption = 0,
+    chat_template: TemplateOption = None,
+    server: Annotated[
+        str | None, typer.Option("--server", help="An OpenAI-compatible server that runs the target, http://.../v1.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", help="What the server calls it.", show_default="--target")
+    ] = None,
+    api_key: Annotated[
+        str | None, typer.Option("--api-key", envvar="OPENAI_API_KEY", help="The server's key.", show_envvar=True)
+    ] = None,
+    concurrency: Annotated[int, typer.Option("--concurrency", min=1, help="Requests at a time.")] = 32,
+    retries: Annotated[int, typer.Option("--retries", min=0, help="Of a request, with longer and longer pauses.")] = 8,
+    dtype: DtypeOption = "float32",
+    device: DeviceOption = "auto",
+) -> None:
+    """Lets the target answer prompts: the text that a drafter is trained on."""
+    from ctc_drafter.load import load_config, load_target, read_template
+    from ctc_drafter.train.data import read_prompts
+    from ctc_drafter.train.distill import Sampling
+    from ctc_drafter.train.distill import distill as run_distill
+    from ctc_drafter.train.remote import Server, distill_remotely
+
+    if model and not server:
+        refuse("--model is what a server calls the target; give --server as well")
+    sampling = Sampling(temperature, top_p, seed)
+    lm = None
+    if server:
+        config, tokenizer, eos = load_config(target)
+    else:
+        lm, tokenizer = load_target(target, dtype, device)
+    read_template(tokenizer, chat_template)
+    found = read_prompts(
+        prompts,
+        tokenizer,
+        pattern=pattern,
+        limit=limit,
+        per_file=per_file,
+        max_prompt_tokens=max_prompt_tokens,
+        cuts=cuts,
+        seed=seed,
+    )
+    name = target or "shipped"
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "shard_size": shard_size, "sampling": sampling}
+    if lm is not None:
+        done = run_distill(lm, tokenizer, found.prompts, out, batch_size=batch_size, name=name, **options)
+    else:
+        where = Server(server or "", model or name, api_key, concurrency, retries)
+        done = distill_remotely(where, config, tokenizer, found.prompts, out, eos=eos, name=name, **options)
+    left_out = "".join(f", {count} were left out ({reason})" for reason, count in done.left_out.items())
+    print(
+        f"{out}: {done.rows} answers with {done.tokens} tokens in {done.seconds:.0f} s, {done.found} were there, "
+        f"{done.too_long} prompts were too long{left_out}"
+    )
+    if done.rows and done.cut == done.rows:
+        print(f"every answer was cut at {max_new_tokens} tokens: give --max-new-tokens more, or check the template")
+
+
+def train(
+    data: Annotated[list[Path], typer.Option("--data", help="Folder that distill wrote; may be repeated.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder for the drafter; the same command resumes it.")],
+    target: TargetOption = None,
+    method: Annotated[
+        str,
+        typer.Option("--method", help="ctc, ctc-paper, medusa, hydra, hydra++, dflash, dspark or eagle."),
+    ] = "ctc",
+    steps: Annotated[int | None, typer.Option("--steps", help="Optimizer steps.", show_default="by --epochs")] = None,
+    epochs: Annotated[float | None, typer.Option("--epochs", help="Passes over the data.")] = None,
+    learning_rate: Annotated[float | None, typer.Option("--learning-rate", help="Peak learning rate.")] = None,
+    batch_size: Annotated[int | None, typer.Option("--batch-size", help="Rows of a forward pass.")] = None,
+    anchors: Annotated[int | None, typer.Option("--anchors", help="Positions of a row that a step learns.")] = None,
+    loss: Annotated[
+        Literal["prefix", "ctc", "teacher"] | None,
+        typer.Option(
+            "--loss", help="Prefix, full-sequence CTC, or the target's own probabilities.", show_default="the method's"
+        ),
+    ] = None,
+    bf16: Annotated[bool, typer.Option("--bf16", help="bfloat16 autocast.")] = False,
+    seed: SeedOption = 0,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="NAME=VALUE of any other training setting; may be repeated.")
+    ] = None,
+    frames: Annotated[int | None, typer.Option("--frames", help="CTC frames of a pass.")] = None,
+    draft_length: Annotated[
+        int | None, typer.Option("--draft-length", help="Longest draft, at most the frames.")
+    ] = None,
+    draft_layers: Annotated[int | None, typer.Option("--draft-layers", help="Layers of the drafter.")] = None,
+    predictor_rank: Annotated[int | None, typer.Option("--predictor-rank", help="Of its bias; 0 for none.")] = None,
+    draft_vocabulary: Annotated[
+        int | None,
+        typer.Option("--draft-vocabulary", help="Drafts only that many tokens, the most frequent.", show_default="all"),
+    ] = None,
+    max_length: Annotated[int | None, typer.Option("--max-length", min=2, help="Longer rows lose their end.")] = None,
+    chat_template: TemplateOption = None,
+    held_out: Annotated[float, typer.Option("--held-out", min=0.0, max=0.5, help="Share of rows for β.")] = 0.02,
+    resume: Annotated[bool, typer.Option("--resume/--no-resume", help="Go on from the newest checkpoint.")] = True,
+    dtype: DtypeOption = "float32",
+    device: DeviceOption = "auto",
+) -> None:
+    """Trains a drafter for the target on its own answers."""
+    from ctc_drafter.load import choose_vocabulary, fresh_drafter, load_target, read_template
+    from ctc_drafter.methods import trained_method
+    from ctc_drafter.train.data import DistilledDataset
+    from ctc_drafter.train.manifest import check_writer
+    from ctc_drafter.train.settings import TrainSettings
+    from ctc_drafter.train.trainer import train_drafter
+
+    named: dict[str, Any] = {"steps": steps, "epochs": epochs, "learning_rate": learning_rate, "batch_size": batch_size}
+    named |= {"anchors": anchors, "loss": loss, "bf16": bf16 or None, "seed": seed}
+    given = pairs(settings or []) | {k: v for k, v in named.items() if v is not None}
+    chosen = TrainSettings.parse(trained_method(method).training | given)
+    lm, tokenizer = load_target(target, dtype, device)
+    read_template(tokenizer, chat_template)
+    rows, held = DistilledDataset.load(data, max_length).split(held_out)
+    check_writer(rows.manifest or {}, lm.model, tokenizer)
+    draft = fresh_drafter(
+        lm,
+        tokenizer,
+        seed,
+        method,
+        frames=frames,
+        draft_length=draft_length,
+        num_hidden_layers=draft_layers,
+        predictor_rank=predictor_rank,
+        draft_vocab_size=draft_vocabulary,
+    )
+    choose_vocabulary(draft, rows.answer_counts(lm.vocab_size))
+    trained = train_drafter(lm, draft, rows, held, out, chosen, resume)
+    figures = {
+        key: value for entry in trained.history for key, value in entry.items() if "loss" in key or "beta" in key
+    }
+    print(f"{out}: {trained.steps} steps; " + ", ".join(f"{key} {value:.3f}" for key, value in figures.items()))
+
+
+def pairs(settings: list[str]) -> dict[str, Any]:
+    """NAME=VALUE texts as a dictionary; commas make a list."""
+    found: dict[str, Any] = {}
+    for text in settings:
+        name, equals, value = text.partition("=")
+        if not equals:
+            refuse(f"--set {text} has no value; write NAME=VALUE")
+        found[name.strip().replace("-", "_")] = value.split(",") if "," in value else value
+    return found

@@ -1,0 +1,161 @@
+"""Answers in shards: files that appear whole or not at all, so that distillation may be killed at any time."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from ctc_drafter.text import fingerprint
+from ctc_drafter.train.data import Prompt
+from ctc_drafter.train.manifest import (
+    MANIFEST,
+    claim,
+    config_hash,
+    digest,
+    disk_errors,
+    template_hash,
+    versions,
+    write_atomic,
+)
+from ctc_drafter.types import UserError
+
+
+@dataclass(frozen=True)
+class Distilled:
+    """What a call did.
+
+    rows and tokens were written now, `found` prompts had been seen to before, too_long were too long for the target.
+    cut: answers of this call that ended at the limit of tokens. left_out: reason -> rows that were not written.
+    """
+
+    rows: int
+    tokens: int
+    found: int
+    too_long: int
+    seconds: float
+    cut: int = 0
+    left_out: dict[str, int] = field(default_factory=dict)
+
+
+class Shards:
+    """The output folder of a distillation: `shard-00000.jsonl` and on, `size` prompts each.
+
+    A row is `{"id", "prompt_ids", "answer_ids"}`, in the order of the prompts, the end token included where it was
+    written. Use it as a context: progress is shown while it is open. Raises `UserError` for a folder of another run
+    and for a full disk.
+    """
+
+    def __init__(self, out: Path, prompts: Sequence[Prompt], size: int, manifest: dict[str, Any], progress: bool):
+        self.out, self.prompts, self.size = out, prompts, size
+        self.rows = self.tokens = self.cut = 0
+        self.left_out: Counter[str] = Counter()
+        self.started = time.perf_counter()
+        with disk_errors(out):
+            _open_folder(out, manifest)
+        shards = range(-(-len(prompts) // size))
+        self.missing = [index for index in shards if not self._path(index).exists()]
+        self.found = len(prompts) - sum(len(self.of(index)) for index in self.missing)
+        self._bar = _progress(progress)
+        self._task = self._bar.add_task("distill", total=len(prompts), completed=self.found, tokens=0)
+
+    def __enter__(self) -> Shards:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def of(self, index: int) -> Sequence[Prompt]:
+        """The prompts of a shard."""
+        return self.prompts[index * self.size : (index + 1) * self.size]
+
+    def count(self, answer: list[int], cut: bool) -> None:
+        """Takes note of an answer, for the progress and the summary."""
+        self.rows, self.tokens, self.cut = self.rows + 1, self.tokens + len(answer), self.cut + cut
+        self._show()
+
+    def leave_out(self, reason: str) -> None:
+        """Takes note of a prompt without a usable answer."""
+        self.left_out[reason] += 1
+        self._show()
+
+    def write(self, index: int, answers: Sequence[list[int] | None]) -> None:
+        """A whole shard; None where there is no answer."""
+        answered = [(p, a) for p, a in zip(self.of(index), answers, strict=True) if a is not None]
+        with disk_errors(self.out):
+            write_atomic(self._path(index), (_line(prompt, answer) for prompt, answer in answered))
+
+    def summary(self, too_long: int) -> Distilled:
+        seconds = time.perf_counter() - self.started
+        return Distilled(self.rows, self.tokens, self.found, too_long, seconds, self.cut, dict(self.left_out))
+
+    def _path(self, index: int) -> Path:
+        return self.out / f"shard-{index:05d}.jsonl"
+
+    def _show(self) -> None:
+        done = self.found + self.rows + self.left_out.total()
+        self._bar.update(self._task, completed=done, tokens=self.tokens)
+
+
+def fitting(prompts: Sequence[Prompt], max_new_tokens: int, context: int) -> list[Prompt]:
+    """Prompts that leave room for an answer. Raises `UserError` if none does."""
+    found = [prompt for prompt in prompts if len(prompt.ids) + max_new_tokens <= context]
+    if not found:
+        raise UserError(f"no prompt leaves {max_new_tokens} of the target's {context} tokens; allow fewer")
+    return found
+
+
+def origin(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> dict[str, Any]:
+    """What a manifest says of the target's configuration, the tokenizer and the prompts."""
+    return {
+        "revision": getattr(config, "_commit_hash", None) or "",  # the hub's; folders have none
+        "config": config_hash(config),
+        "tokenizer": fingerprint(tokenizer),
+        "template": template_hash(tokenizer),
+        "prompts": len(prompts),
+        "prompts_hash": digest(" ".join(prompt.id for prompt in prompts)),
+        "versions": versions(),
+    }
+
+
+def _line(prompt: Prompt, answer: list[int]) -> str:
+    return json.dumps({"id": prompt.id, "prompt_ids": prompt.ids, "answer_ids": answer})
+
+
+def _open_folder(out: Path, manifest: dict[str, Any]) -> None:
+    """Makes the folder this run's, and removes what a killed one left half written."""
+    out.mkdir(parents=True, exist_ok=True)
+    if not (out / MANIFEST).exists() and any(out.glob("shard-*")):
+        raise UserError(f"{out} holds shards but no {MANIFEST}; use another output folder")
+    claim(out / MANIFEST, manifest)
+    for temporary in out.glob(".shard-*.tmp"):
+        temporary.unlink()
+
+
+class _TokenRate(ProgressColumn):
+    """Tokens per second since this call began."""
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.fields['tokens'] / max(task.elapsed or 0.0, 1e-9):,.0f} tokens/s")
+
+
+def _progress(show: bool) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        _TokenRate(),
+        TimeRemainingColumn(elapsed_when_finished=True),
+        console=Console(stderr=True),
+        disable=not show,
+    )
