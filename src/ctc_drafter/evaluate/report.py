@@ -26,7 +26,7 @@ def results_table(result: dict[str, Any]) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     for row in result["rows"]:
         figures = [number(row["tokens_per_s"], 1), number(row["gamma"], 2), number(row["beta"], 2)]
-        counts = [number(row.get("nodes"), 0) if row.get("nodes") != "chain" else "chain", str(row["tokens"])]
+        counts = [str("-" if row.get("nodes") is None else row["nodes"]), str(row["tokens"])]
         table.add_row(row["task"], row["method"], *counts, *figures, f"{row['identical']} of {row['compared']}")
     skipped = {row["task"]: row["skipped"] for row in result["rows"] if row["skipped"]}
     if skipped:
