@@ -25,12 +25,13 @@ def test_the_block_mask_as_a_matrix():
     ]
 
 
+@pytest.mark.parametrize("carry", [False, True])
 @pytest.mark.parametrize("layers", [1, 2])
 @torch.inference_mode()
-def test_a_session_drafts_what_training_saw(layers):
+def test_a_session_drafts_what_training_saw(layers, carry):
     """Blocks over a whole row at once, as in training, against a session that is fed step by step."""
     target = tiny_target()
-    drafter = tiny_drafter(target, num_hidden_layers=layers)
+    drafter = tiny_drafter(target, num_hidden_layers=layers, carry=carry)
     state = prefill(target, ROWS, drafter.feature_layers)
     session = drafter.begin(target.embed, target.head, len(ROWS))
     start, cuts = torch.tensor([3, 1, 2]), torch.tensor([4, 3, 1])
@@ -53,10 +54,11 @@ def test_a_session_drafts_what_training_saw(layers):
     assert torch.equal(again.tokens, expected.tokens[[2, 0]])
 
 
+@pytest.mark.parametrize("carry", [False, True])
 @torch.inference_mode()
-def test_later_tokens_do_not_reach_a_block():
+def test_later_tokens_do_not_reach_a_block(carry):
     target = tiny_target()
-    drafter = tiny_drafter(target)
+    drafter = tiny_drafter(target, carry=carry)
     tokens = torch.tensor([ROWS[0]])
     features = target.hidden_features(tokens, drafter.feature_layers)
     anchors = torch.tensor([[4]])

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ctc_drafter.drafters.borrowed import head_logits
-from ctc_drafter.drafters.layers import Context, DraftLayer, RMSNorm, Rotation, rotation
+from ctc_drafter.drafters.layers import Context, DraftLayer, RMSNorm, Rotation, newest_states, rotation
 from ctc_drafter.drafters.session import BlockSession
 from ctc_drafter.drafters.sizes import BlockConfig
 from ctc_drafter.drafters.trainable import TrainableDrafter
@@ -32,6 +32,7 @@ class BlockModel(TrainableDrafter):
         self.hidden_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.layers = nn.ModuleList(DraftLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.carry = nn.Linear(config.hidden_size, config.hidden_size, bias=False) if config.carry else None
 
     @property
     def frames(self) -> int:
@@ -62,6 +63,12 @@ class BlockModel(TrainableDrafter):
         block[..., 0] = root
         return block
 
+    def block_states(self, root: torch.Tensor, newest: torch.Tensor, embed: nn.Module) -> torch.Tensor:
+        """What goes into the layers, `[..., 1+F, H]`, of root `int64 [...]` and the context state of the token before
+        it, `[..., H]`. What that token's features say of the next ones need not pass through attention then."""
+        states = embed(self.block_tokens(root)).to(self.fc.weight.dtype)
+        return states if self.carry is None else states + self.carry(newest).unsqueeze(-2)
+
     def rotation(self, positions: torch.Tensor) -> Rotation:
         return rotation(positions, self.config.head_dim, self.config.rope_theta, self.fc.weight.dtype)
 
@@ -86,9 +93,10 @@ class BlockModel(TrainableDrafter):
         size = 1 + self.frames
         positions = (anchors.unsqueeze(-1) + torch.arange(size, device=tokens.device)).flatten(1)
         mask = block_mask(anchors, length, size)
-        states = embed(self.block_tokens(tokens.gather(1, anchors)).flatten(1)).to(self.fc.weight.dtype)
-
         context, by = self.context_states(features), self.rotation(slots.expand(batch, -1))
+
+        newest = newest_states(context, anchors)
+        states = self.block_states(tokens.gather(1, anchors), newest, embed).flatten(1, 2)
 
         def join(layer: DraftLayer) -> Context:
             before = layer.self_attn.keys_values(context, by)

@@ -33,6 +33,12 @@ def rotate(states: torch.Tensor, by: Rotation) -> torch.Tensor:
     return states * by[0] + torch.cat([-second, first], -1) * by[1]
 
 
+def newest_states(context: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """The last of each row's first `lengths int64 [B, A]` context states `[B, T, H]`: `[B, A, H]`; 0 for none."""
+    index = (lengths - 1).clamp(min=0).unsqueeze(-1).expand(-1, -1, context.shape[2])
+    return context.gather(1, index) * (lengths > 0).unsqueeze(-1)
+
+
 class RMSNorm(nn.RMSNorm):
     """In the dtype of its weight, whatever autocast made of the input: the fused kernel wants them equal."""
 

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import torch
+from torch import nn
 
 from ctc_drafter.drafters.borrowed import Borrowed
 from ctc_drafter.drafters.context import ContextCache
-from ctc_drafter.drafters.layers import Context, DraftLayer, Rotation
+from ctc_drafter.drafters.layers import Context, DraftLayer, Rotation, newest_states
 from ctc_drafter.drafters.sizes import BlockConfig
 from ctc_drafter.types import Candidates
 
@@ -24,7 +25,7 @@ class BlockNetwork(Protocol):
     @property
     def draft_layers(self) -> list[DraftLayer]: ...
     def context_states(self, features: torch.Tensor) -> torch.Tensor: ...
-    def block_tokens(self, root: torch.Tensor) -> torch.Tensor: ...
+    def block_states(self, root: torch.Tensor, newest: torch.Tensor, embed: nn.Module) -> torch.Tensor: ...
     def run_layers(
         self, states: torch.Tensor, by: Rotation, contexts: Sequence[Context], mask: torch.Tensor | None
     ) -> torch.Tensor: ...
@@ -40,10 +41,11 @@ class BlockSession:
         self.drafter, self.borrowed = drafter, borrowed
         weight = drafter.draft_layers[0].self_attn.k_proj.weight
         self.context = ContextCache(drafter.config, len(drafter.draft_layers), batch_size, weight)
+        self.newest = weight.new_zeros(batch_size, drafter.config.hidden_size)
 
     def extend(self, tokens: torch.Tensor, features: torch.Tensor | None, counts: torch.Tensor) -> None:
         """Projects the features of new committed tokens once; see `DraftSession.extend`."""
-        self._take(self.context, features, counts)
+        self.newest = self._take(self.context, features, counts)
 
     def propose(self, root: torch.Tensor, nodes: int, floor: float = 0.0) -> Candidates:
         """One parallel pass over the block, then the search; see `DraftSession.propose`."""
@@ -62,7 +64,7 @@ class BlockSession:
 
             return join
 
-        states = self.borrowed.embed(self.drafter.block_tokens(root)).to(cache.states.dtype)
+        states = self.drafter.block_states(root, self.newest, self.borrowed.embed)
         contexts = [context(index) for index in range(len(self.drafter.draft_layers))]
         blocks = self.drafter.run_layers(states, cache.rotation(positions), contexts, mask)
         return self.drafter.candidates(blocks, root, self.borrowed, nodes, floor)
@@ -70,13 +72,15 @@ class BlockSession:
     def join(self, tokens: torch.Tensor, features: torch.Tensor | None, counts: torch.Tensor) -> None:
         """See `DraftSession.join`."""
         new = self.context.empty(len(counts))
-        self._take(new, features, counts)
+        self.newest = torch.cat([self.newest, self._take(new, features, counts)])
         self.context.join(new)
 
     def select(self, rows: torch.Tensor) -> None:
         self.context.select(rows)
+        self.newest = self.newest[rows]
 
-    def _take(self, cache: ContextCache, features: torch.Tensor | None, counts: torch.Tensor) -> None:
+    def _take(self, cache: ContextCache, features: torch.Tensor | None, counts: torch.Tensor) -> torch.Tensor:
+        """Returns the context states of the newest tokens, `[B, H]`."""
         assert features is not None
         positions = cache.slots(features.shape[1])
         by = cache.rotation(positions)
@@ -84,3 +88,4 @@ class BlockSession:
         for index, layer in enumerate(self.drafter.draft_layers):
             cache.store(index, positions, *layer.self_attn.keys_values(states, by))
         cache.lengths = cache.lengths + counts
+        return newest_states(states, counts.unsqueeze(1)).squeeze(1)

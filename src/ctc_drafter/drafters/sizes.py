@@ -81,11 +81,13 @@ class BlockConfig(LayerConfig):
 
     Args:
         mask_token_id: vocabulary token whose embedding stands in every frame of the block.
+        carry: whether a map of the newest committed token's context state is added to every place of the block.
     """
 
     model_type = "block_drafter"
 
     mask_token_id: int = 0
+    carry: bool = False
 
     def check(self) -> None:
         super().check()
