@@ -23,6 +23,8 @@ class Stub {
   append(...children) { for (const child of children) { this.children.push(child); if (child instanceof Stub) child.parent = this; } }
   replaceChildren(...children) { this.children = []; this.append(...children); }
   after(child) { this.parent.append(child); }
+  remove() { this.parent.children = this.parent.children.filter((child) => child !== this); this.parent = null; }
+  get isConnected() { return Object.values(named).includes(this) || Boolean(this.parent?.isConnected); }
   addEventListener(name, listener) { (this.listeners[name] ??= []).push(listener); }
   send(name, event = {}) { return Promise.all((this.listeners[name] ?? []).map((call) => call({ preventDefault() {}, ...event }))); }
   requestSubmit() { this.submitted = this.send("submit"); }

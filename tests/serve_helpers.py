@@ -58,9 +58,9 @@ def blocked_service(batch_size: int = 1, queue: int = 1, **limits: float) -> tup
 
 
 @contextmanager
-def running(service: Service, api_key: str | None = KEY) -> Iterator[Running]:
-    """Serves from another thread until the block ends."""
-    with listen("127.0.0.1", 0) as listener, service.engine:
+def running(service: Service, api_key: str | None = KEY, port: int = 0) -> Iterator[Running]:
+    """Serves from another thread until the block ends; port 0 takes a free one."""
+    with listen("127.0.0.1", port) as listener, service.engine:
         server = make_server(service, api_key)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()

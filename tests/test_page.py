@@ -9,12 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from serve_helpers import KEY, NAME, plain_texts, running, tiny_service
+from page_pictures import CHROMIUM, LOOKS
+from serve_helpers import KEY, NAME, blocked_service, plain_texts, running, tiny_service
 
 PAGE = Path(__file__).parents[1] / "src" / "ctc_drafter" / "serve" / "page"
-CHROMIUM = next(
-    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), ""
-)
 NODE = shutil.which("node") or ""
 needs_chromium = pytest.mark.skipif(not CHROMIUM, reason="needs Chromium; on Debian: apt install chromium")
 needs_node = pytest.mark.skipif(not NODE, reason="needs Node.js; on Debian: apt install nodejs")
@@ -40,11 +38,12 @@ def test_text_can_be_read_on_every_ground():
     )
     for colours in (light, dark):
         grounds = [name for name in colours if name in ("paper", "panel") or name.startswith("tint")]
-        pairs = [("ink", ground) for ground in grounds] + [("on-accent", "accent")]
+        pairs = [("ink", ground) for ground in [*grounds, "bubble"]] + [("on-accent", "accent")]
         pairs += [(name, ground) for name in ("quiet", "good", "bad") for ground in ("paper", "panel")]
         assert len(pairs) >= 13
         low = {pair: contrast(*(colours[name] for name in pair)) for pair in pairs}
         assert {pair: value for pair, value in low.items() if value < 4.5} == {}
+        assert min(contrast(colours["edge"], colours[ground]) for ground in ("paper", "panel")) >= 3
 
 
 def test_nothing_comes_from_elsewhere():
@@ -103,34 +102,41 @@ def test_the_scripts_work_together(server, tmp_path):
     assert "β" not in result["figures"][1]
     assert result["model"] == NAME
     assert [title.split(" of ")[0] for title, _, _ in result["tree"]] == ["Step 1", "Step 2", "Step 3"]
-    assert all("accepted" in summary and "root" in body for _, summary, body in result["tree"])
+    assert all("accepted" in summary and "already written" in body for _, summary, body in result["tree"])
     assert result["nodes"] > 1
     assert result["closed"]
     assert result["notice"] == [False, "The server does not answer.", "and the hat?"]
     assert result["again"] == [True, 1]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def server():
     with running(tiny_service()) as at:
         yield at
 
 
-@pytest.fixture(params=[("light", 1280, 800), ("dark", 390, 844)], ids=["desktop", "phone"])
-def page(request, server, tmp_path):
+@pytest.fixture(scope="module")
+def browser():
     from playwright.sync_api import sync_playwright
 
-    scheme, width, height = request.param
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        page = browser.new_page(color_scheme=scheme, viewport={"width": width, "height": height})
-        faults: list[str] = []
-        page.on("pageerror", lambda error: faults.append(str(error)))
-        page.goto(server.url)
-        page.fill("#key", KEY)
-        yield page
-        page.screenshot(path=tmp_path / "page.png")
+        yield browser
         browser.close()
+
+
+@pytest.fixture(params=LOOKS, ids=["desktop", "phone"])
+def page(request, browser, server):
+    page = browser.new_page(**LOOKS[request.param])
+    faults: list[str] = []
+    page.on("pageerror", lambda error: faults.append(str(error)))
+    page.goto(server.url)
+    page.wait_for_selector("#settings[open]")  # the server wants its key
+    page.fill("#key", KEY)
+    page.press("#key", "Enter")
+    page.wait_for_selector(f"#model:text({NAME!r})")
+    yield page
+    page.close()
     assert faults == []
 
 
@@ -140,16 +146,21 @@ def ask(page, text=QUESTION):
     page.wait_for_selector("#send:visible")
 
 
+def expected_answer(server) -> str:
+    messages = [{"role": "user", "content": QUESTION}]
+    ids = server.service.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    return plain_texts(server.service, list(ids), 128)[0]
+
+
 @needs_chromium
 def test_it_sends_streams_and_compares(page, server):
     page.check("#compare")
     ask(page)
-    messages = [{"role": "user", "content": QUESTION}]
-    ids = server.service.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-    (expected,) = plain_texts(server.service, list(ids), 128)
-    assert [each.text_content() for each in page.query_selector_all(".answer .text")] == [expected] * 2
+    answers = page.query_selector_all(".answer .text")
+    assert [each.text_content() for each in answers] == [expected_answer(server)] * 2
     assert "the same text" in page.text_content(".verdict")
-    assert len(page.query_selector_all(".burst")) > 10
+    assert page.text_content(".verdict") == page.text_content("#status"), "a screen reader hears it"
+    assert len(page.query_selector_all(".answer .burst")) > 10
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "nothing scrolls sideways"
 
 
@@ -159,24 +170,113 @@ def test_a_tree_opens_by_keyboard(page):
     page.focus("button.look")
     page.keyboard.press("Enter")
     assert page.evaluate("document.activeElement.id") == "tree-title"
+    page.focus("#previous")
+    page.keyboard.press("Enter")  # step 0, where there is none before
     titles = []
     for _ in range(3):
         titles.append(page.text_content("#tree-title"))
-        assert "root" in page.text_content("#tree-body")
         page.keyboard.press("ArrowRight")
-    assert all(one != other for one, other in pairwise(titles))
+        assert "already written" in page.text_content("#tree-body")
+        last = page.text_content(".burst.open .bonus")
+        assert visible(last) == page.text_content(".own code") or last == ""
+    assert [title.split(" of ")[0] for title in titles] == ["Step 0", "Step 1", "Step 2"]
     page.keyboard.press("Escape")
     assert page.is_hidden("#tree")
     assert page.evaluate("document.activeElement.className") == "look"
 
 
+def visible(text: str) -> str:
+    return text.replace("\n", "⏎").replace("\t", "⇥").replace(" ", "␣")
+
+
 @needs_chromium
-def test_it_survives_a_server_that_goes_away(page, server):
+def test_the_keyboard_reaches_everything_and_shows_where_it_is(page):
+    ask(page)
+    page.focus("#fresh")
+    reached = ["fresh"]
+    for _ in range(20):
+        page.keyboard.press("Tab")
+        name, style, width = page.evaluate(
+            """(() => { const at = document.activeElement, { outlineStyle, outlineWidth } = getComputedStyle(at);
+            return [at.id || at.className || at.tagName, outlineStyle, parseFloat(outlineWidth)]; })()"""
+        )
+        if name == "BODY":
+            break
+        reached.append(name)
+        assert style == "solid", name
+        assert width >= 2, name
+    assert reached == ["fresh", "talk", "look", "prompt", "send", "compare", "SUMMARY", "temperature", "tokens", "key"]
+
+
+@needs_chromium
+def test_what_a_screen_reader_is_told(page):
+    ask(page)
+    told = page.locator("body").aria_snapshot()
+    page.click("button.look")
+    told += page.locator("body").aria_snapshot()
+    for part in (
+        *('region "Conversation"', 'list "Questions and answers"', 'article "CTC drafter"', "status: ", "Answer: "),
+        *('form "Your question"', 'textbox "Your message"', 'switch "Compare with plain decoding"'),
+        *('spinbutton "Temperature"', 'textbox "API key"', 'complementary "Token tree"'),
+        *('heading "Step 1 of', 'button "Next step"', "drafted and checked in one pass"),
+    ):
+        assert part in told, part
+    levels = [int(level) for level in re.findall(r"heading .*\[level=(\d)\]", told)]
+    assert levels.count(1) == 2, "one in each of the two"
+    assert all(after <= before + 1 for before, after in pairwise(levels))
+
+
+@needs_chromium
+def test_a_stopped_answer_is_kept_and_a_new_chat_is_empty(browser):
+    service, turnstile = blocked_service()
+    page = browser.new_page()
+    with running(service, api_key=None) as server:
+        page.goto(server.url)
+        turnstile.open(8)
+        page.fill("#prompt", QUESTION)
+        page.focus("#send")
+        page.keyboard.press("Enter")
+        assert page.evaluate("document.activeElement.id") == "stop"
+        page.wait_for_selector(".answer .burst:nth-child(8)", state="attached")
+        page.keyboard.press("Enter")
+        page.wait_for_selector(".answer:has-text('Stopped.')")
+        turnstile.open()
+        assert page.evaluate("document.activeElement.id") == "prompt"
+        assert page.text_content(".answer .text")
+        assert page.is_hidden("#notice")
+        page.click("#fresh")
+        assert page.is_visible("#welcome")
+        assert page.query_selector(".answer") is None
+    page.close()
+
+
+@needs_chromium
+def test_a_question_that_is_not_answered_is_given_back(page, server):
     page.route("**/v1/ctc/stream", lambda route: route.abort())
     ask(page)
     assert page.is_visible("#notice")
     assert page.input_value("#prompt") == QUESTION, "what was written is not lost"
+    assert page.query_selector(".answer") is None
+    assert page.is_visible("#welcome")
     page.unroute("**/v1/ctc/stream")
     ask(page)
     assert page.is_hidden("#notice")
-    assert page.text_content(".answers:last-of-type .text")
+    assert page.text_content(".answer .text") == expected_answer(server)
+
+
+@needs_chromium
+def test_it_survives_a_server_that_is_started_again(browser):
+    page = browser.new_page()
+    with running(tiny_service(), api_key=None) as first:
+        page.goto(first.url)
+        ask(page)
+    ask(page, "and the hat?")
+    assert page.is_visible("#notice")
+    assert page.text_content("#model") == page.text_content("#notice")
+    with running(tiny_service(), api_key=None, port=first.port):
+        page.wait_for_selector(f"#model:text({NAME!r})")
+        ask(page, page.input_value("#prompt"))
+        assert page.is_hidden("#notice")
+        assert all(each.text_content() for each in page.query_selector_all(".answer .text"))
+        assert len(page.query_selector_all("#turns > li")) == 2
+    page.close()

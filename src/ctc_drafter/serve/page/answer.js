@@ -9,21 +9,28 @@ export class Answer {
   constructor(title, look) {
     this.steps = [];
     this.spans = [];
+    this.done = false;
     this.content = "";
     this.look = look;
     this.text = element("div", { class: "text" });
     this.figures = element("dl", { class: "figures" });
+    this.state = element("p", { class: "quiet" }, "Waits for its turn.");
     this.button = element("button", { type: "button", class: "look", hidden: true }, "Look into the steps");
     this.button.addEventListener("click", () => this.look(this, this.firstTree()));
-    this.root = element("article", { class: "answer", "aria-busy": "true", "aria-label": title },
-      element("h3", {}, title), this.text, this.figures, this.button);
+    this.root = element("article", { class: "answer", "aria-label": title },
+      element("h2", {}, title), this.state, this.text, this.figures, this.button);
+  }
+
+  begin() {
+    this.root.setAttribute("aria-busy", "true");
+    this.state.hidden = true;
   }
 
   add(step) {
     const number = this.steps.push(step) - 1;
     const last = step.pieces.length - 1;
-    const pieces = step.pieces.map((piece, index) =>
-      this.look && step.bonus && index === last ? element("span", { class: "bonus" }, piece.text) : piece.text);
+    const pieces = step.pieces.flatMap((piece, index) =>
+      this.look && step.bonus && index === last ? underlined(piece.text) : [piece.text]);
     const span = element("span", this.look ? { class: `burst tint-${number % TINTS}` } : {}, ...pieces);
     if (this.look) span.addEventListener("click", () => this.look(this, number));
     this.spans.push(span);
@@ -50,16 +57,20 @@ export class Answer {
     const { nodes } = this.live(this.steps.at(-1));
     this.show({ tokens: result.usage.completion_tokens, speed: this.speed, beta: result.beta, nodes });
     this.done = true;
+    this.settle();
   }
 
-  settle() {
+  /** why: shown where the answer did not come to its end. */
+  settle(why = "") {
     this.root.removeAttribute("aria-busy");
+    this.state.hidden = this.done;
+    this.state.textContent = why;
     this.button.hidden = !this.look || this.firstTree() < 0;
   }
 
   show({ tokens, speed, beta, nodes }) {
     const rows = [["tokens/s", speed.toFixed(0)], ["tokens", tokens]];
-    if (this.look) rows.push(["β", beta.toFixed(2)], ["tree", `${nodes} nodes`]);
+    if (this.look) rows.push(["tokens per pass, β", beta.toFixed(2)], ["last tree", `${nodes} ${nodes === 1 ? "node" : "nodes"}`]);
     this.figures.replaceChildren(...rows.map(([name, value]) =>
       element("div", {}, element("dt", {}, name), element("dd", {}, String(value)))));
   }
@@ -72,4 +83,10 @@ export class Answer {
     this.spans.forEach((span, index) => span.classList.toggle("open", index === number));
     this.spans[number]?.scrollIntoView({ block: "nearest" });
   }
+}
+
+/** The model's own token; a space before it stays plain, a line end shows nothing. */
+function underlined(text) {
+  const [, space, rest] = text.match(/^(\s*)(.*)$/s);
+  return rest ? [space, element("span", { class: "bonus" }, rest)] : [element("span", { class: "bonus" }, space)];
 }

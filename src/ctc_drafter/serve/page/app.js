@@ -1,9 +1,9 @@
 // The page: a conversation, each answer with the drafter, and by plain decoding after it if that is asked for.
 
-import { Answer } from "./answer.js";
 import { byId, element } from "./dom.js";
 import { modelName, ServerError, stream } from "./stream.js";
 import { TreePanel } from "./tree.js";
+import { Turn } from "./turn.js";
 
 const EXAMPLES = [
   "What are some good ways to relax after a long day at work?",
@@ -15,13 +15,16 @@ const RETRY = 3000; // milliseconds
 const panel = new TreePanel();
 const messages = [];
 let running = null;
+let retry = null;
 
 async function connect() {
+  clearTimeout(retry);
   try {
     byId("model").textContent = await modelName(byId("key").value);
   } catch (error) {
     byId("model").textContent = error.message;
-    setTimeout(connect, RETRY);
+    if (error.status === 401) byId("settings").open = true;
+    else retry = setTimeout(connect, RETRY);
   }
 }
 
@@ -30,10 +33,14 @@ function notice(text) {
   byId("notice").hidden = !text;
 }
 
+/** A hidden button would lose the focus. */
 function busy(controller) {
+  const focused = document.activeElement;
   running = controller;
   byId("send").hidden = Boolean(controller);
   byId("stop").hidden = !controller;
+  if (controller && focused === byId("send")) byId("stop").focus();
+  if (!controller && (focused === byId("stop") || focused === document.body)) byId("prompt").focus();
 }
 
 async function submit(event) {
@@ -42,72 +49,73 @@ async function submit(event) {
   if (running || !prompt) return;
   notice("");
   byId("welcome").hidden = true;
-  const answers = element("div", { class: "answers" });
-  const turn = element("li", {}, element("p", { class: "question" }, prompt), answers);
-  byId("turns").append(turn);
   byId("prompt").value = "";
   const controller = new AbortController();
+  const turn = new Turn(prompt, byId("compare").checked, (answer, number) => panel.open(answer, number));
+  byId("turns").append(turn.root);
+  turn.root.scrollIntoView({ block: "nearest" });
   busy(controller);
-  const compare = byId("compare").checked;
   try {
-    const drafted = await run([...messages, { role: "user", content: prompt }], answers, compare, controller.signal);
-    messages.push({ role: "user", content: prompt }, { role: "assistant", content: drafted.content });
+    await run(turn, controller.signal);
   } catch (error) {
     if (error.name !== "AbortError" && !(error instanceof ServerError)) throw error;
     if (error instanceof ServerError) {
       notice(error.message);
-      if (!byId("prompt").value) byId("prompt").value = prompt;
       connect();
     }
-    turn.classList.add("cut");
   } finally {
+    finish(turn, controller.signal.aborted);
     busy(null);
-    byId("prompt").focus();
   }
 }
 
+/** What was answered, or stopped on purpose, is history; what failed is the question's writer's again. */
+function finish(turn, stopped) {
+  turn.settle(stopped ? "Stopped." : "Cut off.");
+  if (!turn.root.isConnected) return; // a new chat has begun
+  const { content, done } = turn.drafted;
+  if (done || (stopped && content)) {
+    messages.push({ role: "user", content: turn.question }, { role: "assistant", content });
+    return;
+  }
+  if (!byId("prompt").value) byId("prompt").value = turn.question;
+  if (content) return;
+  turn.root.remove();
+  byId("welcome").hidden = byId("turns").children.length > 0;
+}
+
 /** The drafter's answer, then plain decoding's: one after the other, so that the speeds can be compared. */
-async function run(conversation, place, compare, signal) {
+async function run(turn, signal) {
   const request = {
-    messages: conversation,
+    messages: [...messages, { role: "user", content: turn.question }],
     temperature: byId("temperature").valueAsNumber || 0,
     max_tokens: byId("tokens").valueAsNumber || 128,
     seed: Math.floor(Math.random() * 2 ** 31),
   };
-  const drafted = new Answer("CTC drafter", (answer, number) => panel.open(answer, number));
-  const plain = compare ? new Answer("Plain decoding", null) : null;
-  place.append(drafted.root, ...(plain ? [plain.root] : []));
-  place.scrollIntoView({ block: "nearest" });
-  await fill(drafted, request, signal);
-  byId("status").textContent = `Answer: ${drafted.content}`;
-  if (plain) {
-    await fill(plain, { ...request, plain: true }, signal);
-    place.after(verdict(drafted, plain));
-  }
-  return drafted;
+  byId("status").textContent = "The answer is being written.";
+  await fill(turn.drafted, request, signal);
+  byId("status").textContent = `Answer: ${turn.drafted.content}`;
+  if (!turn.plain) return;
+  await fill(turn.plain, { ...request, plain: true }, signal);
+  following(() => { byId("status").textContent = turn.judge(); });
 }
 
 async function fill(answer, request, signal) {
-  const talk = byId("talk");
-  try {
-    await stream(request, byId("key").value, signal, (name, data) => {
-      const follows = talk.scrollHeight - talk.scrollTop - talk.clientHeight < 80;
-      if (name === "step") answer.add(data);
-      else if (name === "end") answer.end(data);
-      else throw new ServerError(data.error.message);
-      if (follows) talk.scrollTop = talk.scrollHeight;
-    });
-    if (!answer.done) throw new ServerError("The server stopped in the middle of the answer.");
-  } finally {
-    answer.settle();
-  }
+  answer.begin();
+  await stream(request, byId("key").value, signal, (name, data) => following(() => {
+    if (name === "step") answer.add(data);
+    else if (name === "end") answer.end(data);
+    else throw new ServerError(data.error.message);
+  }));
+  if (!answer.done) throw new ServerError("The server stopped in the middle of the answer.");
 }
 
-function verdict(drafted, plain) {
-  const same = drafted.content === plain.content;
-  const text = `${(drafted.speed / plain.speed).toFixed(2)} times as fast; ${same ? "the same text" : "the texts differ"}.`;
-  byId("status").textContent = text;
-  return element("p", { class: `verdict ${same ? "same" : "differs"}` }, text);
+/** Stays at the end of the conversation, if that is where the reader is. */
+function following(change) {
+  const talk = byId("talk");
+  const follows = talk.scrollHeight - talk.scrollTop - talk.clientHeight < 80;
+  change();
+  if (follows) talk.scrollTop = talk.scrollHeight;
 }
 
 function fresh() {

@@ -1,6 +1,12 @@
 // Requests to the server: what it serves, and one answer as a stream of events.
 
-export class ServerError extends Error {}
+/** status: of the HTTP answer, undefined where there was none. */
+export class ServerError extends Error {
+  constructor(message, status) {
+    super(message);
+    this.status = status;
+  }
+}
 
 export async function modelName(key) {
   const response = await ask("/v1/models", { headers: headers(key) });
@@ -56,6 +62,7 @@ async function ask(path, options) {
     throw new ServerError("The server does not answer.");
   }
   if (response.ok) return response;
+  if (response.status === 401) throw new ServerError("The server wants its API key; it goes into the settings below.", 401);
   const body = await response.json().catch(() => null);
-  throw new ServerError(body?.error?.message ?? `The server answered ${response.status}.`);
+  throw new ServerError(body?.error?.message ?? `The server answered ${response.status}.`, response.status);
 }

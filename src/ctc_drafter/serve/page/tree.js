@@ -44,8 +44,9 @@ export class TreePanel {
     const { steps } = this.answer;
     const step = steps[number];
     byId("tree-title").textContent = `Step ${number} of ${steps.length - 1}`;
-    byId("previous").disabled = number === 0;
-    byId("next").disabled = number === steps.length - 1;
+    // Not `disabled`: the button would lose the focus, and the arrow keys with it.
+    byId("previous").setAttribute("aria-disabled", number === 0);
+    byId("next").setAttribute("aria-disabled", number === steps.length - 1);
     byId("tree-summary").textContent = summary(step);
     byId("tree-body").replaceChildren(...(step.tree.length ? [list(step, 0)] : []));
     this.answer.mark(number);
@@ -60,25 +61,35 @@ function summary(step) {
   return `${drafted}, ${step.accepted} accepted${bonus}.`;
 }
 
-/** The node with all below it, as nested lists. */
+/** These nodes with all below them, as nested lists; the model's own token where it left the tree. */
 function list(step, ...numbers) {
-  return element("ul", {}, ...numbers.map((number) => {
+  return element("ul", { role: "list" }, ...numbers.map((number) => {
     const children = step.tree.flatMap((node, index) => (index && node.parent === number ? [index] : []));
-    const item = element("li", {}, label(step.tree[number], number === 0));
-    if (children.length) item.append(list(step, ...children));
+    const item = element("li", {}, number ? label(step.tree[number]) : root(step.tree[number]));
+    const below = children.length ? list(step, ...children) : element("ul", { role: "list" });
+    if (step.bonus && number === leaf(step)) below.append(element("li", {}, own(step.pieces.at(-1))));
+    if (below.children.length) item.append(below);
     return item;
   }));
 }
 
-function label(node, isRoot) {
-  const percent = `${(100 * node.probability).toFixed(0)} %`;
-  const made = element("div", { class: `node${node.accepted ? " accepted" : ""}` }, element("code", {}, visible(node.text)));
-  if (isRoot) {
-    made.append(element("span", { class: "share" }, "root, already written"));
-    return made;
-  }
-  made.append(element("meter", { min: 0, max: 1, value: node.probability, "aria-hidden": "true" }),
-    element("span", { class: "share" }, percent));
+/** The last accepted node. */
+const leaf = (step) => step.tree.findLastIndex((node, index) => !index || node.accepted);
+
+function root(node) {
+  return element("div", { class: "node root" }, element("code", {}, visible(node.text)),
+    element("span", { class: "share" }, "already written"));
+}
+
+function own(piece) {
+  return element("div", { class: "node own" }, element("code", {}, visible(piece.text)),
+    element("span", { class: "share" }, "added by the model"));
+}
+
+function label(node) {
+  const made = element("div", { class: `node${node.accepted ? " accepted" : ""}` }, element("code", {}, visible(node.text)),
+    element("meter", { min: 0, max: 1, value: node.probability, "aria-hidden": "true" }),
+    element("span", { class: "share" }, `${(100 * node.probability).toFixed(0)} %`));
   if (node.accepted) {
     made.append(element("span", { class: "mark", "aria-hidden": "true" }, "✓"), element("span", { class: "hidden" }, "accepted"));
   }

@@ -1,0 +1,84 @@
+"""Pictures of the page at work on the shipped model, made anew by `python tests/page_pictures.py [FOLDER]`.
+
+Without a folder those of `docs/serving.md`; into a folder, every state in both schemes and sizes, to be looked at.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+NAMES = ("chromium", "chromium-browser", "google-chrome")
+CHROMIUM = next((found for name in NAMES if (found := shutil.which(name))), "")
+FIGURES = Path(__file__).parents[1] / "docs" / "figures"
+LOOKS: dict[str, dict[str, Any]] = {
+    "light-desktop": {"color_scheme": "light", "viewport": {"width": 1280, "height": 800}},
+    "dark-phone": {"color_scheme": "dark", "viewport": {"width": 390, "height": 844}},
+}
+OTHERS: dict[str, dict[str, Any]] = {
+    "dark-desktop": LOOKS["light-desktop"] | {"color_scheme": "dark"},
+    "light-phone": LOOKS["dark-phone"] | {"color_scheme": "light"},
+}
+QUESTION = "What are some good ways to relax after a long day at work?"
+STEP = 4  # whose tree is shown
+PATIENCE = 120_000  # milliseconds
+
+
+@contextmanager
+def served() -> Iterator[str]:
+    """`ctc-drafter serve` of the shipped pair as a process; gives its address."""
+    command = [sys.executable, "-m", "ctc_drafter.cli", "serve", "--port", "0"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stderr is not None
+            yield process.stderr.readline().split(" on ")[1].split(";")[0]
+        finally:
+            process.terminate()
+
+
+def states(page: Any, url: str) -> Iterator[str]:
+    """Brings the page from one state to the next, and gives their names."""
+    page.set_default_timeout(PATIENCE)
+    page.goto(url)
+    page.wait_for_selector("#model:not(:text('connecting'))")
+    yield "empty"
+    page.check("#compare")
+    page.fill("#prompt", QUESTION)
+    page.press("#prompt", "Enter")
+    page.wait_for_selector(".answer .burst:nth-child(5)")
+    yield "streaming"
+    page.wait_for_selector("#send:visible")
+    yield "finished"
+    page.click("button.look")
+    for _ in range(STEP - 1):
+        page.keyboard.press("ArrowRight")
+    yield "tree"
+
+
+def main(folder: Path | None) -> None:
+    from playwright.sync_api import sync_playwright
+
+    looks, wanted = (
+        (LOOKS, {"tree"}) if folder is None else (LOOKS | OTHERS, {"empty", "streaming", "finished", "tree"})
+    )
+    into = folder or FIGURES
+    into.mkdir(parents=True, exist_ok=True)
+    with sync_playwright() as playwright, served() as url:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        for name, look in looks.items():
+            page = browser.new_page(**look)
+            for state in states(page, url):
+                if state in wanted:
+                    end = "" if folder is None else f"-{state}"
+                    page.screenshot(path=into / f"page-{name}{end}.png", animations="disabled", caret="initial")
+            page.close()
+        browser.close()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]) if sys.argv[1:] else None)
