@@ -10,8 +10,11 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 from typing import Any
+
+from PIL import Image
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM = next((found for name in NAMES if (found := shutil.which(name))), "")
@@ -24,8 +27,9 @@ OTHERS: dict[str, dict[str, Any]] = {
     "dark-desktop": LOOKS["light-desktop"] | {"color_scheme": "dark"},
     "light-phone": LOOKS["dark-phone"] | {"color_scheme": "light"},
 }
-QUESTION = "What are some good ways to relax after a long day at work?"
-STEP = 4  # whose tree is shown
+PUBLISHED = {("light-desktop", "tree"), ("dark-phone", "finished")}
+QUESTION = "A book costs $12. How much do 4 books cost?"
+STEP = 3  # whose tree is shown
 PATIENCE = 120_000  # milliseconds
 
 
@@ -60,22 +64,24 @@ def states(page: Any, url: str) -> Iterator[str]:
     yield "tree"
 
 
+def save(page: Any, file: Path) -> None:
+    """As a PNG with a palette, a third of the size and the same to the eye."""
+    whole = Image.open(BytesIO(page.screenshot(animations="disabled")))
+    whole.quantize(256).save(file, optimize=True)
+
+
 def main(folder: Path | None) -> None:
     from playwright.sync_api import sync_playwright
 
-    looks, wanted = (
-        (LOOKS, {"tree"}) if folder is None else (LOOKS | OTHERS, {"empty", "streaming", "finished", "tree"})
-    )
     into = folder or FIGURES
     into.mkdir(parents=True, exist_ok=True)
     with sync_playwright() as playwright, served() as url:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        for name, look in looks.items():
+        for name, look in (LOOKS | (OTHERS if folder else {})).items():
             page = browser.new_page(**look)
             for state in states(page, url):
-                if state in wanted:
-                    end = "" if folder is None else f"-{state}"
-                    page.screenshot(path=into / f"page-{name}{end}.png", animations="disabled", caret="initial")
+                if folder or (name, state) in PUBLISHED:
+                    save(page, into / f"page-{name}-{state}.png")
             page.close()
         browser.close()
 
