@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from ctc_drafter.decode.prefill import prefill
+from ctc_drafter.evaluate.scripted import ScriptedDrafter
 from serve_helpers import KEY, NAME, cut, plain_texts, plain_tokens, running, text_of, tiny_service
 
 MESSAGES = [{"role": "system", "content": "be a cat"}, {"role": "user", "content": "sat on the mat?"}]
@@ -147,6 +148,20 @@ def test_logprobs_are_the_targets_own(server, client, prompt):
         math.isclose(max(top.values()), max(row.tolist()), abs_tol=1e-4)
         for top, row in zip(values.top_logprobs, logs, strict=True)
     )
+
+
+def test_likelihoods_of_a_sampled_answer_that_ends_at_a_drafted_token(server, prompt):
+    """No token was drawn after it: the limit is reached, and the rest of the row was right as well."""
+    settings = {"seed": 3, "temperature": 0.7}
+    (tokens,) = plain_tokens(server.service, prompt, 9, **settings)
+    drafter = ScriptedDrafter([prompt + tokens], 4, server.service.target.vocab_size)
+    with running(tiny_service(drafter=drafter)) as scripted:
+        for limit in range(2, 8):
+            reply = chat(scripted.client(), **settings, max_tokens=limit, logprobs=True, top_logprobs=1)
+            entries = reply.choices[0].logprobs.content
+            assert [entry.token for entry in entries] == [
+                server.service.tokenizer.decode([token]) for token in tokens[:limit]
+            ]
 
 
 def test_many_clients_share_the_batch(server, client, prompt):

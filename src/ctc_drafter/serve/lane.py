@@ -70,7 +70,8 @@ class Lane:
         path = step.acceptance.path[place, : len(tokens)]
         likelihoods: list[Likelihood] = []
         if job.top is not None:
-            written = torch.tensor(tokens, device=path.device)
+            # -1 stands for a token that no row is asked for, behind the end of this one; it is not taken.
+            written = torch.tensor(tokens, device=path.device).clamp_min(0)
             likelihoods = likely(step.logits[place, path], written, job.top)
         text, taken = "", 0
         for token in tokens:
