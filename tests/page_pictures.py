@@ -6,15 +6,15 @@ Without a folder those of `docs/serving.md`; into a folder, every state in both 
 from __future__ import annotations
 
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
+
+from ctc_drafter.evaluate.clients import served
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM = next((found for name in NAMES if (found := shutil.which(name))), "")
@@ -31,18 +31,6 @@ PUBLISHED = {("light-desktop", "tree"), ("dark-phone", "finished")}
 QUESTION = "A book costs $12. How much do 4 books cost?"
 STEP = 3  # whose tree is shown
 PATIENCE = 120_000  # milliseconds
-
-
-@contextmanager
-def served() -> Iterator[str]:
-    """`ctc-drafter serve` of the shipped pair as a process; gives its address."""
-    command = [sys.executable, "-m", "ctc_drafter.cli", "serve", "--port", "0"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stderr is not None
-            yield process.stderr.readline().split(" on ")[1].split(";")[0]
-        finally:
-            process.terminate()
 
 
 def states(page: Any, url: str) -> Iterator[str]:
