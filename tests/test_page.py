@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import subprocess
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 
@@ -125,9 +126,9 @@ def browser():
         browser.close()
 
 
-@pytest.fixture(params=LOOKS, ids=["desktop", "phone"])
-def page(request, browser, server):
-    page = browser.new_page(**LOOKS[request.param])
+@contextmanager
+def opened(browser, server, look):
+    page = browser.new_page(**LOOKS[look])
     faults: list[str] = []
     page.on("pageerror", lambda error: faults.append(str(error)))
     page.goto(server.url)
@@ -138,6 +139,18 @@ def page(request, browser, server):
     yield page
     page.close()
     assert faults == []
+
+
+@pytest.fixture
+def page(browser, server):
+    with opened(browser, server, "light-desktop") as page:
+        yield page
+
+
+@pytest.fixture(params=LOOKS)
+def any_page(request, browser, server):
+    with opened(browser, server, request.param) as page:
+        yield page
 
 
 def ask(page, text=QUESTION):
@@ -153,7 +166,8 @@ def expected_answer(server) -> str:
 
 
 @needs_chromium
-def test_it_sends_streams_and_compares(page, server):
+def test_it_sends_streams_and_compares(any_page, server):
+    page = any_page
     page.check("#compare")
     ask(page)
     answers = page.query_selector_all(".answer .text")
@@ -165,7 +179,8 @@ def test_it_sends_streams_and_compares(page, server):
 
 
 @needs_chromium
-def test_a_tree_opens_by_keyboard(page):
+def test_a_tree_opens_by_keyboard(any_page):
+    page = any_page
     ask(page)
     page.focus("button.look")
     page.keyboard.press("Enter")

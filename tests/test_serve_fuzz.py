@@ -40,6 +40,7 @@ def test_no_server_errors():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_no_server_errors_in_many_requests():
     statuses = try_all(400)
     assert all({200, 400} <= set(statuses[path]) for path in POSTS)
