@@ -110,7 +110,10 @@ def test_tensor_names_are_those_of_the_dflash_layout():
     ours = {"blank_head.weight", "blank_head.bias", "predictor.root.bias"} | {
         f"predictor.{name}.weight" for name in ("table", "previous", "last", "root", "inner", "output")
     }
-    assert set(drafter.state_dict()) == layer | {"fc.weight", "hidden_norm.weight", "norm.weight"} | ours
+    ours |= {"fc.weight", "hidden_norm.weight", "norm.weight"} | layer
+    assert set(drafter.state_dict()) == ours
+    more = tiny_drafter(tiny_target(), carry=True, draft_vocab_size=9)
+    assert set(more.state_dict()) == ours | {"carry.weight", "d2t"}
 
 
 def test_the_head_a_session_reads_is_never_the_targets_changed():

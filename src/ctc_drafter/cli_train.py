@@ -131,6 +131,9 @@ def train(
     ] = None,
     draft_layers: Annotated[int | None, typer.Option("--draft-layers", help="Layers of the drafter.")] = None,
     predictor_rank: Annotated[int | None, typer.Option("--predictor-rank", help="Of its bias; 0 for none.")] = None,
+    carry: Annotated[
+        bool | None, typer.Option("--carry/--no-carry", help="Feeds the newest token's state into the block.")
+    ] = None,
     draft_vocabulary: Annotated[
         int | None,
         typer.Option("--draft-vocabulary", help="Drafts only that many tokens, the most frequent.", show_default="all"),
@@ -168,6 +171,7 @@ def train(
         num_hidden_layers=draft_layers,
         predictor_rank=predictor_rank,
         draft_vocab_size=draft_vocabulary,
+        carry=carry,
     )
     choose_vocabulary(draft, rows.answer_counts(lm.vocab_size))
     trained = train_drafter(lm, draft, rows, held, out, chosen, resume)
