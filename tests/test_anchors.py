@@ -5,7 +5,7 @@ import torch
 
 from ctc_drafter.ctc.lattice import lattice
 from ctc_drafter.ctc.loss import ctc_loss, ctc_objective, prefix_objective
-from ctc_drafter.train.anchors import draft_loss, draw_anchors, label_anchors
+from ctc_drafter.train.anchors import draft_loss, draw_anchors, label_anchors, usual_chunk
 from ctc_drafter.train.data import LengthSampler, collate
 from train_helpers import pair, written_rows
 
@@ -80,3 +80,31 @@ def test_sampler_is_a_fixed_permutation_of_like_lengths() -> None:
     assert sum(spread) / len(spread) < 6
     sampler.set_epoch(1)
     assert list(sampler) != first
+
+
+def test_draft_layers_may_run_again_in_the_backward_pass() -> None:
+    target, drafter = pair()
+    batch = collate([written_rows(target, 2)[i] for i in range(2)])
+    positions, used = draw_anchors(batch["lengths"], batch["answer_start"], batch["key"], 5, seed="0")
+    anchors = label_anchors(batch["input_ids"], batch["lengths"], positions, used, drafter.config.draft_length)
+    features = target.hidden_features(batch["input_ids"], drafter.feature_layers)
+    given, kept, gradients = (target.embed, target.head, features, batch["input_ids"], anchors), [], []
+    for recompute in (False, True):
+        drafter.zero_grad()
+        saved: list[int] = []
+
+        def pack(tensor: torch.Tensor, saved: list[int] = saved) -> torch.Tensor:
+            saved.append(tensor.nbytes)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = draft_loss(drafter, *given, prefix_objective(0.8), 4, recompute=recompute)
+        loss.backward()
+        kept.append(sum(saved))
+        gradients.append([p.grad.clone() for p in drafter.parameters()])
+    assert kept[1] < 0.5 * kept[0]
+    assert all(torch.equal(*both) for both in zip(*gradients, strict=True))
+
+
+def test_the_usual_chunk_shrinks_with_the_vocabulary() -> None:
+    assert (usual_chunk(8192, 7), usual_chunk(131072, 7), usual_chunk(10**9, 7)) == (512, 32, 1)

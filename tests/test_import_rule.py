@@ -55,6 +55,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "load": {"types", "text", "layout", "target", "drafters", "methods", "quickstart"},
     "demo": {"types", "text", "target", "drafters", "decode", "quickstart"},
     "answer": {"types", "text", "target", "drafters", "decode", "evaluate", "profile"},
+    "recipe": {"types"},
+    "recipe_page": {"types", "load", "methods", "recipe", "train"},
     "options": {"types"},
     "cli_train": {"*"},
     "cli": {"*"},

@@ -8,7 +8,7 @@ from ctc_drafter.decode.tree import build_tree
 from ctc_drafter.train.anchors import label_anchors
 from ctc_drafter.train.data import DistilledDataset, collate
 from ctc_drafter.train.trainer import train_drafter
-from ctc_drafter.train.validate import accepted_lengths, agreement, draft_positions, offline_beta
+from ctc_drafter.train.validate import UNRANKED, accepted_lengths, agreement, draft_positions, offline_beta, true_ranks
 from ctc_drafter.types import Candidates, UserError
 from train_helpers import pair, settings, written_rows
 
@@ -85,7 +85,9 @@ def test_steps_of_generate_are_the_offline_lengths(learnt, nodes: int) -> None:
 
 def test_beta_is_the_mean_over_positions(learnt) -> None:
     target, drafter, rows = learnt
-    beta = offline_beta(target, drafter, rows, nodes=NODES, max_positions=10**6)
+    figures = offline_beta(target, drafter, rows, nodes=NODES, max_positions=10**6)
+    beta = {name.removeprefix("beta_"): value for name, value in figures.items() if name.startswith("beta_")}
+    assert 0 < figures["top_1"] < figures["top_5"] <= figures["top_10"] <= 1
     assert list(beta) == ["chain", *map(str, NODES)]
     assert 1.1 < beta["1"] < beta["3"] < beta["8"] < beta["16"]
     assert beta["1"] <= beta["chain"] <= beta["16"]
@@ -104,6 +106,17 @@ def test_beta_is_the_mean_over_positions(learnt) -> None:
         for name, length in accepted_lengths(found, truth, NODES).items():
             totals[name] += int(length) + 1
     assert beta == pytest.approx({name: total / len(pairs) for name, total in totals.items()})
+
+
+def test_ranks_of_the_true_tokens() -> None:
+    """By hand: root -> a .5, b .3, c .2; a -> d .3, e .1; b -> f .25; nothing is known behind c and d."""
+    scores = torch.tensor([[0.5, 0.3, 0.2, 0.3, 0.1, 0.25, 0.0]]).log().expand(4, -1)
+    shape = (torch.tensor([each]).expand(4, -1) for each in ([1, 2, 3, 4, 5, 6, 3], [-1, -1, -1, 0, 0, 1, 0]))
+    candidates = Candidates(*shape, torch.tensor([[1, 1, 1, 2, 2, 2, 2]]).expand(4, -1), scores)
+    truth = torch.tensor([[9, 1, 5, 1], [9, 2, 6, 1], [9, 3, 1, 1], [9, 7, 1, 1]])
+    ranks = true_ranks(candidates, truth).tolist()
+    assert sorted(ranks) == sorted([0, 1, 1, 0, 2, UNRANKED])
+    assert true_ranks(candidates, torch.tensor([[9, 1, 3, 1]] * 4)).tolist() == [0] * 4 + [UNRANKED] * 4
 
 
 def test_positions_are_capped_and_fixed_by_the_seed(learnt) -> None:

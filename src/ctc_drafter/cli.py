@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ctc_drafter.cli_train import distill, train
+from ctc_drafter.cli_train import distill, recipe, train
 from ctc_drafter.options import (
     BatchOption,
     BudgetOption,
@@ -370,7 +370,7 @@ def exactness(
     Console().print(exactness_table(result))
 
 
-for command in (distill, train):
+for command in (distill, train, recipe):
     app.command()(command)
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from ctc_drafter.options import (
     BatchOption,
     DeviceOption,
+    Dtype,
     DtypeOption,
     LimitOption,
     NewTokensOption,
@@ -18,6 +19,14 @@ from ctc_drafter.options import (
     TemplateOption,
     refuse,
 )
+
+if TYPE_CHECKING:
+    from ctc_drafter.train.estimate import Plan
+
+FlopsOption = Annotated[
+    float | None,
+    typer.Option("--flops", help="Operations per second that estimates reckon with.", show_default="measured"),
+]
 
 
 def distill(
@@ -141,15 +150,33 @@ def train(
     max_length: Annotated[int | None, typer.Option("--max-length", min=2, help="Longer rows lose their end.")] = None,
     chat_template: TemplateOption = None,
     held_out: Annotated[float, typer.Option("--held-out", min=0.0, max=0.5, help="Share of rows for β.")] = 0.02,
+    shard_target: Annotated[
+        bool, typer.Option("--shard-target", help="Processes share the target's layers (FSDP2).")
+    ] = False,
+    estimate: Annotated[
+        bool, typer.Option("--estimate", help="Only say what disk, memory and time the training needs.")
+    ] = False,
+    flops: FlopsOption = None,
     resume: Annotated[bool, typer.Option("--resume/--no-resume", help="Go on from the newest checkpoint.")] = True,
     dtype: DtypeOption = "float32",
     device: DeviceOption = "auto",
 ) -> None:
     """Trains a drafter for the target on its own answers."""
-    from ctc_drafter.load import choose_vocabulary, fresh_drafter, load_target, read_template
+    import torch
+
+    from ctc_drafter.load import (
+        blank_drafter,
+        choose_vocabulary,
+        fresh_drafter,
+        load_config,
+        load_target,
+        read_template,
+    )
     from ctc_drafter.methods import trained_method
     from ctc_drafter.train.data import DistilledDataset
+    from ctc_drafter.train.estimate import Plan, TextSize, memory_errors
     from ctc_drafter.train.manifest import check_writer
+    from ctc_drafter.train.processes import join_processes
     from ctc_drafter.train.settings import TrainSettings
     from ctc_drafter.train.trainer import train_drafter
 
@@ -157,28 +184,85 @@ def train(
     named |= {"anchors": anchors, "loss": loss, "bf16": bf16 or None, "seed": seed}
     given = pairs(settings or []) | {k: v for k, v in named.items() if v is not None}
     chosen = TrainSettings.parse(trained_method(method).training | given)
-    lm, tokenizer = load_target(target, dtype, device)
-    read_template(tokenizer, chat_template)
+    sizes = {"frames": frames, "draft_length": draft_length, "num_hidden_layers": draft_layers}
+    sizes |= {"predictor_rank": predictor_rank, "draft_vocab_size": draft_vocabulary, "carry": carry}
     rows, held = DistilledDataset.load(data, max_length).split(held_out)
-    check_writer(rows.manifest or {}, lm.model, tokenizer)
-    draft = fresh_drafter(
-        lm,
-        tokenizer,
-        seed,
-        method,
-        frames=frames,
-        draft_length=draft_length,
-        num_hidden_layers=draft_layers,
-        predictor_rank=predictor_rank,
-        draft_vocab_size=draft_vocabulary,
-        carry=carry,
-    )
-    choose_vocabulary(draft, rows.answer_counts(lm.vocab_size))
-    trained = train_drafter(lm, draft, rows, held, out, chosen, resume)
+
+    def plan() -> Plan:
+        config, _, _ = load_config(target)
+        return Plan(config, getattr(torch, dtype), blank_drafter(method, **sizes), chosen, TextSize.of(rows))
+
+    if estimate:
+        show_estimate(plan(), flops, device)
+        return
+    processes = join_processes(device)
+    with memory_errors(plan):
+        lm, tokenizer = load_target(target, dtype, "cpu" if shard_target else device)
+        read_template(tokenizer, chat_template)
+        check_writer(rows.manifest or {}, lm.model, tokenizer)
+        draft = fresh_drafter(lm, tokenizer, seed, method, **sizes)
+        choose_vocabulary(draft, rows.answer_counts(lm.vocab_size))
+        trained = train_drafter(lm, draft, rows, held, out, chosen, resume, shard_target)
+    if not processes.is_main_process:
+        return
     figures = {
         key: value for entry in trained.history for key, value in entry.items() if "loss" in key or "beta" in key
     }
     print(f"{out}: {trained.steps} steps; " + ", ".join(f"{key} {value:.3f}" for key, value in figures.items()))
+
+
+def recipe(
+    file: Annotated[Path, typer.Argument(help="YAML file; `recipes/` holds some.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder for answers and drafter.")] = Path("runs/recipe"),
+    target: Annotated[str | None, typer.Option("--target", help="In place of the recipe's.")] = None,
+    dtype: Annotated[Dtype | None, typer.Option("--dtype", help="In place of the recipe's.")] = None,
+    prompts: Annotated[str | None, typer.Option("--prompts", help="In place of the recipe's.")] = None,
+    server: Annotated[
+        str | None, typer.Option("--server", help="That runs the target and answers the prompts.")
+    ] = None,
+    estimate: Annotated[
+        bool, typer.Option("--estimate", help="Only say what disk, memory and time the training needs.")
+    ] = False,
+    flops: FlopsOption = None,
+    device: DeviceOption = "auto",
+) -> None:
+    """Runs the distillation and the training of a recipe, and prints their commands."""
+    import shlex
+
+    from ctc_drafter.recipe import commands, read_recipe
+
+    found = read_recipe(file)
+    found = found.model_copy(update={key: value for key, value in (("target", target), ("dtype", dtype)) if value})
+    if estimate:
+        from ctc_drafter.recipe_page import plan_of
+
+        show_estimate(plan_of(found), flops, device)
+        return
+    own = {"prompts": prompts, "server": server}
+    stages = commands(found, out, distill=found.distill | {k: v for k, v in own.items() if v})
+    app = typer.Typer(pretty_exceptions_enable=False)
+    for command in (distill, train):
+        app.command()(command)
+    for line in stages:
+        print(shlex.join(["ctc-drafter", *line]), flush=True)
+        app(args=[*line, "--device", device], prog_name="ctc-drafter", standalone_mode=False)
+
+
+def show_estimate(plan: Plan, flops: float | None, device: str) -> None:
+    """Prints what a run needs; the rate is the one given, or this machine's."""
+    from ctc_drafter.load import chosen_device, keep_quiet
+    from ctc_drafter.train.estimate import describe, measured_rate
+    from ctc_drafter.train.estimate import estimate as run_estimate
+
+    keep_quiet()
+    rate, source = flops, "given"
+    if rate is None:
+        rate, source = (
+            measured_rate(plan.dtype, chosen_device(device)),
+            "measured here: matrix products",
+        )
+    for what, much in describe(run_estimate(plan), rate, source):
+        print(f"{what}: {much}")
 
 
 def pairs(settings: list[str]) -> dict[str, Any]:

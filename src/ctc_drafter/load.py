@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,14 +41,18 @@ def load_target(name: str | None, dtype: str, device: str) -> tuple[Target, PreT
     """The target and its tokenizer; the shipped ones without a name."""
     keep_quiet()
     name = name or shipped(TARGET_DIR)
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("this machine offers no CUDA device; use --device cpu")
-    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    target = Target.load(name, dtype, chosen)
+    target = Target.load(name, dtype, chosen_device(device))
     try:
         return target, AutoTokenizer.from_pretrained(name)
     except Exception as error:  # tokenizers raises bare Exception for a corrupt file
         raise UserError(f"no tokenizer could be loaded from {name}: {first_line(error)}") from error
+
+
+def chosen_device(device: str) -> str:
+    """cpu or cuda; `auto` takes CUDA if there is one. Raises `UserError` for a CUDA that is not there."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("this machine offers no CUDA device; use --device cpu")
+    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
 
 
 def load_config(name: str | None) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase, tuple[int, ...]]:
@@ -117,6 +122,19 @@ def fresh_drafter(
     )
     drafter.start_from(target.norm_scale, target.head)
     return drafter.to(target.device)
+
+
+def blank_drafter(method: str = "ctc", **sizes: int | None) -> Callable[[PreTrainedConfig], TrainableDrafter]:
+    """Makes an untrained drafter of a method for a target's config, to count it; sizes as in `fresh_drafter`."""
+    chosen = trained_method(method)
+    given = chosen.sizes | {name: size for name, size in sizes.items() if size is not None}
+
+    def make(config: PreTrainedConfig) -> TrainableDrafter:
+        drafter = chosen.drafter.for_target(config, **given)
+        assert isinstance(drafter, TrainableDrafter)
+        return drafter
+
+    return make
 
 
 def choose_vocabulary(drafter: TrainableDrafter, counts: torch.Tensor) -> None:

@@ -35,6 +35,10 @@ class TrainableDrafter(PreTrainedModel):
         super().__init__(config)
         self._borrowed: tuple[Any, Borrowed] | None = None
 
+    def forward(self, work: Callable[[Any], torch.Tensor]) -> torch.Tensor:
+        """`work(self)`. Wrappers that gather gradients (DDP) must see a call of the module they wrap."""
+        return work(self)
+
     @abstractmethod
     def blocks(
         self, features: torch.Tensor, tokens: torch.Tensor, anchors: torch.Tensor, embed: nn.Module

@@ -84,7 +84,8 @@ def data_table(perplexity: dict[str, float]) -> str:
     return "\n".join([*rows, "in float32.\n"])
 
 
-def beta_table(steps: int, config: CTCDrafterConfig, beta: dict[str, float]) -> str:
+def beta_table(steps: int, config: CTCDrafterConfig, figures: dict[str, float]) -> str:
+    beta = {name.removeprefix("beta_"): value for name, value in figures.items() if name.startswith("beta_")}
     rows = [
         f"## The drafter after {steps} steps\n",
         f"It drafts {config.draft_vocab_size:,} of the {config.vocab_size:,} tokens, the most frequent in the answers",

@@ -15,6 +15,9 @@ from torch.utils.checkpoint import checkpoint
 from ctc_drafter.drafters.borrowed import head_logits
 from ctc_drafter.drafters.trainable import Objective, TrainableDrafter
 
+# Fewer leave kernels idle, more only cost memory: of a vocabulary of 8,192 it holds 512 anchors, of 128k 32.
+LOGITS_AT_A_TIME = 2**28
+
 
 @dataclass(frozen=True)
 class Anchors:
@@ -50,6 +53,8 @@ def draw_anchors(
         drawn = torch.randperm(max(room, 0), generator=torch.Generator().manual_seed(mixed))[:count]
         rows.append(drawn.sort().values + start - 1)
     positions = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    if not positions.shape[1]:  # rows without room: drafters want a position to look at
+        positions = positions.new_zeros(len(rows), 1)
     used = torch.arange(positions.shape[1]) < torch.tensor(counts).unsqueeze(1)
     return positions.to(lengths.device), used.to(lengths.device)
 
@@ -74,31 +79,60 @@ def draft_loss(
     tokens: torch.Tensor,
     anchors: Anchors,
     objective: Objective,
-    chunk: int,
+    chunk: int | None = None,
     last: torch.Tensor | None = None,
+    recompute: bool = False,
 ) -> torch.Tensor:
     """Sum of the loss over all used anchors, a scalar in float32.
 
     last `[B, T, H]`, for the teacher loss: what the target's LM head reads after each token. Its probabilities then
     teach what follows root, y1, .. y(U-1).
 
-    What is as large as the vocabulary exists for `chunk` anchors at a time and is computed again in the backward
-    pass.
+    What is as large as the vocabulary exists for `chunk` anchors at a time, by default for `usual_chunk`, and is
+    computed again in the backward pass. With `recompute` so are the draft layers.
     """
-    blocks = drafter.blocks(features, tokens, anchors.positions, embed)[anchors.used]  # [N, ...]
+    if recompute:
+        found = checkpoint(drafter.blocks, features, tokens, anchors.positions, embed, use_reentrant=False)
+    else:
+        found = drafter.blocks(features, tokens, anchors.positions, embed)
+    blocks = found[anchors.used]  # [N, ...]
     prefixes, valid = anchors.prefixes[anchors.used], anchors.valid[anchors.used]
     states = blocks.new_empty(len(blocks), 0) if last is None else states_after(last, anchors)[anchors.used]
+    return chunked_losses(drafter, embed, head, (blocks, prefixes, valid, states), objective, chunk)
+
+
+def chunked_losses(
+    drafter: TrainableDrafter,
+    embed: nn.Module,
+    head: nn.Module,
+    wholes: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+    objective: Objective,
+    chunk: int | None = None,
+) -> torch.Tensor:
+    """Sum of the loss of N anchors, a scalar in float32, `chunk` of them at a time.
+
+    wholes: block outputs `[N, ...]`, prefixes `int64 [N, 1+U]`, valid `bool [N, U]`, and the target's states
+    `[N, U, H]` for the teacher loss, `[N, 0]` for others.
+    """
+    if not len(wholes[0]):
+        return wholes[0].sum()  # 0, and still a part of the graph
+    taught = wholes[3].shape[-1] > 0
+    chunk = chunk or usual_chunk(drafter.config.vocab_size, drafter.config.draft_length)
 
     def part(blocks: torch.Tensor, prefixes: torch.Tensor, valid: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
-        teacher = None if last is None else probabilities(head, states)
+        teacher = probabilities(head, states) if taught else None
         return drafter.losses(blocks, prefixes, valid, embed, head, objective, teacher).sum()
 
-    wholes = (blocks, prefixes, valid, states)
     chunks = list(zip(*(whole.split(chunk) for whole in wholes), strict=True))
     if len(chunks) == 1:
         return part(*chunks[0])
     parts = [checkpoint(part, *each, use_reentrant=False, preserve_rng_state=False) for each in chunks]
     return torch.stack(parts).sum()
+
+
+def usual_chunk(vocab_size: int, draft_length: int) -> int:
+    """Anchors whose logits and biases, a row of each for every label, take some `LOGITS_AT_A_TIME` bytes."""
+    return max(1, LOGITS_AT_A_TIME // (4 * vocab_size * 2 * (draft_length + 1)))
 
 
 def states_after(states: torch.Tensor, anchors: Anchors) -> torch.Tensor:

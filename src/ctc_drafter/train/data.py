@@ -26,6 +26,9 @@ from ctc_drafter.types import UserError
 logger = logging.getLogger(__name__)
 
 
+NOTHING = -1  # index of a row that teaches nothing
+
+
 @dataclass(frozen=True)
 class Prompt:
     """Token ids that end where the target's answer begins. `id` is a hash of them."""
@@ -222,6 +225,9 @@ class DistilledDataset(Dataset[dict[str, Any]]):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        """A row; `NOTHING` gives one that has no answer."""
+        if index == NOTHING:
+            return {"input_ids": torch.zeros(2, dtype=torch.long), "answer_start": 2, "key": 0}
         row = self.rows[index]
         return {"input_ids": row.ids.long(), "answer_start": row.answer_start, "key": row.key}
 
@@ -260,17 +266,19 @@ class LengthSampler(Sampler[int]):
     """A shuffled order whose batches hold rows of like length.
 
     The order depends on seed and epoch alone, not on global random state: a resumed run sees the same batches.
+    Several processes take whole batches in turn; rows of `NOTHING` at the end give all of them as many.
     """
 
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, window: int = 32):
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, window: int = 32, processes: int = 1):
         self.lengths, self.batch_size, self.seed, self.window = lengths, batch_size, seed, window
+        self.padding = -len(lengths) % (batch_size * processes) if processes > 1 else 0
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return len(self.lengths) + self.padding
 
     def __iter__(self) -> Iterator[int]:
         rng = random.Random(f"{self.seed}:{self.epoch}")
@@ -281,7 +289,7 @@ class LengthSampler(Sampler[int]):
         # A batch that is not full stays last, or it would shift all after it.
         rest = [batches.pop()] if len(order) % self.batch_size else []
         rng.shuffle(batches)
-        return iter([index for batch in batches + rest for index in batch])
+        return iter([index for batch in batches + rest for index in batch] + [NOTHING] * self.padding)
 
 
 def _shard_rows(folder: Path) -> Iterator[dict[str, Any]]:

@@ -19,6 +19,8 @@ FREE = {
     "eval_batch_size",
     "report_to",
     "progress",
+    "anchor_chunk",
+    "recompute",
 }
 
 
@@ -32,11 +34,14 @@ class TrainSettings(BaseModel):
     )
     loss_decay: float = Field(0.8, gt=0, le=1, description="weight of a draft's next token against the one before")
     anchors: int = Field(32, ge=1, description="positions of each row that a step learns from")
-    anchor_chunk: int = Field(128, ge=1, description="positions whose logits are in memory at a time")
+    anchor_chunk: int | None = Field(
+        None, ge=1, description="positions whose logits are in memory at a time; by default some 256 MB of them"
+    )
+    recompute: bool = Field(False, description="gradient checkpointing: draft layers run again in the backward pass")
     steps: int | None = Field(None, ge=1, description="optimizer steps; overrides epochs")
     epochs: float = Field(1.0, gt=0, description="passes over the training rows")
     batch_size: int = Field(8, ge=1, description="rows of a forward pass")
-    accumulate: int = Field(1, ge=1, description="forward passes of a step")
+    accumulate: int = Field(1, ge=1, description="forward passes of a step, of all processes together")
     learning_rate: float = Field(1e-3, gt=0, description="peak of the cosine schedule")
     min_learning_rate: float = Field(0.0, ge=0, description="end of the cosine schedule")
     warmup_steps: int = Field(50, ge=0, description="steps of linear warmup")

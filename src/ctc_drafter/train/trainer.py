@@ -31,6 +31,7 @@ from ctc_drafter.train.manifest import (
     versions,
     write_atomic,
 )
+from ctc_drafter.train.processes import join_processes, shard_layers, share_of
 from ctc_drafter.train.settings import TrainSettings
 from ctc_drafter.train.validate import draft_positions, offline_beta
 from ctc_drafter.types import UserError
@@ -55,14 +56,18 @@ def train_drafter(
     out: Path,
     settings: TrainSettings,
     resume: bool = True,
+    shard_target: bool = False,
 ) -> Trained:
     """Trains `drafter` in place and saves it to `out`; checkpoints lie in `out/checkpoints`.
 
     The same call after a crash goes on from the newest whole checkpoint and gives the same losses as an
-    unbroken run. The log holds `loss`, `seconds` and `tokens` so far, and with `held_out` rows `eval_loss`,
-    `eval_beta_chain`, `eval_beta_16` and so on; it is also written to `out/train_log.jsonl`. Raises `UserError` for
-    data of another target, a folder of another run, damaged checkpoints, and checkpoints that `resume=False` would
-    overwrite.
+    unbroken run; so does any number of processes, which share the forward passes of a step (`settings.accumulate`).
+    With `shard_target` they share the weights of the target's layers too.
+
+    The log holds `loss`, `seconds` and `tokens` so far, and with `held_out` rows `eval_loss`, `eval_beta_chain`,
+    `eval_beta_16` and so on; it is also written to `out/train_log.jsonl`. Raises `UserError` for data of another
+    target, a folder of another run, damaged checkpoints, checkpoints that `resume=False` would overwrite, and forward
+    passes that the processes cannot share evenly.
     """
     _check_data(target, drafter, dataset)
     if settings.loss == "teacher":
@@ -70,10 +75,11 @@ def train_drafter(
     held_out = held_out if held_out is not None and len(held_out) else None
     if held_out is not None:
         draft_positions(held_out, drafter, settings.eval_positions, len(held_out), settings.seed)
-    with disk_errors(out):
+    processes = join_processes(target.device.type)
+    with processes.main_process_first(), disk_errors(out):
         out.mkdir(parents=True, exist_ok=True)
         claim(out / RUN_FILE, _manifest(target, drafter, dataset, settings))
-    checkpoint = latest_checkpoint(out / "checkpoints")
+        checkpoint = latest_checkpoint(out / "checkpoints")
     if checkpoint is not None and not resume:
         raise UserError(f"{out} holds checkpoints; resume them, or use another output folder")
 
@@ -82,15 +88,19 @@ def train_drafter(
         drafter.load_state_dict(load_file(checkpoint / "model.safetensors"))
     else:
         with frozen(target.model), disk_errors(out):
+            if shard_target:
+                shard_layers(target.model)
             trainer = DrafterTrainer(target, drafter, dataset, held_out, out / "checkpoints", settings)
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         state = {"global_step": trainer.state.global_step, "log_history": trainer.state.log_history}
     # The Trainer's last entry sums up this call, not the run.
     history = [entry for entry in state["log_history"] if "train_runtime" not in entry]
     drafter.eval()
-    with disk_errors(out):
-        drafter.save_pretrained(out)
-        write_atomic(out / LOG_FILE, map(json.dumps, history))
+    if processes.is_main_process:
+        with disk_errors(out):
+            drafter.save_pretrained(out)
+            write_atomic(out / LOG_FILE, map(json.dumps, history))
+    processes.wait_for_everyone()
     return Trained(state["global_step"], history)
 
 
@@ -138,16 +148,21 @@ class DrafterTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         dataset = self.train_dataset if train_dataset is None else train_dataset
-        return LengthSampler([len(row.ids) for row in dataset.rows], self.args.train_batch_size, self.settings.seed)
+        lengths = [len(row.ids) for row in dataset.rows]
+        return LengthSampler(
+            lengths, self.args.train_batch_size, self.settings.seed, processes=self.accelerator.num_processes
+        )
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], torch.Tensor]:
         """The micro batches of a step and the anchors in all of them, on all processes."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self.tokens += sum(int(b["lengths"].sum()) for b in batches)
+        text = sum(int(b["lengths"].sum()) for b in batches)
         count = sum(int(anchor_counts(b["lengths"], b["answer_start"], self.settings.anchors).sum()) for b in batches)
-        return batches, self.accelerator.gather(torch.tensor([count], device=device)).sum()
+        everywhere = self.accelerator.gather(torch.tensor([[text, count]], device=device)).sum(0)
+        self.tokens += int(everywhere[0])
+        return batches, everywhere[1]
 
     def compute_loss(
         self,
@@ -157,57 +172,69 @@ class DrafterTrainer(Trainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """Mean loss of the batch's anchors; in training, its share of the step's mean."""
-        drafter = self.accelerator.unwrap_model(model)
-        tokens, lengths = inputs["input_ids"], inputs["lengths"]
-        moment = f"{self.settings.seed}:{self.state.global_step if model.training else 'eval'}"
-        positions, used = draw_anchors(
-            lengths, inputs["answer_start"], inputs["key"], self.settings.anchors, seed=moment
-        )
-        anchors = label_anchors(tokens, lengths, positions, used, drafter.config.draft_length)
-        features, last = self.target.hidden_states(tokens, drafter.feature_layers)
-        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.settings.bf16):
-            total = draft_loss(
-                drafter,
-                self.target.embed,
-                self.target.head,
-                features,
-                tokens,
-                anchors,
-                self.objective,
-                self.settings.anchor_chunk,
-                last if self.settings.loss == "teacher" else None,
-            )
+        total, count = self.anchor_losses(model, inputs)
         if num_items_in_batch is None:
-            loss = total / used.sum()
-        else:
+            loss = total / count
+        else:  # gradients are averaged over the processes
             loss = total / num_items_in_batch * self.accelerator.num_processes
         return (loss, {}) if return_outputs else loss
 
-    def prediction_step(
-        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
-    ) -> tuple[torch.Tensor, None, None]:
-        with torch.no_grad():
-            return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
+    def anchor_losses(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, int]:
+        """Sum of the losses at a batch's anchors, and how many they are."""
+        settings, config = self.settings, self.accelerator.unwrap_model(model).config
+        tokens, lengths = inputs["input_ids"], inputs["lengths"]
+        moment = f"{settings.seed}:{self.state.global_step if model.training else 'eval'}"
+        positions, used = draw_anchors(lengths, inputs["answer_start"], inputs["key"], settings.anchors, seed=moment)
+        anchors = label_anchors(tokens, lengths, positions, used, config.draft_length)
+        features, last = self.target.hidden_states(tokens, config.target_layer_ids)
 
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        """The held-out loss, and β by tree size."""
-        output = super().evaluation_loop(*args, **kwargs)
+        def work(drafter: TrainableDrafter) -> torch.Tensor:
+            with torch.autocast(tokens.device.type, torch.bfloat16, enabled=settings.bf16):
+                return draft_loss(
+                    drafter,
+                    self.target.embed,
+                    self.target.head,
+                    features,
+                    tokens,
+                    anchors,
+                    self.objective,
+                    settings.anchor_chunk,
+                    last if settings.loss == "teacher" else None,
+                    settings.recompute,
+                )
+
+        return model(work), int(used.sum())
+
+    @torch.no_grad()
+    def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """The held-out loss, and β by tree size. Processes share the losses; each finds β by itself."""
         prefix = kwargs.get("metric_key_prefix", "eval")
+        model = self.accelerator.unwrap_model(self.model)
+        model.eval()
+        total = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        rows, size = self.eval_dataset, self.settings.eval_batch_size
+        for at in range(size * self.accelerator.process_index, len(rows), size * self.accelerator.num_processes):
+            batch = collate([rows[index] for index in range(at, min(at + size, len(rows)))])
+            loss, count = self.anchor_losses(model, self._prepare_inputs(batch))
+            total += torch.tensor([float(loss), count], device=total.device)
+        loss, count = self.accelerator.gather(total[None]).sum(0).tolist()
         beta = offline_beta(
             self.target,
-            self.accelerator.unwrap_model(self.model),
-            self.eval_dataset,
+            model,
+            rows,
             nodes=self.settings.eval_nodes,
             max_positions=self.settings.eval_positions,
-            max_rows=len(self.eval_dataset),
-            batch_size=self.settings.eval_batch_size,
+            max_rows=len(rows),
+            batch_size=size,
             seed=self.settings.seed,
         )
-        output.metrics.update({f"{prefix}_beta_{size}": round(value, 4) for size, value in beta.items()})
-        return output
+        metrics = {f"{prefix}_loss": loss / count}
+        metrics |= {f"{prefix}_{name}": round(value, 4) for name, value in beta.items()}
+        return EvalLoopOutput(predictions=(), label_ids=None, metrics=metrics, num_samples=len(rows))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()  # each process has a file of its own there
         if self.args.should_save:
             seal(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
 
@@ -225,13 +252,12 @@ class LogBeforeSave(TrainerCallback):
 def training_arguments(
     settings: TrainSettings, checkpoints: Path, device: torch.device, evaluate: bool
 ) -> TrainingArguments:
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(checkpoints),
         max_steps=settings.steps or -1,
         num_train_epochs=settings.epochs,
         per_device_train_batch_size=settings.batch_size,
         per_device_eval_batch_size=settings.eval_batch_size,
-        gradient_accumulation_steps=settings.accumulate,
         learning_rate=settings.learning_rate,
         lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs={"min_lr": settings.min_learning_rate},
@@ -249,9 +275,12 @@ def training_arguments(
         disable_tqdm=not settings.progress,
         remove_unused_columns=False,
         dataloader_pin_memory=device.type == "cuda",
+        ddp_find_unused_parameters=True,  # a process may have rows without anchors at the end of an epoch
         use_cpu=device.type == "cpu",
         seed=settings.seed,
     )
+    arguments.gradient_accumulation_steps = share_of(settings.accumulate, arguments.world_size)
+    return arguments
 
 
 @contextmanager

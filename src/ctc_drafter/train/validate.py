@@ -14,6 +14,9 @@ from ctc_drafter.train.anchors import label_anchors
 from ctc_drafter.train.data import DistilledDataset, collate
 from ctc_drafter.types import Candidates, TokenTree, UserError
 
+TOP = (1, 5, 10)
+UNRANKED = 1 << 30
+
 
 @torch.inference_mode()
 def offline_beta(
@@ -28,7 +31,10 @@ def offline_beta(
     chunk: int = 128,
     seed: int = 0,
 ) -> dict[str, float]:
-    """β on rows that the target wrote greedily: key `"chain"` and one per tree size, e.g. `"16"`.
+    """β on rows that the target wrote greedily: keys `beta_chain` and one per tree size, e.g. `beta_16`.
+
+    With them `top_1`, `top_5` and `top_10`: of the places of the text whose tokens before were all drafted, the share
+    whose token is among the drafter's 1, 5, 10 likeliest candidates there.
 
     At `max_positions` answer positions of `max_rows` rows, both drawn with `seed`, the drafter's tree is laid
     over the text that follows: the longest path that agrees, and one for the bonus token. Positions with fewer
@@ -38,6 +44,7 @@ def offline_beta(
     device, training = target.device, drafter.training
     drafter.eval()
     totals: dict[str, float] = {}
+    ranks: list[torch.Tensor] = []
     count = 0
     borrowed = drafter.borrow(target.embed, target.head)
     for batch, positions in _batches(rows, draft_positions(rows, drafter, max_positions, max_rows, seed), batch_size):
@@ -51,8 +58,11 @@ def offline_beta(
             for name, accepted in accepted_lengths(candidates, truth, nodes).items():
                 totals[name] = totals.get(name, 0.0) + float((accepted + 1).sum())
             count += len(truth)
+            ranks.append(true_ranks(candidates, truth))
     drafter.train(training)
-    return {name: total / count for name, total in totals.items()}
+    beta = {f"beta_{name}": total / count for name, total in totals.items()}
+    ranked = torch.cat(ranks)
+    return beta | {f"top_{k}": float((ranked < k).float().mean()) for k in TOP}
 
 
 def accepted_lengths(candidates: Candidates, truth: torch.Tensor, nodes: Sequence[int]) -> dict[str, torch.Tensor]:
@@ -63,6 +73,28 @@ def accepted_lengths(candidates: Candidates, truth: torch.Tensor, nodes: Sequenc
     root, chain = truth[:, 0], best_chain(candidates)
     accepted = {"chain": agreement(build_tree(root, chain, chain.tokens.shape[1]), truth)}
     return accepted | {str(size): agreement(build_tree(root, candidates, size), truth) for size in nodes}
+
+
+def true_ranks(candidates: Candidates, truth: torch.Tensor) -> torch.Tensor:
+    """The rank, 0 for the best, of each true token among the candidates that extend the true prefix, `int64 [M]`.
+
+    It covers the tokens of truth `int64 [N, 1+U]` whose prefix is a candidate; `UNRANKED` for one that is none.
+    """
+    rows = torch.arange(len(truth), device=truth.device)
+    parent = torch.full_like(rows, -1)
+    found = []
+    for depth in range(1, truth.shape[1]):
+        ours = (candidates.parents == parent.unsqueeze(1)) & (candidates.depths == depth)
+        ours &= candidates.scores > float("-inf")
+        right = ours & (candidates.tokens == truth[:, depth].unsqueeze(1))
+        score = candidates.scores.masked_fill(~right, float("-inf")).amax(1, keepdim=True)
+        rank = (ours & (candidates.scores > score)).sum(1)
+        known = ours.any(1)  # nothing is known of prefixes that the search did not extend
+        found.append(torch.where(right.any(1), rank, UNRANKED)[known])
+        kept = right.any(1)
+        parent, truth = right.float().argmax(1)[kept], truth[kept]
+        candidates = Candidates(*(part[kept] for part in vars(candidates).values()))
+    return torch.cat(found)
 
 
 def agreement(tree: TokenTree, truth: torch.Tensor) -> torch.Tensor:

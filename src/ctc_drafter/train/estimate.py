@@ -1,0 +1,254 @@
+"""What a training run will need: disk, memory and floating-point operations, from configurations alone.
+
+Nothing is typed in: parameters are counted, and one step of the very code that trains runs on fake tensors, under a
+counter of its memory and one of its operations.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+import torch.utils.checkpoint
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from ctc_drafter.drafters.trainable import TrainableDrafter
+from ctc_drafter.features import captured, concatenate
+from ctc_drafter.train.anchors import chunked_losses, usual_chunk
+from ctc_drafter.train.data import DistilledDataset
+from ctc_drafter.train.footprint import PeakMemory
+from ctc_drafter.train.settings import TrainSettings
+from ctc_drafter.types import UserError
+
+GB = 1e9
+
+
+@dataclass(frozen=True)
+class TextSize:
+    """Rows of training text, the tokens in all of them, and in the longest one."""
+
+    rows: int
+    tokens: int
+    longest: int
+
+    @classmethod
+    def of(cls, dataset: DistilledDataset) -> TextSize:
+        lengths = [len(row.ids) for row in dataset.rows]
+        return cls(len(lengths), sum(lengths), max(lengths))
+
+    @property
+    def usual(self) -> int:
+        """Tokens of a row, on average."""
+        return max(2, round(self.tokens / self.rows))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A training run to estimate. dtype: the target's. fresh: makes an untrained drafter for a target's config."""
+
+    config: PreTrainedConfig
+    dtype: torch.dtype
+    fresh: Callable[[PreTrainedConfig], TrainableDrafter]
+    settings: TrainSettings
+    text: TextSize
+
+    def with_settings(self, **changes: object) -> Plan:
+        return replace(self, settings=self.settings.model_copy(update=changes))
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Counts; memory and disk in bytes.
+
+    weights: the target's. drafter: its weights and AdamW's two averages, in float32. forward: the most that the
+    target's forward holds besides. step: the most that forward and backward of the drafter hold, its gradients and the
+    features included. disk: checkpoints and the finished drafter. features: what the features of the whole text
+    would take. steps: of the run. flops: of all of them.
+    """
+
+    target_parameters: int
+    drafter_parameters: int
+    weights: int
+    drafter: int
+    forward: int
+    step: int
+    disk: int
+    features: int
+    steps: int
+    flops: float
+
+    @property
+    def memory(self) -> int:
+        """Of one process, at its peak."""
+        return self.weights + self.drafter + max(self.forward, self.step)
+
+
+def estimate(plan: Plan) -> Estimate:
+    """Runs a step of the plan on fake tensors: rows of the longest length for memory, of the usual one for work.
+
+    Attention is counted as the CPU's fused kernel, which keeps no matrix of all pairs, and adds nothing to the
+    operations: they are those of matrix products.
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = AutoModelForCausalLM.from_config(plan.config, dtype=plan.dtype).eval().requires_grad_(False)
+        drafter = plan.fresh(plan.config).train()
+        forward, step = _memory(plan, model, drafter)
+        flops = _operations(plan, model, drafter)
+    target_parameters = sum(weight.numel() for weight in model.parameters())
+    parameters = sum(weight.numel() for weight in drafter.parameters())
+    settings = plan.settings
+    forwards = math.ceil(plan.text.rows / settings.batch_size)
+    steps = settings.steps or math.ceil(forwards / settings.accumulate * settings.epochs)
+    width = plan.config.get_text_config(decoder=True).hidden_size * len(drafter.feature_layers)
+    return Estimate(
+        target_parameters=target_parameters,
+        drafter_parameters=parameters,
+        weights=sum(weight.nbytes for weight in model.parameters()),
+        drafter=parameters * 3 * 4,
+        forward=forward,
+        step=step,
+        # While a checkpoint is written, one more than are kept is there.
+        disk=parameters * 4 * (3 * (settings.keep_checkpoints + 1) + 1),
+        features=plan.text.tokens * width * plan.dtype.itemsize,
+        steps=steps,
+        flops=flops * steps * settings.accumulate,
+    )
+
+
+def _memory(plan: Plan, model: PreTrainedModel, drafter: TrainableDrafter) -> tuple[int, int]:
+    weights = [*model.parameters(), *model.buffers(), *drafter.parameters(), *drafter.buffers()]
+    with PeakMemory(weights) as counter:
+        features, last = _features(plan, model, drafter, plan.text.longest)
+    forward, kept = counter.peak, counter.now
+    with PeakMemory([*weights, features, last]) as counter:
+        _step(plan, model, drafter, features, last)
+    drafter.zero_grad()
+    return forward, kept + counter.peak
+
+
+def _operations(plan: Plan, model: PreTrainedModel, drafter: TrainableDrafter) -> float:
+    """Of one forward pass and its backward."""
+    with FlopCounterMode(display=False) as counter:
+        _step(plan, model, drafter, *_features(plan, model, drafter, plan.text.usual))
+    drafter.zero_grad()
+    return float(counter.get_total_flops())
+
+
+@torch.no_grad()
+def _features(
+    plan: Plan, model: PreTrainedModel, drafter: TrainableDrafter, length: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `Target.hidden_states`; the mask is given, because making one looks at values."""
+    tokens = torch.zeros(plan.settings.batch_size, length, dtype=torch.long)
+    positions = torch.arange(length).expand(tokens.shape)
+    mask = torch.zeros(1, 1, length, length, dtype=plan.dtype).expand(len(tokens), -1, -1, -1)
+    with captured(model, drafter.feature_layers) as outputs:
+        result = model.base_model(input_ids=tokens, position_ids=positions, attention_mask=mask, use_cache=False)
+    features = concatenate(outputs, drafter.feature_layers)
+    assert features is not None
+    return features, result.last_hidden_state
+
+
+def _step(
+    plan: Plan, model: PreTrainedModel, drafter: TrainableDrafter, features: torch.Tensor, last: torch.Tensor
+) -> None:
+    """As `draft_loss`, every anchor used, and its backward pass."""
+    settings, labels = plan.settings, drafter.config.draft_length
+    rows, length = features.shape[:2]
+    tokens = torch.zeros(rows, length, dtype=torch.long)
+    embed, head = model.get_input_embeddings(), model.get_output_embeddings()
+    places = torch.zeros(rows, min(settings.anchors, length - 1), dtype=torch.long)
+    with torch.autocast("cpu", torch.bfloat16, enabled=settings.bf16):
+        if settings.recompute:
+            blocks = torch.utils.checkpoint.checkpoint(
+                drafter.blocks, features, tokens, places, embed, use_reentrant=False, preserve_rng_state=False
+            )
+        else:
+            blocks = drafter.blocks(features, tokens, places, embed)
+        blocks = blocks.flatten(0, 1)
+        count = len(blocks)
+        valid = torch.ones(count, labels, dtype=torch.bool)
+        width = last.shape[-1] if settings.loss == "teacher" else 0
+        states = torch.zeros(count, labels if width else 0, width, dtype=last.dtype)
+        wholes = (blocks, torch.zeros(count, 1 + labels, dtype=torch.long), valid, states)
+        objective = drafter.objective(settings.loss, settings.loss_decay)
+        chunked_losses(drafter, embed, head, wholes, objective, settings.anchor_chunk).backward()
+
+
+def measured_rate(dtype: torch.dtype, device: str, seconds: float = 1.0) -> float:
+    """Operations per second of matrix products on this machine: what no training step exceeds."""
+    left, right = (torch.randn(2048, 2048, device=device, dtype=dtype) for _ in range(2))
+    torch.mm(left, right)
+    done, begin = 0, time.perf_counter()
+    while time.perf_counter() - begin < seconds or not done:
+        float(torch.mm(left, right)[0, 0])  # waits for the device
+        done += 1
+    return done * 2 * 2048**3 / (time.perf_counter() - begin)
+
+
+def describe(found: Estimate, rate: float, source: str, processes: int = 1) -> list[tuple[str, str]]:
+    """Lines of a table: what, and how much. rate: operations per second of each process."""
+    memory = (
+        f"{found.memory / GB:.1f} GB: weights of the target {found.weights / GB:.1f}, drafter and optimizer "
+        f"{found.drafter / GB:.1f}, most of a step {max(found.forward, found.step) / GB:.1f}"
+    )
+    return [
+        ("parameters", f"target {found.target_parameters / 1e9:.2f} G, drafter {found.drafter_parameters / 1e6:.1f} M"),
+        ("memory of a process", memory),
+        ("disk", f"{found.disk / GB:.1f} GB of checkpoints"),
+        ("features, were they stored", f"{found.features / GB:,.0f} GB"),
+        ("steps", f"{found.steps:,}"),
+        ("work", f"{found.flops:.2e} floating-point operations"),
+        ("time", f"{found.flops / rate / processes / 3600:.1f} hours at {rate / 1e12:.3g} TFLOP/s ({source})"),
+    ]
+
+
+def savings(plan: Plan) -> list[tuple[str, int]]:
+    """Options that lower the memory of a plan, the most helpful first, with the bytes that each saves."""
+    settings, before = plan.settings, estimate(plan).memory
+    chunk = settings.anchor_chunk or usual_chunk(*_sizes(plan))
+    tries: dict[str, Plan] = {}
+    if settings.batch_size > 1:
+        half, more = settings.batch_size // 2, settings.accumulate * 2
+        option = f"--batch-size {half} --set accumulate={more}"
+        tries[option] = plan.with_settings(batch_size=half, accumulate=more)
+    if chunk > 1:
+        tries[f"--set anchor_chunk={chunk // 2}"] = plan.with_settings(anchor_chunk=chunk // 2)
+    if settings.anchors > 1:
+        tries[f"--anchors {settings.anchors // 2}"] = plan.with_settings(anchors=settings.anchors // 2)
+    if not settings.recompute:
+        tries["--set recompute=yes"] = plan.with_settings(recompute=True)
+    if plan.dtype == torch.float32:
+        tries["--dtype bfloat16"] = replace(plan, dtype=torch.bfloat16)
+    if plan.text.longest > 64:
+        shorter = replace(plan.text, longest=plan.text.longest // 2)
+        tries[f"--max-length {shorter.longest}"] = replace(plan, text=shorter)
+    found = [(option, before - estimate(each).memory) for option, each in tries.items()]
+    return sorted((pair for pair in found if pair[1] > 0), key=lambda pair: -pair[1])
+
+
+def _sizes(plan: Plan) -> tuple[int, int]:
+    with FakeTensorMode():
+        config = plan.fresh(plan.config).config
+    return config.vocab_size, config.draft_length
+
+
+@contextmanager
+def memory_errors(plan: Callable[[], Plan]) -> Iterator[None]:
+    """Turns a lack of memory into one line that says which option lowers it, and by how much."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        short = isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error)
+        if not short:
+            raise
+        failed = plan()
+        options = ", ".join(f"{option} saves {saved / GB:.2f} GB" for option, saved in savings(failed))
+        needed = estimate(failed).memory / GB
+        raise UserError(f"too little memory: this run needs about {needed:.2f} GB; {options}") from error

@@ -1,0 +1,114 @@
+"""Estimates against the thing itself: parameters and bytes of a real step, operations by formula."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from ctc_drafter.cli import main
+from ctc_drafter.drafters.ctc import CTCDrafter
+from ctc_drafter.train.anchors import draft_loss, label_anchors
+from ctc_drafter.train.estimate import Estimate, Plan, TextSize, estimate, memory_errors, savings
+from ctc_drafter.train.footprint import PeakMemory
+from ctc_drafter.train.settings import TrainSettings
+from ctc_drafter.types import UserError
+from helpers import tiny_config, tiny_target
+
+ROWS, LENGTH, ANCHORS = 3, 40, 6
+SIZES = {"vocab_size": 5000, "hidden_size": 64, "num_hidden_layers": 2}
+
+
+def fresh(config) -> CTCDrafter:
+    return CTCDrafter.for_target(config, frames=5, draft_length=4)
+
+
+def plan(**overrides) -> Plan:
+    settings = TrainSettings(**{"batch_size": ROWS, "anchors": ANCHORS, "anchor_chunk": 9, "epochs": 2, **overrides})
+    return Plan(tiny_config(**SIZES), torch.float32, fresh, settings, TextSize(30, 30 * LENGTH, LENGTH))
+
+
+@pytest.fixture(scope="module")
+def found() -> Estimate:
+    return estimate(plan())
+
+
+def test_the_counter_counts_what_is_there() -> None:
+    known = torch.ones(250)
+    with PeakMemory([known]) as counter:
+        first = known + 1  # 1000 bytes
+        second = torch.cat([first, first])  # 2000
+        view = second[:10]
+        del first, second
+        assert counter.now == 2000
+        del view
+        third = known * 2
+    assert (counter.now, counter.peak, third.nbytes) == (1000, 3000, 1000)
+
+
+def test_a_step_holds_what_a_real_one_holds(found: Estimate) -> None:
+    target = tiny_target(**SIZES)
+    drafter = fresh(target.config).train()
+    tokens = torch.randint(5000, (ROWS, LENGTH))
+    positions = torch.arange(5, 5 + ANCHORS).expand(ROWS, -1)
+    features = target.hidden_features(tokens, drafter.feature_layers)
+    target.model.requires_grad_(False)
+    anchors = label_anchors(tokens, torch.full((ROWS,), LENGTH), positions, torch.ones_like(positions).bool(), 4)
+    weights = [*target.model.parameters(), *drafter.parameters(), *drafter.buffers()]
+    objective = drafter.objective("prefix", 0.8)
+    with PeakMemory([*weights, features, tokens]) as counter:
+        draft_loss(drafter, target.embed, target.head, features, tokens, anchors, objective, 9).backward()
+    assert found.step - features.nbytes == pytest.approx(counter.peak, rel=0.1)
+    assert found.target_parameters == sum(weight.numel() for weight in target.model.parameters())
+    assert found.drafter_parameters == sum(weight.numel() for weight in drafter.parameters())
+    assert found.weights == 4 * found.target_parameters
+
+
+def test_steps_and_operations(found: Estimate) -> None:
+    assert found.steps == 30 // ROWS * 2
+    assert found.features == 30 * LENGTH * 64 * 2 * 4
+    # At least the target's matrices once; the frames' logits forward, again, and twice backward.
+    target = 2 * ROWS * LENGTH * 2 * (64 * (64 + 32 + 32 + 64) + 3 * 64 * 96)
+    logits = 2 * ROWS * ANCHORS * 5 * 64 * 5000
+    assert target + 3 * logits < found.flops / found.steps < target + 14 * logits
+
+
+@pytest.mark.slow
+def test_every_saving_saves(found: Estimate) -> None:
+    options = savings(plan())
+    assert [saved for _, saved in options] == sorted((saved for _, saved in options), reverse=True)
+    assert {"--set anchor_chunk=4", "--dtype bfloat16"} <= {option for option, _ in options}
+    smaller = estimate(plan(anchor_chunk=4))
+    assert dict(options)["--set anchor_chunk=4"] == found.memory - smaller.memory > 0
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA"), RuntimeError("can't allocate memory")])
+def test_too_little_memory_names_what_helps(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ctc_drafter.train.estimate.savings", lambda _: [("--batch-size 4", 2_500_000_000)])
+    with pytest.raises(UserError, match=r"needs about 0\.\d+ GB; --batch-size 4 saves 2\.50 GB$"), memory_errors(plan):
+        raise error
+    with pytest.raises(RuntimeError, match="a bug"), memory_errors(plan):
+        raise RuntimeError("a bug")
+
+
+def test_on_the_command_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    from tiny_models import save_pair
+
+    target, _ = save_pair(tmp_path)
+    (tmp_path / "p.txt").write_text("the cat\nthe hat\n")
+    common = ["--target", str(target)]
+    assert main(["distill", *common, "--prompts", str(tmp_path / "p.txt"), "--out", str(tmp_path / "a")]) == 0
+    capfd.readouterr()
+    train = ["train", *common, "--data", str(tmp_path / "a"), "--out", str(tmp_path / "d"), "--held-out", "0"]
+    assert main([*train, "--estimate", "--flops", "1e12", "--batch-size", "2", "--anchors", "4"]) == 0
+    shown = capfd.readouterr().out
+    assert "hours at 1 TFLOP/s (given)" in shown
+    assert "steps: 1" in shown
+    assert not (tmp_path / "d").exists()
+
+
+@pytest.mark.slow
+def test_recomputing_keeps_less(found: Estimate) -> None:
+    wide = dataclasses.replace(plan(), text=TextSize(3, 360, 120))
+    more = wide.with_settings(anchors=60, anchor_chunk=60)
+    assert estimate(more.with_settings(recompute=True)).step < estimate(more).step
