@@ -1,5 +1,10 @@
 """Where a drafter learns, and what: anchors, labels, and a loss that does not depend on chunks or batches."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -108,3 +113,39 @@ def test_draft_layers_may_run_again_in_the_backward_pass() -> None:
 
 def test_the_usual_chunk_shrinks_with_the_vocabulary() -> None:
     assert (usual_chunk(8192, 7), usual_chunk(131072, 7), usual_chunk(10**9, 7)) == (512, 32, 1)
+
+
+MEMORY = """
+import resource, torch
+from torch import nn
+from ctc_drafter.drafters.ctc import CTCDrafter
+from ctc_drafter.train.anchors import chunked_losses
+from helpers import tiny_config
+torch.manual_seed(0)
+V, H, N = 131072, 64, 512
+config = tiny_config(vocab_size=V, hidden_size=H)
+drafter = CTCDrafter.for_target(config, frames=8, draft_length=7).train()
+embed, head = nn.Embedding(V, H).requires_grad_(False), nn.Linear(H, V, bias=False).requires_grad_(False)
+for weight in drafter.parameters():
+    weight.grad = torch.zeros_like(weight) + 1e-30  # touched, so that it is there already
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+before = peak()
+blocks, prefixes = torch.randn(N, 9, H, requires_grad=True), torch.randint(V, (N, 8))
+wholes = (blocks, prefixes, torch.ones(N, 7).bool(), torch.empty(N, 0))
+chunked_losses(drafter, embed, head, wholes, drafter.objective("prefix", 0.8)).backward()
+print((peak() - before) / 1e9)
+"""
+
+
+@pytest.mark.slow
+def test_the_loss_of_a_large_vocabulary_needs_less_than_two_gigabytes() -> None:
+    here = Path(__file__).parent
+    path = os.pathsep.join([str(here), str(here.parent / "src"), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert 0.1 < float(done.stdout) < 2.0

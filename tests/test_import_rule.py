@@ -29,7 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "target": {"types", "support", "features", "static_cache", "layout", "selftest"},
     "drafters": {"types", "ctc"},
     "decode": {"types", "target", "drafters.base"},
-    "train": {"types", "text", "ctc", "target", "drafters", "decode"},
+    "train": {"types", "text", "features", "ctc", "target", "drafters", "decode"},
     "methods": {"types", "drafters"},
     "profile": {"types", "target", "drafters", "decode", "evaluate.environment"},
     # A bench trains small drafters of its own.

@@ -158,7 +158,7 @@ class DrafterTrainer(Trainer):
     ) -> tuple[list[Any], torch.Tensor]:
         """The micro batches of a step and the anchors in all of them, on all processes."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        text = sum(int(b["lengths"].sum()) for b in batches)
+        text = sum(int(b["lengths"][b["lengths"] > b["answer_start"]].sum()) for b in batches)
         count = sum(int(anchor_counts(b["lengths"], b["answer_start"], self.settings.anchors).sum()) for b in batches)
         everywhere = self.accelerator.gather(torch.tensor([[text, count]], device=device)).sum(0)
         self.tokens += int(everywhere[0])
