@@ -42,6 +42,10 @@ class LazySession:
     def catch_up(self) -> None:
         if not self.waiting:
             return
+        if len(self.waiting) == 1:
+            only = self.waiting.pop()
+            self.session.extend(only.tokens, only.features, only.counts)
+            return
         tokens = torch.cat([each.tokens for each in self.waiting], 1)
         features = [each.features for each in self.waiting if each.features is not None]
         counts = torch.stack([each.counts for each in self.waiting]).sum(0)

@@ -80,7 +80,7 @@ class BlockSession:
         self.newest = self.newest[rows]
 
     def _take(self, cache: ContextCache, features: torch.Tensor | None, counts: torch.Tensor) -> torch.Tensor:
-        """Returns the context states of the newest tokens, `[B, H]`."""
+        """Returns the context states of the newest tokens, `[B, H]`; any, if the drafter does not carry them."""
         assert features is not None
         positions = cache.slots(features.shape[1])
         by = cache.rotation(positions)
@@ -88,4 +88,4 @@ class BlockSession:
         for index, layer in enumerate(self.drafter.draft_layers):
             cache.store(index, positions, *layer.self_attn.keys_values(states, by))
         cache.lengths = cache.lengths + counts
-        return newest_states(states, counts.unsqueeze(1)).squeeze(1)
+        return newest_states(states, counts.unsqueeze(1)).squeeze(1) if self.drafter.config.carry else states[:, 0]
