@@ -59,6 +59,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "recipe_page": {"types", "load", "methods", "recipe", "train"},
     "options": {"types"},
     "cli_train": {"*"},
+    "cli_evaluate": {"*"},
     "cli": {"*"},
     "__init__": {"types", "ctc", "target", "drafters", "decode"},
 }

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
@@ -39,6 +41,15 @@ TemplateOption = Annotated[
 JsonOption = Annotated[Path | None, typer.Option("--json", help="Write the results to this file.")]
 LimitOption = Annotated[int | None, typer.Option("--limit", min=1, help="First prompts only.", show_default="all")]
 SeedOption = Annotated[int, typer.Option("--seed", help="Seed of everything random.")]
+
+
+def meta(target: str | None, drafter: str | None) -> dict[str, Any]:
+    """What a results file says of the command that wrote it."""
+    return {
+        "command": shlex.join(["ctc-drafter", *sys.argv[1:]]),
+        "target": target or "shipped",
+        "drafter": drafter or "shipped",
+    }
 
 
 def refuse(message: str) -> NoReturn:

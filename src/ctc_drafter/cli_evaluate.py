@@ -1,0 +1,276 @@
+"""The commands that measure: step times, speed and acceptance, comparisons, exactness."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ctc_drafter.options import (
+    BatchOption,
+    DeviceOption,
+    DrafterOption,
+    DtypeOption,
+    FloorOption,
+    JsonOption,
+    LimitOption,
+    NewTokensOption,
+    NodesOption,
+    SeedOption,
+    TargetOption,
+    ThreadsOption,
+    meta,
+    refuse,
+)
+
+
+def profile(
+    target: TargetOption = None,
+    drafter: DrafterOption = None,
+    batch_size: BatchOption = 1,
+    nodes: NodesOption = None,
+    dtype: DtypeOption = "float32",
+    device: DeviceOption = "auto",
+    threads: ThreadsOption = None,
+    json_out: JsonOption = None,
+) -> None:
+    """Measures what a step costs on this machine by tree size, and keeps it for --budget."""
+    import torch
+    from rich.console import Console
+
+    from ctc_drafter.decode.generate import DEFAULT_NODES
+    from ctc_drafter.evaluate.run import check_place, write_json
+    from ctc_drafter.load import load_drafter, load_target, pair
+    from ctc_drafter.profile import measured_again, profile_json, profile_table
+
+    check_place(json_out)
+    if threads:
+        torch.set_num_threads(threads)
+    names = pair(target, drafter)
+    lm, tokenizer = load_target(names[0], dtype, device)
+    times = measured_again(lm, load_drafter(names[1], lm, tokenizer), nodes or DEFAULT_NODES, batch_size)
+    if json_out:
+        write_json(json_out, profile_json(times, lm, meta(*names)))
+    Console().print(profile_table(times))
+
+
+def evaluate(
+    tasks: Annotated[str, typer.Option("--tasks", help="Names of tasks, with commas between them.")],
+    tasks_path: Annotated[Path, typer.Option("--tasks-path", help="Folder with a <task>.jsonl for each.")],
+    target: TargetOption = None,
+    drafter: DrafterOption = None,
+    limit: LimitOption = None,
+    max_new_tokens: NewTokensOption = 128,
+    batch_size: BatchOption = 1,
+    nodes: NodesOption = None,
+    floor: FloorOption = None,
+    dtype: DtypeOption = "float32",
+    device: DeviceOption = "auto",
+    threads: ThreadsOption = None,
+    seed: SeedOption = 0,
+    budget: Annotated[
+        bool, typer.Option("--budget", help="Also trees as large as pays on this machine, up to --nodes.")
+    ] = False,
+    json_out: JsonOption = None,
+) -> None:
+    """Measures speed and acceptance against plain decoding, and compares the outputs."""
+    import torch
+    from rich.console import Console
+
+    from ctc_drafter.decode.generate import DEFAULT_FLOOR, DEFAULT_NODES
+    from ctc_drafter.evaluate.report import results_table
+    from ctc_drafter.evaluate.run import check_place, write_json
+    from ctc_drafter.evaluate.run import evaluate as measure
+    from ctc_drafter.evaluate.tasks import read_tasks
+    from ctc_drafter.load import load_drafter, load_target, pair
+    from ctc_drafter.profile import budget_for
+
+    check_place(json_out)
+    chosen = read_tasks(tasks_path, [name.strip() for name in tasks.split(",") if name.strip()])
+    if threads:
+        torch.set_num_threads(threads)
+    names = pair(target, drafter)
+    lm, tokenizer = load_target(names[0], dtype, device)
+    draft = load_drafter(names[1], lm, tokenizer)
+    result = measure(
+        lm,
+        draft,
+        tokenizer,
+        chosen,
+        limit=limit,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        nodes=nodes or DEFAULT_NODES,
+        floor=DEFAULT_FLOOR if floor is None else floor,
+        budget=budget_for(lm, draft, nodes or DEFAULT_NODES, batch_size) if budget else None,
+        seed=seed,
+        meta=meta(*names),
+        save=(lambda value: write_json(json_out, value)) if json_out else None,
+    )
+    Console().print(results_table(result))
+    if not result["meta"]["complete"]:
+        print("interrupted: these are the batches that were finished", file=sys.stderr)
+        raise typer.Exit(130)
+
+
+def bench(
+    tasks: Annotated[
+        str | None,
+        typer.Option("--tasks", help="Names, or JSONL files, with commas.", show_default="mt_bench,gsm8k"),
+    ] = None,
+    tasks_path: Annotated[
+        Path | None, typer.Option("--tasks-path", help="Folder with a <task>.jsonl for each.", show_default="download")
+    ] = None,
+    target: TargetOption = None,
+    drafters: Annotated[
+        list[str] | None,
+        typer.Option("--drafter", help="NAME=DIR, or prompt_lookup; may be repeated.", show_default="ctc, shipped"),
+    ] = None,
+    nodes: Annotated[
+        str | None, typer.Option("--nodes", help="chain and tree sizes.", show_default="chain,8,16,32,64")
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Train small drafters of every method alike, then compare them briefly.")
+    ] = False,
+    ablations: Annotated[bool, typer.Option("--ablations", help="Train and compare variants of the drafter.")] = False,
+    only: Annotated[
+        list[str] | None, typer.Option("--only", help="Of these methods or variants; may be repeated.")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option("--steps", min=1, help="Of --quick's and --ablations' trainings.", show_default="160")
+    ] = None,
+    work: Annotated[
+        Path | None, typer.Option("--work", help="Folder for what they train.", show_default="in the user's cache")
+    ] = None,
+    limit: LimitOption = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option("--max-new-tokens", min=1, help="Longest answer, in tokens.", show_default="128")
+    ] = None,
+    batch_size: BatchOption = 1,
+    watched: Annotated[
+        int, typer.Option("--watched", min=0, help="Prompts of a task that run once more for the calibration curve.")
+    ] = 4,
+    dtype: DtypeOption = "float32",
+    device: DeviceOption = "auto",
+    threads: ThreadsOption = None,
+    seed: SeedOption = 0,
+    json_out: JsonOption = None,
+) -> None:
+    """Measures methods, tasks and tree sizes in one run; the same command goes on where it was killed."""
+    import torch
+    from rich.console import Console
+
+    from ctc_drafter.evaluate.bench import SIZES, BenchSettings, parse_drafters, parse_sizes
+    from ctc_drafter.evaluate.bench import bench as measure
+    from ctc_drafter.evaluate.named import chosen_entries
+    from ctc_drafter.evaluate.quick import QUICK, TASKS, TrainedAlike
+    from ctc_drafter.evaluate.report import results_table
+    from ctc_drafter.evaluate.run import check_place
+    from ctc_drafter.evaluate.tasks import read_tasks
+    from ctc_drafter.load import load_target
+
+    check_place(json_out)
+    named = parse_drafters(drafters or [])
+    if quick and ablations:
+        refuse("give either --quick or --ablations")
+    alike = TrainedAlike("ablations" if ablations else "methods", tuple(only or ()), steps, work)
+    if (quick or ablations) and (target or named):
+        refuse("--quick and --ablations train drafters of the shipped target; leave out --target and --drafter")
+    if not (quick or ablations) and (only or steps or work):
+        refuse("--only, --steps and --work belong to --quick or --ablations")
+    if target and not named:
+        refuse("give --drafter as well: the shipped drafter serves the shipped target only")
+    usual = QUICK if quick or ablations else BenchSettings(SIZES)
+    sizes = parse_sizes(nodes) if nodes is not None else usual.sizes
+    chosen = read_tasks(tasks_path, [name.strip() for name in (tasks or TASKS).split(",") if name.strip()])
+    if threads:
+        torch.set_num_threads(threads)
+    lm, tokenizer = load_target(target, dtype, device)
+    entries = chosen_entries(
+        lm, tokenizer, alike if quick or ablations else named, lambda text: print(text, flush=True)
+    )
+    settings = BenchSettings(
+        sizes, limit or usual.limit, max_new_tokens or usual.max_new_tokens, batch_size, seed, watched
+    )
+    about = {"command": meta(target, None)["command"], "target": target or "shipped", "ablations": ablations}
+    result = measure(lm, tokenizer, entries, chosen, settings, meta=about, out=json_out)
+    Console().print(results_table(result))
+    if not result["meta"]["complete"]:
+        print("interrupted: these are the batches that were finished; the same command goes on", file=sys.stderr)
+        raise typer.Exit(130)
+
+
+def report(
+    files: Annotated[list[Path], typer.Argument(help="Results that bench wrote; others are left out.")],
+    out: Annotated[Path, typer.Option("--out", help="The page; figures go into a folder beside it.")] = Path(
+        "docs/results.md"
+    ),
+) -> None:
+    """Writes tables and figures of benches, with intervals, into a page."""
+    from ctc_drafter.evaluate.page import draw, page
+    from ctc_drafter.evaluate.results import read_results
+    from ctc_drafter.evaluate.run import check_place
+
+    check_place(out)
+    results = read_results(files)
+    drawn = draw(results, out.parent / "figures")
+    out.write_text(page(results), encoding="utf-8")
+    print(f"{out}: {len(results)} results, {len(drawn)} figures")
+
+
+def exactness(
+    target: TargetOption = None,
+    drafter: Annotated[
+        str | None, typer.Option("--drafter", help="Its drafter. With --target alone, drafts are made up.")
+    ] = None,
+    tasks_path: Annotated[
+        Path | None, typer.Option("--tasks-path", help="Folder with a <task>.jsonl for each.", show_default="demo's")
+    ] = None,
+    tasks: Annotated[str, typer.Option("--tasks", help="Names of tasks, with commas between them.")] = "",
+    limit: LimitOption = None,
+    max_new_tokens: NewTokensOption = 128,
+    batch_size: BatchOption = 4,
+    nodes: NodesOption = None,
+    dtype: DtypeOption = "bfloat16",
+    device: DeviceOption = "auto",
+    threads: ThreadsOption = None,
+    json_out: JsonOption = None,
+) -> None:
+    """Counts outputs that differ from plain decoding, beside what another batch size or kernel changes."""
+    import torch
+    from rich.console import Console
+
+    from ctc_drafter.decode.generate import DEFAULT_NODES
+    from ctc_drafter.demo import PROMPTS
+    from ctc_drafter.evaluate.exactness import exactness as compare
+    from ctc_drafter.evaluate.exactness import exactness_table
+    from ctc_drafter.evaluate.run import check_place, write_json
+    from ctc_drafter.evaluate.tasks import Prompt, Task, read_tasks
+    from ctc_drafter.load import load_drafter, load_target
+
+    if (tasks_path is None) != (not tasks):
+        refuse("give --tasks and --tasks-path together, or neither for the demo's prompts")
+    if drafter and not target:
+        refuse("give --target as well: a drafter serves one target only")
+    check_place(json_out)
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    chosen = read_tasks(tasks_path, names) if tasks_path else []
+    if threads:
+        torch.set_num_threads(threads)
+    lm, tokenizer = load_target(target, dtype, device)
+    result = compare(
+        lm,
+        load_drafter(drafter, lm, tokenizer) if drafter or not target else None,
+        tokenizer,
+        chosen or [Task("demo", tuple(Prompt(f"demo/{i}", "demo", (text,)) for i, text in enumerate(PROMPTS)))],
+        limit=limit,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        nodes=nodes or DEFAULT_NODES,
+        meta=meta(target, drafter) | ({"drafter": None} if target and not drafter else {}),
+    )
+    if json_out:
+        write_json(json_out, result)
+    Console().print(exactness_table(result))
