@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import platform
 import statistics
 import time
 from collections.abc import Sequence
@@ -95,15 +94,14 @@ def cache_folder() -> Path:
 
 def key(target: Target, drafter: Drafter, batches: Sequence[int], sizes: Sequence[int]) -> str:
     """A hash of all that a time depends on and that can be known."""
-    device = torch.cuda.get_device_name(target.device) if target.device.type == "cuda" else platform.processor()
     config = drafter.config.to_json_string() if hasattr(drafter, "config") else ""
     kinds = sorted({str(p.dtype) for p in drafter.parameters()}) if isinstance(drafter, nn.Module) else []
     known = [
         *(target.model.config.to_json_string(), str(target.dtype), target.cache, type(drafter).__name__, config),
-        *(str(device), platform.machine(), str(os.cpu_count()), str(torch.get_num_threads()), *kinds),
+        *(str(environment()["hardware"]), target.device.type, str(torch.get_num_threads()), *kinds),
         *(torch.__version__, transformers.__version__, str(tuple(batches)), str(tuple(sizes))),
     ]
-    return hashlib.sha256("\\n".join(known).encode()).hexdigest()[:16]
+    return hashlib.sha256("\n".join(known).encode()).hexdigest()[:16]
 
 
 @torch.inference_mode()
@@ -116,8 +114,7 @@ def measure(
     sizes: Sequence[int] = SIZES,
 ) -> StepTimes:
     """Median times of whole steps on made-up text, all sizes in turn: a change of the machine hits them alike."""
-    most = target.context - (ROUNDS + WARM) * (max(sizes) + 1) - 1
-    contexts = sorted({max(1, min(context, most)) for context in contexts})
+    contexts = sorted({fitting(target, context, max(sizes)) for context in contexts})
     cells = [[measure_cell(target, drafter, rows, context, sizes) for context in contexts] for rows in batches]
     return StepTimes(
         tuple(batches),
@@ -129,28 +126,37 @@ def measure(
     )
 
 
+def fitting(target: Target, context: int, nodes: int) -> int:
+    """`context`, or as much of it as leaves room for the steps of a measurement."""
+    return max(1, min(context, target.context - (ROUNDS + WARM) * (nodes + 1) - 1))
+
+
 def measure_cell(
     target: Target, drafter: Drafter, rows: int, context: int, sizes: Sequence[int]
 ) -> tuple[float, float, tuple[float, ...]]:
     """ms of a plain step, of its drafting part, and of whole steps by size."""
-    methods = [
-        Method(target, Silent(), 1, 0.0, ARGMAX),
-        *(Method(target, drafter, size, 0.0, ARGMAX) for size in sizes),
-    ]
-    clock = Stopwatch(target.device, timed=True)
+    drafted = [Method(target, drafter, size, 0.0, ARGMAX) for size in sizes]
+    (plain, _), *found = step_medians([plain_method(target), *drafted], rows, context)
+    return plain, statistics.median(draft for _, draft in found), tuple(whole for whole, _ in found)
+
+
+def plain_method(target: Target) -> Method:
+    return Method(target, Silent(), 1, 0.0, ARGMAX)
+
+
+@torch.inference_mode()
+def step_medians(methods: Sequence[Method], rows: int, context: int) -> list[tuple[float, ...]]:
+    """Median ms of a step, and of its drafting part, of each method; all in turn."""
+    clock = Stopwatch(methods[0].target.device, timed=True)
     batches = [started(method, rows, context, clock) for method in methods]
-    taken: list[list[float]] = [[] for _ in batches]
-    drafted: list[float] = []
+    taken: list[list[tuple[float, float]]] = [[] for _ in batches]
     for turn in range(WARM + ROUNDS):
         for place, batch in enumerate(batches):
             before, begin = clock.total_ms["draft"], time.perf_counter()
             batch.step()
             if turn >= WARM:
-                taken[place].append((time.perf_counter() - begin) * 1e3)
-                if place:
-                    drafted.append(clock.total_ms["draft"] - before)
-    plain, *whole = (statistics.median(each) for each in taken)
-    return plain, statistics.median(drafted), tuple(whole)
+                taken[place].append(((time.perf_counter() - begin) * 1e3, clock.total_ms["draft"] - before))
+    return [tuple(map(statistics.median, zip(*each, strict=True))) for each in taken]
 
 
 def started(method: Method, rows: int, context: int, clock: Stopwatch) -> Batch:

@@ -31,6 +31,12 @@ class Candidates:
     depths: torch.Tensor
     scores: torch.Tensor
 
+    @classmethod
+    def nothing(cls, root: torch.Tensor) -> Candidates:
+        """No prefix for any of the roots `int64 [B]`."""
+        none = root.new_empty(len(root), 0)
+        return cls(none, none, none, torch.empty(len(root), 0, device=root.device))
+
 
 @dataclass(frozen=True)
 class TokenTree:

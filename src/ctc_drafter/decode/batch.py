@@ -144,15 +144,9 @@ class Batch:
             if pace.drafts():
                 candidates = self.session.propose(self.root, pace.budget.nodes, pace.floor(rows, slots))
             else:
-                candidates = nothing(self.root)
+                candidates = Candidates.nothing(self.root)
         with self.clock("tree"):
             return build_tree(self.root, candidates, pace.size(candidates, slots))
-
-
-def nothing(root: torch.Tensor) -> Candidates:
-    """No prefix for any of the roots `int64 [B]`."""
-    none = root.new_empty(len(root), 0)
-    return Candidates(none, none, none, torch.empty(len(root), 0, device=root.device))
 
 
 def committed(

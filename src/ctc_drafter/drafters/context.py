@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
 from torch.nn.functional import pad
 
@@ -71,3 +73,29 @@ class ContextCache:
     def _turns(self, slots: int) -> Rotation:
         positions = torch.arange(slots, device=self.lengths.device).unsqueeze(0)
         return rotation(positions, self.config.head_dim, self.config.rope_theta, self.states.dtype)
+
+
+class ContextSession(ABC):
+    """A `DraftSession` with a context cache of committed text and a state of each row's newest token, `[B, H]`."""
+
+    context: ContextCache
+    newest: torch.Tensor
+
+    def extend(self, tokens: torch.Tensor, features: torch.Tensor | None, counts: torch.Tensor) -> None:
+        """Takes new committed tokens in once; see `DraftSession.extend`."""
+        self.newest = self._take(self.context, features, counts)
+
+    def join(self, tokens: torch.Tensor, features: torch.Tensor | None, counts: torch.Tensor) -> None:
+        """See `DraftSession.join`."""
+        new = self.context.empty(len(counts))
+        self.newest = torch.cat([self.newest, self._take(new, features, counts)])
+        self.context.join(new)
+
+    def select(self, rows: torch.Tensor) -> None:
+        """See `DraftSession.select`."""
+        self.context.select(rows)
+        self.newest = self.newest[rows]
+
+    @abstractmethod
+    def _take(self, cache: ContextCache, features: torch.Tensor | None, counts: torch.Tensor) -> torch.Tensor:
+        """Stores new tokens in the cache; returns the states of the newest ones, `[B, H]`."""

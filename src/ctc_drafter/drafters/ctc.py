@@ -52,7 +52,7 @@ class CTCDrafter(FramesModel):
     @torch.no_grad()
     def pruned(self, tokens: torch.Tensor) -> CTCDrafter:
         """The same drafter that drafts these tokens alone: sorted ids `int64 [V]`, all of its own vocabulary."""
-        columns = tokens if self.vocabulary is None else columns_of(tokens, self.vocabulary)
+        columns = self.columns(tokens)
         if (columns < 0).any():
             raise UserError("the drafter does not draft some of these tokens; prune one that drafts them all")
         config = copy.deepcopy(self.config)
@@ -77,21 +77,22 @@ class CTCDrafter(FramesModel):
 
     def labels(self, prefixes: torch.Tensor, valid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """See `TrainableDrafter.labels`: a draft ends before a token outside the vocabulary."""
-        if self.vocabulary is None:
-            return super().labels(prefixes, valid)
-        columns = columns_of(prefixes[:, 1:], self.vocabulary)
+        columns = self.columns(prefixes[:, 1:])
         return columns, drafted_part(columns, valid)
+
+    def columns(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Places of tokens in the frames' logits, -1 for those that are not drafted."""
+        return tokens if self.vocabulary is None else columns_of(tokens, self.vocabulary)
 
     def lattice(self, blocks: torch.Tensor, prefixes: torch.Tensor, embed: nn.Module, head: nn.Module) -> Lattice:
         """The lattice of known continuations: prefixes `int64 [N, 1+U]`, the root and y1..yU."""
         tokens, blanks = self.frame_logits(blocks, self.narrowed(head))
-        labels, _ = self.labels(prefixes, torch.ones_like(prefixes[:, 1:], dtype=torch.bool))
         bias = None
         if self.predictor is not None:
             previous = torch.cat([prefixes.new_full((len(prefixes), 1), -1), prefixes[:, :-1]], 1)
             root_state = self.predictor.root_state(blocks[:, 0])
             bias = self.predictor.output(self.predictor.state(previous, prefixes, root_state, embed)).float()
-        return lattice(tokens, blanks, labels, bias)
+        return lattice(tokens, blanks, self.columns(prefixes[:, 1:]), bias)
 
     def candidates(
         self, blocks: torch.Tensor, root: torch.Tensor, borrowed: BorrowedSearch, nodes: int, floor: float = 0.0

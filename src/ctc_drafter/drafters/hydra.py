@@ -18,7 +18,7 @@ from torch.nn import functional as fn
 from ctc_drafter.drafters.base import DraftSession
 from ctc_drafter.drafters.borrowed import head_logits
 from ctc_drafter.drafters.chain import BorrowedOutputs
-from ctc_drafter.drafters.context import ContextCache
+from ctc_drafter.drafters.context import ContextCache, ContextSession
 from ctc_drafter.drafters.expand import Step
 from ctc_drafter.drafters.heads import HeadsConfig, HeadsDrafter, before
 from ctc_drafter.drafters.layers import DraftLayer, RMSNorm, rotation
@@ -118,29 +118,15 @@ class HydraDrafter(HeadsDrafter):
         return PrefixSession(self, self.prefix_layer, self.borrow(embed, head), batch_size)
 
 
-class PrefixSession:
+class PrefixSession(ContextSession):
     """See `DraftSession`. Keeps the prefix layer's keys and values, and its output `[B, H]` at the newest tokens."""
-
-    newest: torch.Tensor
 
     def __init__(self, drafter: HydraDrafter, layer: DraftLayer, borrowed: BorrowedOutputs, batch_size: int):
         self.drafter, self.layer, self.borrowed = drafter, layer, borrowed
         self.context = ContextCache(drafter.config, 1, batch_size, layer.self_attn.k_proj.weight)
 
-    def extend(self, tokens: torch.Tensor, features: torch.Tensor | None, counts: torch.Tensor) -> None:
-        self.newest = self._take(self.context, features, counts)
-
     def propose(self, root: torch.Tensor, nodes: int, floor: float = 0.0) -> Candidates:
         return self.drafter.candidates(self.newest, root, self.borrowed, nodes, floor)
-
-    def join(self, tokens: torch.Tensor, features: torch.Tensor | None, counts: torch.Tensor) -> None:
-        new = self.context.empty(len(counts))
-        self.newest = torch.cat([self.newest, self._take(new, features, counts)])
-        self.context.join(new)
-
-    def select(self, rows: torch.Tensor) -> None:
-        self.context.select(rows)
-        self.newest = self.newest[rows]
 
     def _take(self, cache: ContextCache, features: torch.Tensor | None, counts: torch.Tensor) -> torch.Tensor:
         """Stores all new tokens, and lets the newest one of each row look at those that are there."""

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ctc_drafter.drafters.borrowed import Borrowed
-from ctc_drafter.drafters.context import ContextCache
+from ctc_drafter.drafters.context import ContextCache, ContextSession
 from ctc_drafter.drafters.layers import Context, DraftLayer, Rotation, newest_states
 from ctc_drafter.drafters.sizes import BlockConfig
 from ctc_drafter.types import Candidates
@@ -34,7 +34,7 @@ class BlockNetwork(Protocol):
     ) -> Candidates: ...
 
 
-class BlockSession:
+class BlockSession(ContextSession):
     """Slot s of a row holds the keys and values of the token at position s; blocks are written behind them."""
 
     def __init__(self, drafter: BlockNetwork, borrowed: Borrowed, batch_size: int):
@@ -42,10 +42,6 @@ class BlockSession:
         weight = drafter.draft_layers[0].self_attn.k_proj.weight
         self.context = ContextCache(drafter.config, len(drafter.draft_layers), batch_size, weight)
         self.newest = weight.new_zeros(batch_size, drafter.config.hidden_size)
-
-    def extend(self, tokens: torch.Tensor, features: torch.Tensor | None, counts: torch.Tensor) -> None:
-        """Projects the features of new committed tokens once; see `DraftSession.extend`."""
-        self.newest = self._take(self.context, features, counts)
 
     def propose(self, root: torch.Tensor, nodes: int, floor: float = 0.0) -> Candidates:
         """One parallel pass over the block, then the search; see `DraftSession.propose`."""
@@ -68,16 +64,6 @@ class BlockSession:
         contexts = [context(index) for index in range(len(self.drafter.draft_layers))]
         blocks = self.drafter.run_layers(states, cache.rotation(positions), contexts, mask)
         return self.drafter.candidates(blocks, root, self.borrowed, nodes, floor)
-
-    def join(self, tokens: torch.Tensor, features: torch.Tensor | None, counts: torch.Tensor) -> None:
-        """See `DraftSession.join`."""
-        new = self.context.empty(len(counts))
-        self.newest = torch.cat([self.newest, self._take(new, features, counts)])
-        self.context.join(new)
-
-    def select(self, rows: torch.Tensor) -> None:
-        self.context.select(rows)
-        self.newest = self.newest[rows]
 
     def _take(self, cache: ContextCache, features: torch.Tensor | None, counts: torch.Tensor) -> torch.Tensor:
         """Returns the context states of the newest tokens, `[B, H]`; any, if the drafter does not carry them."""

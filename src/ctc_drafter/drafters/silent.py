@@ -26,5 +26,4 @@ class Silent:
         return
 
     def propose(self, root: torch.Tensor, nodes: int, floor: float) -> Candidates:
-        none = root.new_empty(len(root), 0)
-        return Candidates(none, none, none, torch.empty(len(root), 0, device=root.device))
+        return Candidates.nothing(root)

@@ -52,9 +52,16 @@ class Decoding:
         return Contender(PLAIN, None, run)
 
     def drafted(
-        self, method: str, drafter: Drafter, nodes: int | str, size: int, floor: float, chooser: Chooser = ARGMAX
+        self,
+        method: str,
+        drafter: Drafter,
+        nodes: int | str,
+        size: int,
+        floor: float,
+        chooser: Chooser = ARGMAX,
+        budget: Budget | None = None,
     ) -> Contender:
-        """Trees of up to `size` nodes; results call them `nodes`."""
+        """Trees of up to `size` nodes, or of a budget's choice; results call them `nodes`."""
 
         def run(prompts: list[list[int]], timed: bool, calibration: Calibration | None) -> Generation:
             return generate(
@@ -64,29 +71,13 @@ class Decoding:
                 max_new_tokens=self.max_new_tokens,
                 nodes=size,
                 floor=floor,
+                budget=budget,
                 eos=self.eos,
                 chooser=Watched(calibration, chooser) if calibration else chooser,
                 timed=timed,
             )
 
         return Contender(method, nodes, run)
-
-    def budgeted(self, method: str, drafter: Drafter, budget: Budget) -> Contender:
-        """Trees as large as pays, up to the budget's nodes."""
-
-        def run(prompts: list[list[int]], timed: bool, calibration: Calibration | None) -> Generation:
-            return generate(
-                self.target,
-                drafter,
-                prompts,
-                max_new_tokens=self.max_new_tokens,
-                budget=budget,
-                eos=self.eos,
-                chooser=Watched(calibration) if calibration else ARGMAX,
-                timed=timed,
-            )
-
-        return Contender(method, BUDGET, run)
 
     def of_size(self, method: str, drafter: Drafter, nodes: int | str, chooser: Chooser = ARGMAX) -> Contender:
         """A chain, or trees of exactly so many nodes: without a floor, as far as the drafter has as many."""
@@ -105,4 +96,4 @@ def contenders_of(
     """Plain decoding and the drafter's, under a budget as well if there is one."""
     method = method_of(drafter)
     found = [decoding.plain(), decoding.drafted(method, drafter, nodes, nodes, floor)]
-    return found if budget is None else [*found, decoding.budgeted(method, drafter, budget)]
+    return found if budget is None else [*found, decoding.drafted(method, drafter, BUDGET, nodes, floor, budget=budget)]

@@ -13,7 +13,7 @@ from ctc_drafter.decode.budget import Budget
 from ctc_drafter.decode.choose import ARGMAX
 from ctc_drafter.decode.generate import generate
 from ctc_drafter.drafters.base import Drafter
-from ctc_drafter.drafters.silent import Silent
+from ctc_drafter.profile import plain_method
 from ctc_drafter.serve.app import create_app
 from ctc_drafter.serve.engine import Engine
 from ctc_drafter.serve.service import Service
@@ -38,7 +38,7 @@ def make_engine(
     budget: Budget | None = None,
 ) -> Engine:
     """Not started yet. Both lanes are tried first, so that the first request finds everything compiled."""
-    plain = Method(target, Silent(), 1, 0.0, ARGMAX)
+    plain = plain_method(target)
     lanes = (
         {PLAIN: plain}
         if drafter is None
@@ -46,7 +46,7 @@ def make_engine(
     )
     if drafter is not None:
         generate(target, drafter, [[0, 0]], max_new_tokens=8, nodes=nodes, floor=floor)
-    return Engine(lanes, batch_size, queue, Speedup(time_plain_steps(plain, batch_size)))
+    return Engine(lanes, batch_size, queue, Speedup(time_plain_steps(target, batch_size)))
 
 
 class Server(uvicorn.Server):

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Mapping
 
 import numpy as np
-import torch
 
-from ctc_drafter.decode.batch import Batch, Method
-from ctc_drafter.decode.rows import Row
-from ctc_drafter.decode.stats import Stopwatch
-from ctc_drafter.drafters.silent import Silent
+from ctc_drafter.profile import fitting, plain_method, step_medians
+from ctc_drafter.target import Target
 
-PROMPT, STEPS = 64, 8
+PROMPT = 64
 
 
 class Speedup:
@@ -39,21 +34,8 @@ class Speedup:
         return self.plain_seconds / self.taken_seconds if self.taken_seconds else 0.0
 
 
-@torch.inference_mode()
-def time_plain_steps(method: Method, batch_size: int) -> dict[int, float]:
+def time_plain_steps(target: Target, batch_size: int) -> dict[int, float]:
     """Median seconds of a plain step with 1, 2, 4, ... rows; warms the target up as well."""
-    plain = Method(method.target, Silent(), 1, 0.0, method.chooser)
     sizes = [*(1 << power for power in range((batch_size - 1).bit_length())), batch_size]
-    return {size: _median_step(plain, size) for size in sizes}
-
-
-def _median_step(method: Method, rows: int) -> float:
-    batch = Batch(method, Stopwatch(method.target.device, timed=False))
-    width = max(1, min(PROMPT, method.target.context - STEPS - 2))
-    batch.admit([Row(row, [0] * width, STEPS) for row in range(rows)])
-    seconds = []
-    for _ in range(STEPS if width == PROMPT else 1):
-        begin = time.perf_counter()
-        batch.step()
-        seconds.append(time.perf_counter() - begin)
-    return statistics.median(seconds)
+    plain, context = [plain_method(target)], fitting(target, PROMPT, 0)
+    return {size: step_medians(plain, size, context)[0][0] / 1e3 for size in sizes}
