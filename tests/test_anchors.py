@@ -131,7 +131,7 @@ for weight in drafter.parameters():
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 before = peak()
 blocks, prefixes = torch.randn(N, 9, H, requires_grad=True), torch.randint(V, (N, 8))
-wholes = (blocks, prefixes, torch.ones(N, 7).bool(), torch.empty(N, 0))
+wholes = (blocks, prefixes, torch.ones(N, 7).bool(), torch.empty(N, 0), torch.empty(N, 0))
 chunked_losses(drafter, embed, head, wholes, drafter.objective("prefix", 0.8)).backward()
 print((peak() - before) / 1e9)
 """

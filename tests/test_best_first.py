@@ -143,8 +143,8 @@ def test_level_by_level_finds_the_same(seed, frames, count, depth, scale):
         for b in range(V)
     }
 
-    def bias(previous, last):
-        return torch.stack([values[a, b] for a, b in zip(previous[0].tolist(), last[0].tolist(), strict=True)])[None]
+    def bias(recent):
+        return torch.stack([values[a, b] for b, a, *_ in recent[0].tolist()])[None]
 
     levels = prefix_search(
         frame_logits.double(), blank_logits.double(), ROOTS[:1], bias, width=count, depth=min(depth, frames)

@@ -67,10 +67,10 @@ MAY_IMPORT: dict[str, set[str]] = {
 # In drafters/, a file is shared, a part of one concrete drafter, or, unlisted, a concrete drafter of its own.
 # Concrete drafters do not import each other, and what they share imports none of them.
 SHARED_BY_DRAFTERS = {
-    *("base", "trainable", "sizes", "borrowed", "layers", "context", "predictor", "host"),
+    *("base", "trainable", "sizes", "borrowed", "layers", "context", "predictor", "host", "vocabulary"),
     *("expand", "grow", "chain", "heads", "block", "session", "frames", "tokenframes"),
 }
-PART_OF_DRAFTER = {"config": "ctc", "pairs": "eagle", "rollout": "eagle", "linear": "ctc", "vocabulary": "ctc"}
+PART_OF_DRAFTER = {"config": "ctc", "pairs": "eagle", "rollout": "eagle", "linear": "ctc", "copysession": "ctc"}
 
 # Optional engines, and the only file that may import them. Nobody but `cli` imports integrations, and lazily.
 ENGINES = {"vllm": "integrations.vllm", "sglang": "integrations.sglang"}

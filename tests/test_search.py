@@ -27,7 +27,7 @@ def logits(dtype=torch.float64, batch=B, frames=F, scale=1.5, seed=0):
 def predictor(table):
     """A bias that depends on the two last tokens; row 0 of the table is for no token before the root."""
 
-    return lambda previous, last: table[previous + 1, last]
+    return lambda recent: table[recent[..., 1] + 1, recent[..., 0]]
 
 
 def expected(frame_logits, blank_logits, root, table):

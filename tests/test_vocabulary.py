@@ -61,7 +61,8 @@ def test_searches_find_what_they_find_where_the_others_are_impossible(root):
             logits, blanks, roots, low_rank, states, count=20, depth=3, floor=1e-9, vocabulary=vocabulary
         )
 
-        def bias(previous, last):
+        def bias(recent):
+            last, previous = recent[..., 0], recent[..., 1]
             mixed = (
                 tables[2][last] + states.unsqueeze(1) + tables[1][previous.clamp(min=0)] * (previous >= 0)[..., None]
             )

@@ -143,6 +143,14 @@ def train(
     carry: Annotated[
         bool | None, typer.Option("--carry/--no-carry", help="Feeds the newest token's state into the block.")
     ] = None,
+    copies: Annotated[
+        int | None,
+        typer.Option(
+            "--copies",
+            help="Longest agreement with the text that counts for copies; 0: none.",
+            show_default="16 for ctc",
+        ),
+    ] = None,
     draft_vocabulary: Annotated[
         int | None,
         typer.Option("--draft-vocabulary", help="Drafts only that many tokens, the most frequent.", show_default="all"),
@@ -186,6 +194,7 @@ def train(
     chosen = TrainSettings.parse(trained_method(method).training | given)
     sizes = {"frames": frames, "draft_length": draft_length, "num_hidden_layers": draft_layers}
     sizes |= {"predictor_rank": predictor_rank, "draft_vocab_size": draft_vocabulary, "carry": carry}
+    sizes |= {"copies": copies}
     rows, held = DistilledDataset.load(data, max_length).split(held_out)
 
     def plan() -> Plan:

@@ -118,7 +118,7 @@ def fresh_drafter(
         fillers = (tokenizer.mask_token_id, tokenizer.unk_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
         given["mask_token_id"] = next(token for token in fillers if token is not None)
     drafter = chosen.drafter.for_target(
-        target.model.config, **{"target_fingerprint": fingerprint(tokenizer), **chosen.sizes, **given}
+        target.model.config, **{"target_fingerprint": fingerprint(tokenizer), **chosen.usual, **chosen.sizes, **given}
     )
     drafter.start_from(target.norm_scale, target.head)
     return drafter.to(target.device)
@@ -127,7 +127,7 @@ def fresh_drafter(
 def blank_drafter(method: str = "ctc", **sizes: int | None) -> Callable[[PreTrainedConfig], TrainableDrafter]:
     """Makes an untrained drafter of a method for a target's config, to count it; sizes as in `fresh_drafter`."""
     chosen = trained_method(method)
-    given = chosen.sizes | {name: size for name, size in sizes.items() if size is not None}
+    given = chosen.usual | chosen.sizes | {name: size for name, size in sizes.items() if size is not None}
 
     def make(config: PreTrainedConfig) -> TrainableDrafter:
         drafter = chosen.drafter.for_target(config, **given)

@@ -20,6 +20,7 @@ class Trained:
     """A method with weights: where its class is, the class's model type, and what the method sets in its config.
 
     training: the settings that its authors train it with, where they are not ours; `docs/methods.md` has the sources.
+    usual: what a fresh one has in its config unless told otherwise.
     """
 
     module: str
@@ -27,6 +28,7 @@ class Trained:
     model_type: str
     sizes: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
+    usual: dict[str, Any] = field(default_factory=dict)
 
     @property
     def drafter(self) -> type[TrainableDrafter]:
@@ -36,7 +38,7 @@ class Trained:
 
 
 TRAINED = {
-    "ctc": Trained("ctc", "CTCDrafter", "ctc_drafter"),
+    "ctc": Trained("ctc", "CTCDrafter", "ctc_drafter", usual={"carry": True, "copies": 16}),
     "ctc-linear": Trained("linear", "LinearCTCDrafter", "ctc_linear_drafter"),
     "ctc-paper": Trained("paper", "PaperDrafter", "ctc_paper_drafter"),
     "medusa": Trained("medusa", "MedusaDrafter", "medusa_drafter"),

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from numba import njit
 
+from ctc_drafter.ctc.copies import Text
 from ctc_drafter.ctc.lattice import sum_floor
 from ctc_drafter.types import Candidates
 
@@ -35,6 +36,9 @@ class LowRankBias(NamedTuple):
     `output[:, v] @ (scale * (table[last] + inner @ silu(earlier[previous] + later[last] + root)))`, without `earlier`
     right after the root. table `[T, r]`, earlier and later `[T, M]`, inner `[r, M]`, scale `[r]`: float32.
     output `[r, V]`: float32, or int8, which is read in half the time. r = 0 for no bias.
+
+    What the prefix copies (`copies.py`) gets `copying[l] @ silu(..) + trust[l]` more, for the length l + 1 of the copy.
+    copying `[longest, M]`, trust `[longest]`: float32, none to copy nothing. columns `int64 [T]`: each token's column.
     """
 
     table: np.ndarray
@@ -43,6 +47,9 @@ class LowRankBias(NamedTuple):
     inner: np.ndarray
     scale: np.ndarray
     output: np.ndarray
+    copying: np.ndarray = np.zeros((0, 0), np.float32)
+    trust: np.ndarray = np.zeros(0, np.float32)
+    columns: np.ndarray = np.zeros(0, np.int64)
 
 
 class Pool(NamedTuple):
@@ -73,15 +80,18 @@ def best_prefixes(
     depth: int,
     floor: float = 0.0,
     vocabulary: torch.Tensor | None = None,
+    text: Text | None = None,
 ) -> Candidates:
     """The `count` most probable prefixes of up to `depth` tokens with probability `floor` or more, best first.
 
     frame_logits `[B, F, V]`, blank_logits `[B, F]`, root `int64 [B]`, root_states `[B, M]` (`root` in
     `LowRankBias`), float32 on the CPU. vocabulary `int64 [V]`: the token of each column, where frames know only some.
-    Rows that have fewer prefixes than others are padded with score -inf.
+    text: what may be copied; the bias says whether. Rows that have fewer prefixes are padded with score -inf.
     """
     if vocabulary is None:
         vocabulary = torch.arange(frame_logits.shape[2])
+    if text is None:
+        text = Text(root.unsqueeze(1), torch.zeros_like(root))
     top = torch.maximum(frame_logits.amax(-1), blank_logits).unsqueeze(-1)
     weights, blank = (frame_logits - top).exp_(), (blank_logits - top[..., 0]).exp_()
     tiny = np.float32(sum_floor(torch.float32))
@@ -92,6 +102,8 @@ def best_prefixes(
         vocabulary.numpy(),
         bias,
         root_states.numpy(),
+        text.tokens.numpy(),
+        text.ends.numpy(),
         count,
         depth,
         floor,
@@ -107,13 +119,14 @@ real = np.float32
 
 
 @njit(cache=True, nogil=True)
-def _search_rows(weights, blank, roots, vocabulary, bias, root_states, count, depth, floor, tiny):  # type: ignore[no-untyped-def]
+def _search_rows(weights, blank, roots, vocabulary, bias, states, texts, ends, count, depth, floor, tiny):  # type: ignore[no-untyped-def]
     rows, longest = len(roots), 0
     tokens, parents = np.zeros((rows, count), np.int64), np.full((rows, count), -1, np.int64)
     depths, scores = np.ones((rows, count), np.int64), np.zeros((rows, count), np.float32)
     for row in range(rows):
         pool = _new_pool(1 + count, weights.shape[1], roots[row])
-        found = _search(weights[row], blank[row], vocabulary, pool, bias, root_states[row], depth, floor, tiny) - 1
+        text = texts[row, : ends[row] + 1]
+        found = _search(weights[row], blank[row], vocabulary, pool, bias, states[row], text, depth, floor, tiny) - 1
         tokens[row, :found], parents[row, :found] = pool.last[1 : found + 1], pool.parent[1 : found + 1] - 1
         depths[row, :found], scores[row, :found] = pool.depth[1 : found + 1], pool.score[1 : found + 1]
         longest = max(longest, found)
@@ -130,14 +143,14 @@ def _new_pool(places, frames, root):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def _search(weights, blank, vocabulary, pool, bias, root_state, depth, floor, tiny):  # type: ignore[no-untyped-def]
+def _search(weights, blank, vocabulary, pool, bias, root_state, text, depth, floor, tiny):  # type: ignore[no-untyped-def]
     """Expands entries in their order; returns how many there are in the end."""
     found = 1
     for i in range(len(pool.last) - 1):  # no room would be left for children of the last one
         if i == found:
             break
         if pool.depth[i] < depth:
-            strength, shift = _strength(pool, i, bias, root_state, weights.shape[1])
+            strength, shift = _strength(pool, i, bias, root_state, text, weights.shape[1])
             normaliser = np.empty_like(blank)
             for t in range(len(blank)):
                 normaliser[t] = max(_dot(weights[t], strength), tiny) + blank[t] * shift
@@ -147,7 +160,7 @@ def _search(weights, blank, vocabulary, pool, bias, root_state, depth, floor, ti
 
 
 @njit(cache=True, nogil=True)
-def _strength(pool, i, bias, root_state, columns):  # type: ignore[no-untyped-def]
+def _strength(pool, i, bias, root_state, text, columns):  # type: ignore[no-untyped-def]
     """exp(bias - s) of every column after entry i, `[V]`, and exp(-s); s: the largest bias, at least 0."""
     rank, width = bias.inner.shape
     if rank == 0:
@@ -162,9 +175,35 @@ def _strength(pool, i, bias, root_state, columns):  # type: ignore[no-untyped-de
     for r in range(rank):
         state[r] = bias.scale[r] * (state[r] + _dot(bias.inner[r], inner))
     strength = _combine(state, bias.output)
+    if len(bias.trust) > 0:
+        token, length = _copy(pool, i, text, len(bias.trust))
+        if length > 0 and bias.columns[token] >= 0:
+            strength[bias.columns[token]] += _dot(bias.copying[length - 1], inner) + bias.trust[length - 1]
     largest = max(np.float32(0), strength.max())
     _exp(strength, largest)
     return strength, np.float32(math.exp(-largest))
+
+
+@njit(cache=True, nogil=True)
+def _copy(pool, i, text, longest):  # type: ignore[no-untyped-def]
+    """What entry i copies from the text, which ends with the root, and its length; see `copies.py`."""
+    newest, known = np.empty(longest, np.int64), 0
+    while i > 0 and known < longest:
+        newest[known] = pool.last[i]
+        known, i = known + 1, pool.parent[i]
+    for token in text[::-1][: longest - known]:
+        newest[known] = token
+        known += 1
+    best, copied = 0, -1
+    for place in range(len(text) - 2, -1, -1):  # what follows it is the copy
+        length = 0
+        while length < known and length <= place and text[place - length] == newest[length]:
+            length += 1
+        if length > best:
+            best, copied = length, text[place + 1]
+            if best == longest:
+                break
+    return copied, best
 
 
 @njit(cache=True, nogil=True)

@@ -64,7 +64,7 @@ def _search(weights, vocabulary, pool, bias, root_state, floor, tiny):  # type: 
             break
         depth, last = pool.depth[i], pool.column[i]
         if depth < len(weights):
-            strength, _ = _strength(pool, i, bias, root_state, weights.shape[1])
+            strength, _ = _strength(pool, i, bias, root_state, vocabulary[:0], weights.shape[1])
             frame = weights[depth : depth + 1]
             share = pool.score[i] / max(_dot(frame[0], strength), tiny)
             pool.blank[i, 0] = share

@@ -22,9 +22,9 @@ from torch.nn.functional import pad
 from ctc_drafter.ctc.lattice import sum_floor
 from ctc_drafter.types import Candidates
 
-# (previous, last), both int64 [B, W], to the bias of the next token, [B, W, V]. `previous` is -1 and `last` the
-# root where the prefix is empty.
-Bias = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+# The tokens of W prefixes of one length, the newest first, int64 [B, W, R], to the bias of their next token, [B, W, V].
+# The root comes after a prefix's own tokens, then -1.
+Bias = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -47,13 +47,12 @@ class Frames:
 class Level:
     """W prefixes of one length.
 
-    last, previous `int64 [B, W]`: their newest tokens. column `[B, W]`: the last one's place in the frames.
+    recent `int64 [B, W, R]`: their tokens as in `Bias`. column `[B, W]`: the newest one's place in the frames.
     parents `int64 [B, W]`: index in the level above. scores `[B, W]`: prefix probabilities.
     completed `[B, W, F]`: probability that the prefix is completed at each frame.
     """
 
-    last: torch.Tensor
-    previous: torch.Tensor
+    recent: torch.Tensor
     column: torch.Tensor
     parents: torch.Tensor
     scores: torch.Tensor
@@ -89,7 +88,8 @@ def prefix_search(
     those of probability 0 score -inf.
     """
     frames = prepare(frame_logits, blank_logits, vocabulary)
-    levels = [first_level(frames, root, bias, width)]
+    recent = pad(root.view(-1, 1, 1), (0, depth), value=-1)
+    levels = [first_level(frames, recent, bias, width)]
     while len(levels) < depth:
         levels.append(next_level(frames, levels[-1], bias, width))
     return to_candidates(levels)
@@ -105,15 +105,14 @@ def prepare(frame_logits: torch.Tensor, blank_logits: torch.Tensor, vocabulary: 
     return Frames(weights, weights.transpose(1, 2), (blank_logits - top[..., 0]).exp(), later, vocabulary)
 
 
-def first_level(frames: Frames, root: torch.Tensor, bias: Bias | None, width: int) -> Level:
+def first_level(frames: Frames, recent: torch.Tensor, bias: Bias | None, width: int) -> Level:
     """Children of the root, which counts as a blank frame: it cannot be repeated, and stands there before frame 1."""
-    last = root.unsqueeze(1)
-    previous = torch.full_like(last, -1)
-    shift, strength, normaliser = normalise(frames, bias, previous, last)
+    shift, strength, normaliser = normalise(frames, bias, recent)
     blank = frames.blank.unsqueeze(1) * shift / normaliser
     standing = pad(blank[..., :-1].cumprod(-1), (1, 0), value=1.0)
     masses = Masses(standing / normaliser, torch.zeros_like(normaliser), None)
-    above = Level(last, previous, last, last, torch.ones_like(normaliser[..., 0]), normaliser)
+    root = recent[..., 0]
+    above = Level(recent, root, root, torch.ones_like(normaliser[..., 0]), normaliser)
     return children(frames, above, masses, strength, width)
 
 
@@ -123,7 +122,7 @@ def next_level(frames: Frames, level: Level, bias: Bias | None, width: int) -> L
     n_t = completed_t + n_{t-1} stay_t and b_t = (b_{t-1} + n_{t-1}) blank_t, each as a product with the matrix
     of running products of stay or blank.
     """
-    shift, strength, normaliser = normalise(frames, bias, level.previous, level.last)
+    shift, strength, normaliser = normalise(frames, bias, level.recent)
     place = level.column.unsqueeze(-1)
     stay = frames.columns.gather(1, place.expand_as(normaliser)) * strength.gather(2, place) / normaliser
     blank = frames.blank.unsqueeze(1) * shift / normaliser
@@ -135,14 +134,14 @@ def next_level(frames: Frames, level: Level, bias: Bias | None, width: int) -> L
 
 
 def normalise(
-    frames: Frames, bias: Bias | None, previous: torch.Tensor, last: torch.Tensor
+    frames: Frames, bias: Bias | None, recent: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`exp(-s) [B, W, 1]`, `exp(bias - s) [B, W, V]` and `Z exp(-s) [B, W, F]`; s: the largest bias, at least 0."""
     if bias is None:
-        shift = frames.weights.new_ones(*last.shape, 1)
+        shift = frames.weights.new_ones(*recent.shape[:2], 1)
         strength = shift.expand(-1, -1, frames.weights.shape[-1])
     else:
-        values = bias(previous, last).to(frames.weights.dtype)
+        values = bias(recent).to(frames.weights.dtype)
         largest = values.amax(-1, keepdim=True).clamp(min=0)
         shift, strength = (-largest).exp(), (values - largest).exp()
     sums = (strength @ frames.columns).clamp(min=sum_floor(strength.dtype))
@@ -171,7 +170,9 @@ def children(frames: Frames, level: Level, masses: Masses, strength: torch.Tenso
     completed = (masses.blank.gather(1, wide) + token) * emission * strength.flatten(1).gather(1, index).unsqueeze(-1)
     # Rounding must not lift a child above its parent: trees rely on the order.
     best = torch.minimum(best, level.scores.gather(1, parents))
-    return Level(frames.vocabulary[column], level.last.gather(1, parents), column, parents, best, completed)
+    before = level.recent.gather(1, parents.unsqueeze(-1).expand(-1, -1, level.recent.shape[2]))
+    recent = torch.cat([frames.vocabulary[column].unsqueeze(-1), before[..., :-1]], -1)
+    return Level(recent, column, parents, best, completed)
 
 
 def to_candidates(levels: list[Level]) -> Candidates:
@@ -183,7 +184,7 @@ def to_candidates(levels: list[Level]) -> Candidates:
         depths.append(torch.full_like(level.parents, depth))
         above, start = start, start + level.parents.shape[1]
     return Candidates(
-        tokens=torch.cat([level.last for level in levels], 1),
+        tokens=torch.cat([level.recent[..., 0] for level in levels], 1),
         parents=torch.cat(parents, 1),
         depths=torch.cat(depths, 1),
         scores=torch.cat([level.scores for level in levels], 1).log(),

@@ -12,6 +12,7 @@ from typing import cast
 import torch
 from torch import nn
 
+from ctc_drafter.drafters.base import DraftSession
 from ctc_drafter.drafters.borrowed import head_logits
 from ctc_drafter.drafters.layers import Context, DraftLayer, RMSNorm, Rotation, newest_states, rotation
 from ctc_drafter.drafters.session import BlockSession
@@ -43,7 +44,7 @@ class BlockModel(TrainableDrafter):
     def draft_layers(self) -> list[DraftLayer]:
         return cast(list[DraftLayer], list(self.layers))
 
-    def begin(self, embed: nn.Module, head: nn.Module, batch_size: int) -> BlockSession:
+    def begin(self, embed: nn.Module, head: nn.Module, batch_size: int) -> DraftSession:
         """See `Drafter.begin`."""
         return BlockSession(self, self.borrow(embed, head), batch_size)
 

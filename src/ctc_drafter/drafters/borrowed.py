@@ -10,15 +10,18 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from ctc_drafter.ctc.copies import Text
 from ctc_drafter.ctc.search import prefix_search
 from ctc_drafter.drafters.predictor import Predictor
+from ctc_drafter.drafters.vocabulary import columns_of, token_columns
 from ctc_drafter.types import Candidates
 
 if TYPE_CHECKING:
     from ctc_drafter.ctc.best_first import LowRankBias
 
-# (frame logits [N, F, V], blank logits [N, F], root int64 [N], block output at the root [N, H], nodes, floor)
-Search = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int, float], Candidates]
+# (frame logits [N, F, V], blank logits [N, F], root int64 [N], block output at the root [N, H], the texts up to the
+# roots for those who copy, nodes, floor)
+Search = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, Text | None, int, float], Candidates]
 
 
 @dataclass(frozen=True)
@@ -51,10 +54,16 @@ def best_first(predictor: Predictor | None, depth: int, embed: nn.Module, vocabu
     """The search for a CPU; what the predictor makes of every token is worked out here."""
     from ctc_drafter.ctc.best_first import best_prefixes
 
-    bias = low_rank_bias(predictor, embed)
+    bias = low_rank_bias(predictor, embed, vocabulary)
 
     def search(
-        tokens: torch.Tensor, blanks: torch.Tensor, root: torch.Tensor, start: torch.Tensor, nodes: int, floor: float
+        tokens: torch.Tensor,
+        blanks: torch.Tensor,
+        root: torch.Tensor,
+        start: torch.Tensor,
+        text: Text | None,
+        nodes: int,
+        floor: float,
     ) -> Candidates:
         state = start.new_zeros(len(start), 0) if predictor is None else predictor.root_state(start)
         return best_prefixes(
@@ -67,18 +76,22 @@ def best_first(predictor: Predictor | None, depth: int, embed: nn.Module, vocabu
             depth=depth,
             floor=floor,
             vocabulary=vocabulary,
+            text=text,
         )
 
     return search
 
 
 @torch.no_grad()
-def low_rank_bias(predictor: Predictor | None, embed: nn.Module) -> LowRankBias:
-    """What the searches on a CPU read of a predictor; of rank 0 without one."""
+def low_rank_bias(predictor: Predictor | None, embed: nn.Module, vocabulary: torch.Tensor | None = None) -> LowRankBias:
+    """What the searches on a CPU read of a predictor; of rank 0 without one. vocabulary as in `borrow_search`."""
     from ctc_drafter.ctc.best_first import LowRankBias
 
     nothing = torch.zeros(0, 0)
-    tables = (*(nothing,) * 4, torch.zeros(0), nothing) if predictor is None else predictor.tables(embed)
+    if predictor is None:
+        tables: tuple[torch.Tensor, ...] = (*(nothing,) * 4, torch.zeros(0), nothing)
+    else:
+        tables = (*predictor.tables(embed), token_columns(len(predictor.table.weight), vocabulary))
     return LowRankBias(*(table.contiguous().numpy() for table in tables))
 
 
@@ -87,10 +100,19 @@ def level_by_level(
 ) -> Search:
     """The search of static shapes, which never asks the host."""
 
+    def columns(tokens: torch.Tensor) -> torch.Tensor:
+        return tokens if vocabulary is None else columns_of(tokens, vocabulary)
+
     def search(
-        tokens: torch.Tensor, blanks: torch.Tensor, root: torch.Tensor, start: torch.Tensor, nodes: int, _floor: float
+        tokens: torch.Tensor,
+        blanks: torch.Tensor,
+        root: torch.Tensor,
+        start: torch.Tensor,
+        text: Text | None,
+        nodes: int,
+        _floor: float,
     ) -> Candidates:
-        bias = None if predictor is None else predictor.bias(start, embed)
+        bias = None if predictor is None else predictor.search_bias(start, embed, columns, text)
         return prefix_search(tokens, blanks, root, bias, width=nodes, depth=depth, vocabulary=vocabulary)
 
     return search

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import cast
 
 import torch
 from torch import nn
 
+from ctc_drafter.ctc.copies import Copies, Text, copies_at
 from ctc_drafter.ctc.lattice import Lattice, lattice
 from ctc_drafter.ctc.loss import ctc_objective, prefix_objective
+from ctc_drafter.drafters.base import DraftSession
 from ctc_drafter.drafters.borrowed import BorrowedSearch, borrow_search
 from ctc_drafter.drafters.config import CTCDrafterConfig
+from ctc_drafter.drafters.copysession import CopySession
 from ctc_drafter.drafters.frames import FramesModel
 from ctc_drafter.drafters.predictor import Predictor
+from ctc_drafter.drafters.session import BlockSession
 from ctc_drafter.drafters.trainable import Objective
 from ctc_drafter.drafters.vocabulary import columns_of, drafted_part, narrow_head
 from ctc_drafter.types import Candidates, UserError
@@ -30,7 +35,7 @@ class CTCDrafter(FramesModel):
         self.predictor = None
         if config.predictor_rank:
             sizes = (config.vocab_size, config.hidden_size, config.predictor_rank, config.predictor_width)
-            self.predictor = Predictor(*sizes, config.draft_vocab_size)
+            self.predictor = Predictor(*sizes, config.draft_vocab_size, config.copies)
         if config.draft_vocab_size:
             # Offsets of the tokens from their columns, as EAGLE-3 has them; at first the lowest ids.
             self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.long))
@@ -75,6 +80,29 @@ class CTCDrafter(FramesModel):
     def likelihood(self, blocks: torch.Tensor, prefixes: torch.Tensor, embed: nn.Module, head: nn.Module) -> Lattice:
         return self.lattice(blocks, prefixes, embed, head)
 
+    def copies(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """See `TrainableDrafter.copies`: `copies_at`, `int64 [B, A, 1+U, 2]`."""
+        if not self.config.copies:
+            return super().copies(tokens, positions)
+        return copies_at(tokens, positions, self.config.draft_length, self.config.copies)
+
+    def losses(
+        self,
+        blocks: torch.Tensor,
+        prefixes: torch.Tensor,
+        valid: torch.Tensor,
+        embed: nn.Module,
+        head: nn.Module,
+        objective: Objective,
+        teacher: torch.Tensor | None = None,
+        copies: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """See `TrainableDrafter.losses`."""
+        assert teacher is None
+        found = self.lattice(blocks, prefixes, embed, head, copies)
+        with torch.autocast(blocks.device.type, enabled=False):
+            return objective(found, *self.labels(prefixes, valid))
+
     def labels(self, prefixes: torch.Tensor, valid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """See `TrainableDrafter.labels`: a draft ends before a token outside the vocabulary."""
         columns = self.columns(prefixes[:, 1:])
@@ -84,21 +112,59 @@ class CTCDrafter(FramesModel):
         """Places of tokens in the frames' logits, -1 for those that are not drafted."""
         return tokens if self.vocabulary is None else columns_of(tokens, self.vocabulary)
 
-    def lattice(self, blocks: torch.Tensor, prefixes: torch.Tensor, embed: nn.Module, head: nn.Module) -> Lattice:
-        """The lattice of known continuations: prefixes `int64 [N, 1+U]`, the root and y1..yU."""
+    def lattice(
+        self,
+        blocks: torch.Tensor,
+        prefixes: torch.Tensor,
+        embed: nn.Module,
+        head: nn.Module,
+        copies: torch.Tensor | None = None,
+    ) -> Lattice:
+        """The lattice of known continuations: prefixes `int64 [N, 1+U]`, the root and y1..yU; copies: see `copies`."""
         tokens, blanks = self.frame_logits(blocks, self.narrowed(head))
         bias = None
         if self.predictor is not None:
             previous = torch.cat([prefixes.new_full((len(prefixes), 1), -1), prefixes[:, :-1]], 1)
             root_state = self.predictor.root_state(blocks[:, 0])
-            bias = self.predictor.output(self.predictor.state(previous, prefixes, root_state, embed)).float()
+            suggested = None
+            if copies is not None and copies.numel():
+                suggested = Copies(self.columns(copies[..., 0]), copies[..., 1])
+            bias = self.predictor.bias(previous, prefixes, root_state, embed, suggested)
         return lattice(tokens, blanks, self.columns(prefixes[:, 1:]), bias)
 
     def candidates(
-        self, blocks: torch.Tensor, root: torch.Tensor, borrowed: BorrowedSearch, nodes: int, floor: float = 0.0
+        self,
+        blocks: torch.Tensor,
+        root: torch.Tensor,
+        borrowed: BorrowedSearch,
+        nodes: int,
+        floor: float = 0.0,
+        text: Text | None = None,
     ) -> Candidates:
-        """See `TrainableDrafter.candidates`; block outputs are `[N, 1+F, H]`."""
-        return borrowed.search(*self.frame_logits(blocks, borrowed.head), root, blocks[:, 0], nodes, floor)
+        """See `TrainableDrafter.candidates`; block outputs are `[N, 1+F, H]`. text: up to the roots, to copy from."""
+        return borrowed.search(*self.frame_logits(blocks, borrowed.head), root, blocks[:, 0], text, nodes, floor)
+
+    def drafts(
+        self,
+        features: torch.Tensor,
+        tokens: torch.Tensor,
+        anchors: torch.Tensor,
+        used: torch.Tensor,
+        borrowed: BorrowedSearch,
+        nodes: int,
+        chunk: int,
+    ) -> Iterator[Candidates]:
+        """See `TrainableDrafter.drafts`."""
+        blocks = self.blocks(features, tokens, anchors, borrowed.embed)[used]
+        rows = used.nonzero()[:, 0]
+        for part, row, end in zip(blocks.split(chunk), rows.split(chunk), anchors[used].split(chunk), strict=True):
+            text = Text(tokens[row], end)
+            yield self.candidates(part, tokens[row, end], borrowed, nodes, text=text)
+
+    def begin(self, embed: nn.Module, head: nn.Module, batch_size: int) -> DraftSession:
+        """See `Drafter.begin`."""
+        session = CopySession if self.config.copies else BlockSession
+        return session(self, self.borrow(embed, head), batch_size)
 
     def prepare(self, embed: nn.Module, head: nn.Module) -> BorrowedSearch:
         return borrow_search(self.predictor, self.config.draft_length, embed, self.narrowed(head), self.vocabulary)

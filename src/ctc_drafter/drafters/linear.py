@@ -8,13 +8,14 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from ctc_drafter.ctc.copies import Text
 from ctc_drafter.ctc.lattice import Lattice
 from ctc_drafter.drafters.base import DraftSession
 from ctc_drafter.drafters.borrowed import BorrowedSearch
 from ctc_drafter.drafters.config import CTCDrafterConfig
 from ctc_drafter.drafters.ctc import CTCDrafter
 from ctc_drafter.drafters.heads import LastStateSession, before
-from ctc_drafter.types import Candidates
+from ctc_drafter.types import Candidates, UserError
 
 
 class LinearCTCConfig(CTCDrafterConfig):
@@ -23,6 +24,11 @@ class LinearCTCConfig(CTCDrafterConfig):
     model_type = "ctc_linear_drafter"
 
     num_hidden_layers: int = 0
+
+    def check(self) -> None:
+        super().check()
+        if self.copies:
+            raise UserError("ctc-linear copies nothing; leave copies at 0, or train ctc")
 
 
 class FrameMaps(nn.Linear):
@@ -64,15 +70,29 @@ class LinearCTCDrafter(CTCDrafter):
         """States `[N, H]` to blocks `[N, 1+F, H]`."""
         return states.unsqueeze(1) + self.maps(states).unflatten(-1, (1 + self.frames, -1))
 
-    def likelihood(self, blocks: torch.Tensor, prefixes: torch.Tensor, embed: nn.Module, head: nn.Module) -> Lattice:
-        return super().likelihood(self.filled(blocks), prefixes, embed, head)
+    def lattice(
+        self,
+        blocks: torch.Tensor,
+        prefixes: torch.Tensor,
+        embed: nn.Module,
+        head: nn.Module,
+        copies: torch.Tensor | None = None,
+    ) -> Lattice:
+        """See `CTCDrafter.lattice`; blocks are states `[N, H]`."""
+        return super().lattice(self.filled(blocks), prefixes, embed, head, copies)
 
     def candidates(
-        self, blocks: torch.Tensor, root: torch.Tensor, borrowed: BorrowedSearch, nodes: int, floor: float = 0.0
+        self,
+        blocks: torch.Tensor,
+        root: torch.Tensor,
+        borrowed: BorrowedSearch,
+        nodes: int,
+        floor: float = 0.0,
+        text: Text | None = None,
     ) -> Candidates:
-        """See `TrainableDrafter.candidates`; blocks are states `[N, H]`."""
-        return super().candidates(self.filled(blocks), root, borrowed, nodes, floor)
+        """See `CTCDrafter.candidates`; blocks are states `[N, H]`."""
+        return super().candidates(self.filled(blocks), root, borrowed, nodes, floor, text)
 
-    def begin(self, embed: nn.Module, head: nn.Module, batch_size: int) -> DraftSession:  # type: ignore[override]
+    def begin(self, embed: nn.Module, head: nn.Module, batch_size: int) -> DraftSession:
         """See `Drafter.begin`."""
         return LastStateSession(self, self.borrow(embed, head))

@@ -2,21 +2,29 @@
 
 m[prefix, v] = W2 · f(prefix), f(prefix) = table[last] + MLP(previous, last, root state). A stateless prediction
 network as in transducers, of low rank, so that the normaliser of every (frame, prefix) is one matrix product.
+The token that the text suggests as a copy gets more: an affine map, one for each length of the copy, of the MLP's
+hidden layer. So it is learned when to trust copies, and how much beside what the frames say.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import nn
 from torch.nn import functional as fn
 
+from ctc_drafter.ctc.copies import Copies, Text, find_copies, newest_tokens
 from ctc_drafter.ctc.search import Bias
 
 
 class Predictor(nn.Module):
-    """vocab T, hidden size H, rank r, width of the MLP, 0 for the table of the last token alone; V tokens to draft."""
+    """vocab T, hidden size H, rank r, width M of the MLP, 0 for the table of the last token alone; V tokens to draft;
+    the longest agreement of a copy that counts, 0 for no copies. Copies need the MLP."""
 
-    def __init__(self, vocab_size: int, hidden_size: int, rank: int, width: int, draft_vocab_size: int = 0):
+    def __init__(
+        self, vocab_size: int, hidden_size: int, rank: int, width: int, draft_vocab_size: int = 0, copies: int = 0
+    ):
         super().__init__()
         self.table = nn.Embedding(vocab_size, rank)
         self.width = width
@@ -26,6 +34,7 @@ class Predictor(nn.Module):
             self.root = nn.Linear(hidden_size, width)
             self.inner = nn.Linear(width, rank, bias=False)
         self.output = nn.Linear(rank, draft_vocab_size or vocab_size, bias=False)
+        self.copying = nn.Linear(width, copies) if copies else None
 
     def root_state(self, start: torch.Tensor) -> torch.Tensor:
         """What the MLP takes from the block's output at the root `[B, H]`, `[B, M]`."""
@@ -41,16 +50,53 @@ class Predictor(nn.Module):
         """
         if not self.width:
             return self.table(last)
+        return self.table(last) + self.inner(self.hidden(previous, last, root_state, embed))
+
+    def hidden(
+        self, previous: torch.Tensor, last: torch.Tensor, root_state: torch.Tensor, embed: nn.Module
+    ) -> torch.Tensor:
+        """The hidden layer of the MLP `[B, W, M]`; arguments as in `state`."""
         known = (previous >= 0).unsqueeze(-1)
         dtype = self.last.weight.dtype
         earlier = self.previous(embed(previous.clamp(min=0)).to(dtype)) * known
-        inner = fn.silu(earlier + self.last(embed(last).to(dtype)) + root_state.unsqueeze(1))
-        return self.table(last) + self.inner(inner)
+        return fn.silu(earlier + self.last(embed(last).to(dtype)) + root_state.unsqueeze(1))
 
-    def bias(self, start: torch.Tensor, embed: nn.Module) -> Bias:
-        """What the search asks for, of block outputs at the root `[B, H]`."""
-        root_state, output = self.root_state(start), self.output.weight.t()
-        return lambda previous, last: self.state(previous, last, root_state, embed) @ output
+    def bias(
+        self,
+        previous: torch.Tensor,
+        last: torch.Tensor,
+        root_state: torch.Tensor,
+        embed: nn.Module,
+        copies: Copies | None = None,
+    ) -> torch.Tensor:
+        """m[prefix, v] `[B, W, V]`, float32; arguments as in `state`. copies `[B, W]`: columns in place of tokens."""
+        if self.copying is None or copies is None:
+            return self.output(self.state(previous, last, root_state, embed)).float()
+        hidden = self.hidden(previous, last, root_state, embed)
+        bias = self.output(self.table(last) + self.inner(hidden)).float()
+        trust = self.copying(hidden).float().gather(-1, (copies.lengths - 1).clamp(min=0).unsqueeze(-1))
+        trust = trust * ((copies.tokens >= 0) & (copies.lengths > 0)).unsqueeze(-1)
+        return bias.scatter_add_(-1, copies.tokens.clamp(min=0).unsqueeze(-1), trust)
+
+    def search_bias(
+        self,
+        start: torch.Tensor,
+        embed: nn.Module,
+        columns: Callable[[torch.Tensor], torch.Tensor],
+        text: Text | None = None,
+    ) -> Bias:
+        """What the search asks for, of block outputs at the root `[B, H]`. columns: of tokens, -1 for none."""
+        root_state = self.root_state(start)
+
+        def bias(recent: torch.Tensor) -> torch.Tensor:
+            copies = None
+            if self.copying is not None and text is not None:
+                newest = newest_tokens(text, recent, self.copying.out_features)
+                found = find_copies(text.tokens, text.ends.unsqueeze(1).expand(-1, recent.shape[1]), newest)
+                copies = Copies(columns(found.tokens), found.lengths)
+            return self.bias(recent[..., 1], recent[..., 0], root_state, embed, copies)
+
+        return bias
 
     def tables(self, embed: nn.Module) -> tuple[torch.Tensor, ...]:
         """The predictor as `best_first.LowRankBias` has it: both projections worked out for every token, W2 in int8.
@@ -69,4 +115,7 @@ class Predictor(nn.Module):
         output = self.output.weight.t().float()
         scale = output.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny) / 127
         rounded = (output / scale.unsqueeze(1)).round().to(torch.int8)
-        return table, earlier, later, inner, scale, rounded
+        copying = (table[:0, :0], table[:0, 0])
+        if self.copying is not None:
+            copying = self.copying.weight.float(), self.copying.bias.float()
+        return table, earlier, later, inner, scale, rounded, *copying

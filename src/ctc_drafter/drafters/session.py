@@ -45,6 +45,10 @@ class BlockSession(ContextSession):
 
     def propose(self, root: torch.Tensor, nodes: int, floor: float = 0.0) -> Candidates:
         """One parallel pass over the block, then the search; see `DraftSession.propose`."""
+        return self.drafter.candidates(self.blocks(root), root, self.borrowed, nodes, floor)
+
+    def blocks(self, root: torch.Tensor) -> torch.Tensor:
+        """Block outputs `[B, 1+F, H]` of root `int64 [B]`."""
         cache = self.context
         positions = cache.slots(1 + self.drafter.frames)
         end = int(cache.lengths.max()) + positions.shape[1]
@@ -62,8 +66,7 @@ class BlockSession(ContextSession):
 
         states = self.drafter.block_states(root, self.newest, self.borrowed.embed)
         contexts = [context(index) for index in range(len(self.drafter.draft_layers))]
-        blocks = self.drafter.run_layers(states, cache.rotation(positions), contexts, mask)
-        return self.drafter.candidates(blocks, root, self.borrowed, nodes, floor)
+        return self.drafter.run_layers(states, cache.rotation(positions), contexts, mask)
 
     def _take(self, cache: ContextCache, features: torch.Tensor | None, counts: torch.Tensor) -> torch.Tensor:
         """Returns the context states of the newest tokens, `[B, H]`; any, if the drafter does not carry them."""

@@ -79,14 +79,26 @@ class TrainableDrafter(PreTrainedModel):
         head: nn.Module,
         objective: Objective,
         teacher: torch.Tensor | None = None,
+        copies: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Loss of each anchor `[N]`, in float32. valid `bool [N, U]`: labels that count; teacher: as in `taught`."""
+        """Loss of each anchor `[N]`, in float32.
+
+        valid `bool [N, U]`: labels that count; teacher: as in `taught`; copies: what `copies` says of the anchors, for
+        drafters that copy.
+        """
         if teacher is None:
             found = self.likelihood(blocks, prefixes, embed, head)
         else:
             found = self.taught(blocks, prefixes, teacher, embed, head)
         with torch.autocast(blocks.device.type, enabled=False):
             return objective(found, *self.labels(prefixes, valid))
+
+    def copies(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """What drafters that copy would copy after the texts' own tokens, `int64 [B, A, ...]`; by default nothing.
+
+        tokens `int64 [B, T]`; positions `int64 [B, A]` of the roots.
+        """
+        return tokens.new_empty(*positions.shape, 0)
 
     def labels(self, prefixes: torch.Tensor, valid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """y1..yU `int64 [N, U]` as the drafter counts tokens, and those of the valid ones that it can learn."""

@@ -27,6 +27,12 @@ def columns_of(tokens: torch.Tensor, vocabulary: torch.Tensor) -> torch.Tensor:
     return places.where(vocabulary[places] == tokens, -1)
 
 
+def token_columns(size: int, vocabulary: torch.Tensor | None) -> torch.Tensor:
+    """`columns_of` every token of a target with `size` of them, `int64 [size]`; no vocabulary drafts all."""
+    every = torch.arange(size, device=None if vocabulary is None else vocabulary.device)
+    return every if vocabulary is None else columns_of(every, vocabulary)
+
+
 def drafted_part(columns: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
     """`bool [N, U]`: valid labels before the first that is not in the vocabulary; columns as in `columns_of`."""
     return valid & (columns >= 0).cumprod(1).bool()

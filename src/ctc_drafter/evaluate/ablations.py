@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -43,23 +44,29 @@ class Variant:
 
 
 FULL = {"loss": "ctc"}
-BARE = {"predictor_rank": 0}
-BASE = Recipe("ctc")
+BARE = {"predictor_rank": 0, "copies": 0}
 TEXT = {"loss": "prefix", "loss_decay": 0.8}  # cross-entropy, weighted as ours, whatever the method's authors do
 CE, CE_PREDICTOR = Recipe("dflash", {}, TEXT), Recipe("dspark", {"predictor_width": 256}, TEXT)
 LINEAR_CE = Recipe("medusa", {"own_outputs": False}, TEXT)
 
 
+def ours(**sizes: Any) -> Recipe:
+    """Our drafter with other sizes, and without copies, which no other part of it needs."""
+    return Recipe("ctc", {"copies": 0, **sizes})
+
+
 def variants() -> tuple[Variant, ...]:
-    """All of them; `prefix, predictor` is the drafter as it is."""
+    """All of them; the first is the drafter as it is, and what it is worth to copy is seen beside the second."""
     bare_prefix, bare_full = Recipe("ctc", BARE), Recipe("ctc", BARE, FULL)
-    base = Variant("prefix, predictor", BASE)
+    base = Variant("prefix, predictor", ours())
     return (
+        Variant("prefix, predictor, copies", Recipe("ctc")),
         base,
         replace(base, typical=True),
+        Variant("no carry", ours(carry=False)),
         Variant("prefix", bare_prefix),
         Variant("prefix", bare_prefix, static=True),
-        Variant("full CTC, predictor", Recipe("ctc", {}, FULL)),
+        Variant("full CTC, predictor", replace(ours(), training=FULL)),
         Variant("full CTC", bare_full),
         Variant("full CTC", bare_full, static=True),
         Variant("CE, predictor", CE_PREDICTOR),
@@ -71,17 +78,15 @@ def variants() -> tuple[Variant, ...]:
         Variant("linear, full CTC", Recipe("ctc-linear", BARE, FULL)),
         Variant("linear, CE", LINEAR_CE),
         Variant("linear, CE", LINEAR_CE, typical=True),
-        Variant("4 frames, 4 tokens", Recipe("ctc", {"frames": 4, "draft_length": 4})),
-        *(Variant(f"{frames} frames", Recipe("ctc", {"frames": frames})) for frames in (5, 8, 12, 16)),
+        Variant("4 frames, 4 tokens", ours(frames=4, draft_length=4)),
+        *(Variant(f"{frames} frames", ours(frames=frames)) for frames in (5, 8, 12, 16)),
         *(
-            Variant(
-                f"{frames} frames, {frames - 1} tokens", Recipe("ctc", {"frames": frames, "draft_length": frames - 1})
-            )
+            Variant(f"{frames} frames, {frames - 1} tokens", ours(frames=frames, draft_length=frames - 1))
             for frames in (8, 12, 16)
         ),
-        *(Variant(f"rank {rank}", Recipe("ctc", {"predictor_rank": rank})) for rank in (16, 32, 128, 256)),
-        Variant("table alone", Recipe("ctc", {"predictor_width": 0})),
-        *(Variant(f"{layers} layers", Recipe("ctc", {"num_hidden_layers": layers})) for layers in (2, 3)),
+        *(Variant(f"rank {rank}", ours(predictor_rank=rank)) for rank in (16, 32, 128, 256)),
+        Variant("table alone", ours(predictor_width=0)),
+        *(Variant(f"{layers} layers", ours(num_hidden_layers=layers)) for layers in (2, 3)),
     )
 
 

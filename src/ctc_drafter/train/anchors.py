@@ -98,30 +98,33 @@ def draft_loss(
     blocks = found[anchors.used]  # [N, ...]
     prefixes, valid = anchors.prefixes[anchors.used], anchors.valid[anchors.used]
     states = blocks.new_empty(len(blocks), 0) if last is None else states_after(last, anchors)[anchors.used]
-    return chunked_losses(drafter, embed, head, (blocks, prefixes, valid, states), objective, chunk)
+    copies = drafter.copies(tokens, anchors.positions)[anchors.used]
+    return chunked_losses(drafter, embed, head, (blocks, prefixes, valid, states, copies), objective, chunk)
 
 
 def chunked_losses(
     drafter: TrainableDrafter,
     embed: nn.Module,
     head: nn.Module,
-    wholes: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+    wholes: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
     objective: Objective,
     chunk: int | None = None,
 ) -> torch.Tensor:
     """Sum of the loss of N anchors, a scalar in float32, `chunk` of them at a time.
 
-    wholes: block outputs `[N, ...]`, prefixes `int64 [N, 1+U]`, valid `bool [N, U]`, and the target's states
-    `[N, U, H]` for the teacher loss, `[N, 0]` for others.
+    wholes: block outputs `[N, ...]`, prefixes `int64 [N, 1+U]`, valid `bool [N, U]`, the target's states `[N, U, H]`
+    for the teacher loss, `[N, 0]` for others, and copies `int64 [N, ...]`.
     """
     if not len(wholes[0]):
         return wholes[0].sum()  # 0, and still a part of the graph
     taught = wholes[3].shape[-1] > 0
     chunk = chunk or usual_chunk(drafter.config.vocab_size, drafter.config.draft_length)
 
-    def part(blocks: torch.Tensor, prefixes: torch.Tensor, valid: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+    def part(
+        blocks: torch.Tensor, prefixes: torch.Tensor, valid: torch.Tensor, states: torch.Tensor, copies: torch.Tensor
+    ) -> torch.Tensor:
         teacher = probabilities(head, states) if taught else None
-        return drafter.losses(blocks, prefixes, valid, embed, head, objective, teacher).sum()
+        return drafter.losses(blocks, prefixes, valid, embed, head, objective, teacher, copies).sum()
 
     chunks = list(zip(*(whole.split(chunk) for whole in wholes), strict=True))
     if len(chunks) == 1:

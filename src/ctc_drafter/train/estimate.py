@@ -176,7 +176,8 @@ def _step(
         valid = torch.ones(count, labels, dtype=torch.bool)
         width = last.shape[-1] if settings.loss == "teacher" else 0
         states = torch.zeros(count, labels if width else 0, width, dtype=last.dtype)
-        wholes = (blocks, torch.zeros(count, 1 + labels, dtype=torch.long), valid, states)
+        copies = drafter.copies(tokens, places).flatten(0, 1)
+        wholes = (blocks, torch.zeros(count, 1 + labels, dtype=torch.long), valid, states, copies)
         objective = drafter.objective(settings.loss, settings.loss_decay)
         chunked_losses(drafter, embed, head, wholes, objective, settings.anchor_chunk).backward()
 
