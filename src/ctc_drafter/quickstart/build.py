@@ -15,8 +15,7 @@ import typer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ctc_drafter.drafters.ctc import CTCDrafter
-from ctc_drafter.drafters.vocabulary import most_frequent
-from ctc_drafter.load import fresh_drafter, keep_quiet, load_target
+from ctc_drafter.load import choose_vocabulary, fresh_drafter, keep_quiet, load_target
 from ctc_drafter.quickstart import MODEL_DIR
 from ctc_drafter.quickstart.card import write_card
 from ctc_drafter.quickstart.pretrain import pretrain
@@ -38,15 +37,16 @@ PROMPTS: dict[str, dict[str, Any]] = {
 }
 ANSWER_TOKENS = 128
 HELD_OUT = 0.02
-# Trained on all 8,192 tokens, shipped with these: the rest is half a percent of what the target writes, and most of
-# what a draft costs.
-DRAFT_VOCABULARY = 3072
 DRAFTER: dict[str, Any] = {
     "frames": 8,
     "draft_length": 7,
     "num_hidden_layers": 1,
     "predictor_rank": 64,
     "predictor_width": 256,
+    "carry": True,
+    "copies": 16,
+    # Of 8,192 tokens: the rest is half a percent of what the target writes, and most of what a draft costs.
+    "draft_vocab_size": 3072,
 }
 TRAINING = TrainSettings.parse(
     {
@@ -80,18 +80,17 @@ def build(
         distill(target, tokenizer, prompts, folder, max_new_tokens=ANSWER_TOKENS, batch_size=64, name="quickstart")
     train_rows, held_out = DistilledDataset.load(folders).split(HELD_OUT)
     drafter = fresh_drafter(target, tokenizer, seed=0, **DRAFTER)
+    choose_vocabulary(drafter, train_rows.answer_counts(target.vocab_size))
     train_drafter(target, drafter, train_rows, held_out, work / "drafter", TRAINING)
     package(corpus, work, out)
 
 
 def package(corpus: Path, work: Path, out: Path) -> None:
-    """Both models in bfloat16, the drafter with its draft vocabulary, the tokenizer and the model card."""
-    train_rows, held_out = DistilledDataset.load([work / "distilled" / name for name in PROMPTS]).split(HELD_OUT)
-    drafter = CTCDrafter.from_pretrained(work / "drafter")
-    drafted = most_frequent(train_rows.answer_counts(drafter.config.vocab_size), DRAFT_VOCABULARY)
+    """Both models in bfloat16, the tokenizer and the model card."""
+    _, held_out = DistilledDataset.load([work / "distilled" / name for name in PROMPTS]).split(HELD_OUT)
     AutoModelForCausalLM.from_pretrained(work / "target", dtype=torch.bfloat16).save_pretrained(out / "target")
     AutoTokenizer.from_pretrained(work / "target").save_pretrained(out / "target")
-    drafter.pruned(drafted).to(torch.bfloat16).save_pretrained(out / "drafter")
+    CTCDrafter.from_pretrained(work / "drafter").to(torch.bfloat16).save_pretrained(out / "drafter")
     write_card(corpus, work, out, held_out)
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     print(f"{out}: {size / 1e6:.1f} MB")

@@ -89,8 +89,8 @@ def beta_table(steps: int, config: CTCDrafterConfig, figures: dict[str, float]) 
     rows = [
         f"## The drafter after {steps} steps\n",
         f"It drafts {config.draft_vocab_size:,} of the {config.vocab_size:,} tokens, the most frequent in the answers",
-        f"that it learnt from. Tokens per verification at {BETA_POSITIONS:,} places of held-out answers of the target,",
-        "by nodes of the tree:\n",
+        f"that it learnt from, and knows where the text agrees with up to {config.copies} of the newest tokens. Tokens",
+        f"per verification at {BETA_POSITIONS:,} places of held-out answers of the target, by nodes of the tree:\n",
         "| " + " | ".join(beta) + " |",
         "|---" * len(beta) + "|",
         "| " + " | ".join(f"{value:.2f}" for value in beta.values()) + " |\n",
