@@ -52,6 +52,8 @@ def test_the_shards_are_those_of_distillation_in_process(server: Running, tmp_pa
     assert [manifest["ids"] for manifest in manifests] == ["written", "written"]
     for key in ("config", "tokenizer", "template", "prompts_hash"):
         assert manifests[0][key] == manifests[1][key]
+    with pytest.raises(UserError, match="holds another run: dtype was float32, is now not said"):
+        ask(server.url, tmp_path / "local", sampling=sampling)
 
 
 def test_goes_on_where_it_was_cut_off(server: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

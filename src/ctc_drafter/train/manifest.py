@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -17,7 +18,9 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from ctc_drafter.text import fingerprint
 from ctc_drafter.types import UserError
 
+logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
+NOT_SAID = "not said"
 
 WORDS = {
     "config": "the configuration is",
@@ -101,33 +104,47 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
     return manifest
 
 
-def claim(path: Path, manifest: dict[str, Any]) -> None:
+def claim(
+    path: Path, manifest: dict[str, Any], older: Mapping[str, Any] | None = None, ignored: Collection[str] = ()
+) -> None:
     """Writes the manifest of a new folder, or checks that the folder belongs to the same run.
 
-    `versions` may differ, and what only one of them knows: another version of ours wrote it. Raises `UserError` that
-    names the difference.
+    Keys must be the same too. Folders of older versions lack some: `older` holds those, nested as in the manifest, with
+    what these versions did; None if nobody can know, which is logged. `versions` and the `ignored` keys may differ.
+    Raises `UserError` that names the difference.
     """
     found = read_manifest(path)
     if found is None:
         write_atomic(path, [json.dumps(manifest, indent=2)])
         return
     # Through JSON, so that tuples and the like compare as they were stored.
-    wanted = json.loads(json.dumps(manifest))
-    for key in sorted((found.keys() & wanted.keys()) - {"versions"}):
-        old, new = _shared(found[key], wanted[key])
-        if old != new:
+    wanted, known = json.loads(json.dumps([manifest, older or {}]))
+    before, now = (_without(each, {"versions", *ignored}) for each in (_filled(found, known, wanted), wanted))
+    for key in sorted(before.keys() | now.keys()):
+        if key in wanted and key not in found and known.get(key, "") is None:
+            logger.warning("%s does not say its %s, which is taken for the same", path, key)
+        elif before.get(key, NOT_SAID) != now.get(key, NOT_SAID):
             raise UserError(
-                f"{path.parent} holds another run: {different(key, {key: old}, {key: new})}; "
+                f"{path.parent} holds another run: {different(key, before, now)}; "
                 "use another output folder, or the options of that run to go on with it"
             )
 
 
-def _shared(old: Any, new: Any) -> tuple[Any, Any]:
-    """Of two objects the keys that both have."""
-    if not (isinstance(old, dict) and isinstance(new, dict)):
-        return old, new
-    keys = old.keys() & new.keys()
-    return {key: old[key] for key in keys}, {key: new[key] for key in keys}
+def _filled(found: dict[str, Any], older: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
+    """With those of the older keys that it lacks and the wanted manifest has."""
+    filled = {key: value for key, value in older.items() if key in wanted and key not in found} | found
+    for key in older.keys() & found.keys() & wanted.keys():
+        if all(isinstance(each.get(key), dict) for each in (found, older, wanted)):
+            filled[key] = _filled(found[key], older[key], wanted[key])
+    return filled
+
+
+def _without(manifest: dict[str, Any], ignored: Collection[str]) -> dict[str, Any]:
+    return {
+        key: _without(value, ignored) if isinstance(value, dict) else value
+        for key, value in manifest.items()
+        if key not in ignored
+    }
 
 
 def check_writer(
@@ -150,8 +167,8 @@ def check_writer(
 
 def different(key: str, before: dict[str, Any], now: dict[str, Any]) -> str:
     """Names the difference in `key`, its first differing part if it is an object."""
-    old, new = before.get(key), now.get(key)
+    old, new = before.get(key, NOT_SAID), now.get(key, NOT_SAID)
     if isinstance(old, dict) and isinstance(new, dict):
-        inner = next(k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k))
+        inner = next(k for k in sorted(old.keys() | new.keys()) if old.get(k, NOT_SAID) != new.get(k, NOT_SAID))
         return different(inner, old, new)
     return f"{key} was {old}, is now {new}"

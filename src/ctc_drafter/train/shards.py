@@ -29,6 +29,10 @@ from ctc_drafter.train.manifest import (
 )
 from ctc_drafter.types import UserError
 
+# What the first versions did, whose manifests do not say it.
+GREEDY = {"temperature": 0.0, "top_p": 1.0, "seed": 0}
+OLDER: dict[str, Any] = {"ids": "written", "weights": None, "revision": None, "settings": {"sampling": GREEDY}}
+
 
 @dataclass(frozen=True)
 class Distilled:
@@ -137,7 +141,7 @@ def _open_folder(out: Path, manifest: dict[str, Any]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     if not (out / MANIFEST).exists() and any(out.glob("shard-*")):
         raise UserError(f"{out} holds shards but no {MANIFEST}; use another output folder")
-    claim(out / MANIFEST, manifest)
+    claim(out / MANIFEST, manifest, OLDER)
     for temporary in out.glob(".shard-*.tmp"):
         temporary.unlink()
 

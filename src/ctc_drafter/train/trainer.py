@@ -32,7 +32,7 @@ from ctc_drafter.train.manifest import (
     write_atomic,
 )
 from ctc_drafter.train.processes import join_processes, shard_layers, share_of
-from ctc_drafter.train.settings import TrainSettings
+from ctc_drafter.train.settings import FREE, TrainSettings
 from ctc_drafter.train.validate import draft_positions, offline_beta
 from ctc_drafter.types import UserError
 
@@ -78,7 +78,9 @@ def train_drafter(
     processes = join_processes(target.device.type)
     with processes.main_process_first(), disk_errors(out):
         out.mkdir(parents=True, exist_ok=True)
-        claim(out / RUN_FILE, _manifest(target, drafter, dataset, settings))
+        # Settings that are newer than a folder had the value then that is their default now.
+        older = {"settings": TrainSettings.parse({}).learnt_from()}
+        claim(out / RUN_FILE, _manifest(target, drafter, dataset, settings), older, FREE)
         checkpoint = latest_checkpoint(out / "checkpoints")
     if checkpoint is not None and not resume:
         raise UserError(f"{out} holds checkpoints; resume them, or use another output folder")
