@@ -158,6 +158,15 @@ def train(
     max_length: Annotated[int | None, typer.Option("--max-length", min=2, help="Longer rows lose their end.")] = None,
     chat_template: TemplateOption = None,
     held_out: Annotated[float, typer.Option("--held-out", min=0.0, max=0.5, help="Share of rows for β.")] = 0.02,
+    features: Annotated[
+        Literal["online", "cached"] | None,
+        typer.Option(
+            "--features", help="The target's: computed at each step, or once, into files.", show_default="online"
+        ),
+    ] = None,
+    features_limit: Annotated[
+        float | None, typer.Option("--features-limit", help="GB that these files may take.", show_default="the disk")
+    ] = None,
     shard_target: Annotated[
         bool, typer.Option("--shard-target", help="Processes share the target's layers (FSDP2).")
     ] = False,
@@ -190,6 +199,7 @@ def train(
 
     named: dict[str, Any] = {"steps": steps, "epochs": epochs, "learning_rate": learning_rate, "batch_size": batch_size}
     named |= {"anchors": anchors, "loss": loss, "bf16": bf16 or None, "seed": seed}
+    named |= {"features": features, "features_limit": features_limit}
     given = pairs(settings or []) | {k: v for k, v in named.items() if v is not None}
     chosen = TrainSettings.parse(trained_method(method).training | given)
     sizes = {"frames": frames, "draft_length": draft_length, "num_hidden_layers": draft_layers}

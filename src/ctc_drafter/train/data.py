@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 NOTHING = -1  # index of a row that teaches nothing
+STATES = ("features", "last")  # of the target, where they were computed beforehand; see `feature_files`
 
 
 @dataclass(frozen=True)
@@ -252,9 +253,14 @@ def row_key(row_id: str) -> int:
 
 
 def collate(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """Right-padded `input_ids int64 [B, T]`, and `lengths`, `answer_start` and `key`, each `int64 [B]`."""
+    """Right-padded `input_ids int64 [B, T]`, and `lengths`, `answer_start` and `key`, each `int64 [B]`.
+
+    Rows that bring `STATES` along have them padded too, `[B, T, ...]`.
+    """
     ids = [row["input_ids"] for row in rows]
-    return {
+    brought = [name for name in STATES if name in rows[0]]
+    states = {name: torch.nn.utils.rnn.pad_sequence([row[name] for row in rows], batch_first=True) for name in brought}
+    return states | {
         "input_ids": torch.nn.utils.rnn.pad_sequence(ids, batch_first=True),
         "lengths": torch.tensor([len(row) for row in ids]),
         "answer_start": torch.tensor([row["answer_start"] for row in rows]),

@@ -68,8 +68,8 @@ class Estimate:
 
     weights: the target's. drafter: its weights and AdamW's two averages, in float32. forward: the most that the
     target's forward holds besides. step: the most that forward and backward of the drafter hold, its gradients and the
-    features included. disk: checkpoints and the finished drafter. features: what the features of the whole text
-    would take. steps: of the run. flops: of all of them.
+    features included. disk: checkpoints and the finished drafter. features: what those of the whole text take if
+    they are kept. steps: of the run. flops: of all of them.
     """
 
     target_parameters: int
@@ -105,7 +105,8 @@ def estimate(plan: Plan) -> Estimate:
     settings = plan.settings
     forwards = math.ceil(plan.text.rows / settings.batch_size)
     steps = settings.steps or math.ceil(forwards / settings.accumulate * settings.epochs)
-    width = plan.config.get_text_config(decoder=True).hidden_size * len(drafter.feature_layers)
+    states = len(drafter.feature_layers) + (settings.loss == "teacher")
+    features = plan.text.tokens * plan.config.get_text_config(decoder=True).hidden_size * states * plan.dtype.itemsize
     return Estimate(
         target_parameters=target_parameters,
         drafter_parameters=parameters,
@@ -115,7 +116,7 @@ def estimate(plan: Plan) -> Estimate:
         step=step,
         # While a checkpoint is written, one more than are kept is there.
         disk=parameters * 4 * (3 * (settings.keep_checkpoints + 1) + 1),
-        features=plan.text.tokens * width * plan.dtype.itemsize,
+        features=features,
         steps=steps,
         flops=flops * steps * settings.accumulate,
     )
@@ -202,8 +203,7 @@ def describe(found: Estimate, rate: float, source: str, processes: int = 1) -> l
     return [
         ("parameters", f"target {found.target_parameters / 1e9:.2f} G, drafter {found.drafter_parameters / 1e6:.1f} M"),
         ("memory of a process", memory),
-        ("disk", f"{found.disk / GB:.1f} GB of checkpoints"),
-        ("features, were they stored", f"{found.features / GB:,.0f} GB"),
+        ("disk", f"{found.disk / GB:.1f} GB of checkpoints; with --features cached {found.features / GB:,.3g} GB more"),
         ("steps", f"{found.steps:,}"),
         ("work", f"{found.flops:.2e} floating-point operations"),
         ("time", f"{found.flops / rate / processes / 3600:.1f} hours at {rate / 1e12:.3g} TFLOP/s ({source})"),

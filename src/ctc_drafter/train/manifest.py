@@ -65,17 +65,23 @@ def versions() -> dict[str, str]:
     return {name: version(name) for name in ("torch", "transformers")}
 
 
-def write_atomic(path: Path, lines: Iterable[str]) -> None:
-    """All lines or none: a temporary file in the same folder, on disk before it gets its name."""
+@contextmanager
+def whole_or_nothing(path: Path) -> Iterator[Path]:
+    """A temporary file in the same folder to write to; it is on disk before it gets its name."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.writelines(line + "\n" for line in lines)
-            file.flush()
+        yield temporary
+        with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_atomic(path: Path, lines: Iterable[str]) -> None:
+    """All lines or none."""
+    with whole_or_nothing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        file.writelines(line + "\n" for line in lines)
 
 
 @contextmanager

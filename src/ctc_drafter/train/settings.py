@@ -21,6 +21,8 @@ FREE = {
     "progress",
     "anchor_chunk",
     "recompute",
+    "features",
+    "features_limit",
 }
 
 
@@ -38,6 +40,10 @@ class TrainSettings(BaseModel):
         None, ge=1, description="positions whose logits are in memory at a time; by default some 256 MB of them"
     )
     recompute: bool = Field(False, description="gradient checkpointing: draft layers run again in the backward pass")
+    features: Literal["online", "cached"] = Field(
+        "online", description="whether the target computes them at each step, or once, into files"
+    )
+    features_limit: float | None = Field(None, gt=0, description="GB that those files may take")
     steps: int | None = Field(None, ge=1, description="optimizer steps; overrides epochs")
     epochs: float = Field(1.0, gt=0, description="passes over the training rows")
     batch_size: int = Field(8, ge=1, description="rows of a forward pass")

@@ -22,6 +22,7 @@ from ctc_drafter.target import Target
 from ctc_drafter.train.anchors import anchor_counts, draft_loss, draw_anchors, label_anchors
 from ctc_drafter.train.checkpoints import latest_checkpoint, seal, trainer_state
 from ctc_drafter.train.data import DistilledDataset, LengthSampler, collate
+from ctc_drafter.train.feature_files import FeatureFiles, WithFeatures
 from ctc_drafter.train.manifest import (
     check_writer,
     claim,
@@ -90,6 +91,8 @@ def train_drafter(
         drafter.load_state_dict(load_file(checkpoint / "model.safetensors"))
     else:
         with frozen(target.model), disk_errors(out):
+            if settings.features == "cached":
+                dataset = _with_features(target, drafter, dataset, out / "features", settings, shard_target)
             if shard_target:
                 shard_layers(target.model)
             trainer = DrafterTrainer(target, drafter, dataset, held_out, out / "checkpoints", settings)
@@ -188,7 +191,10 @@ class DrafterTrainer(Trainer):
         moment = f"{settings.seed}:{self.state.global_step if model.training else 'eval'}"
         positions, used = draw_anchors(lengths, inputs["answer_start"], inputs["key"], settings.anchors, seed=moment)
         anchors = label_anchors(tokens, lengths, positions, used, config.draft_length)
-        features, last = self.target.hidden_states(tokens, config.target_layer_ids)
+        if "features" in inputs:
+            features, last = inputs["features"], inputs.get("last")
+        else:
+            features, last = self.target.hidden_states(tokens, config.target_layer_ids)
 
         def work(drafter: TrainableDrafter) -> torch.Tensor:
             with torch.autocast(tokens.device.type, torch.bfloat16, enabled=settings.bf16):
@@ -296,6 +302,26 @@ def frozen(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter in trainable:
             parameter.requires_grad_(True)
+
+
+def _with_features(
+    target: Target,
+    drafter: TrainableDrafter,
+    dataset: DistilledDataset,
+    folder: Path,
+    settings: TrainSettings,
+    shard_target: bool,
+) -> DistilledDataset:
+    """The rows with features from files, which are written first; processes share the work and the folder."""
+    if shard_target:
+        raise UserError("a sharded target computes its features as they are needed; leave out --features cached")
+    files = FeatureFiles(folder, target, dataset, drafter.feature_layers, last=settings.loss == "teacher")
+    processes = join_processes(target.device.type)
+    with processes.main_process_first():
+        files.open_folder(settings.features_limit)
+    files.fill(settings.batch_size, (processes.process_index, processes.num_processes), settings.progress)
+    processes.wait_for_everyone()
+    return WithFeatures(files)
 
 
 def _check_data(target: Target, drafter: TrainableDrafter, dataset: DistilledDataset) -> None:
