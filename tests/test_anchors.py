@@ -4,12 +4,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from ctc_drafter.ctc.lattice import lattice
 from ctc_drafter.ctc.loss import ctc_loss, ctc_objective, prefix_objective
+from ctc_drafter.drafters import block
 from ctc_drafter.train.anchors import draft_loss, draw_anchors, label_anchors, usual_chunk
 from ctc_drafter.train.data import LengthSampler, collate
 from train_helpers import pair, written_rows
@@ -109,6 +111,53 @@ def test_draft_layers_may_run_again_in_the_backward_pass() -> None:
         gradients.append([p.grad.clone() for p in drafter.parameters()])
     assert kept[1] < 0.5 * kept[0]
     assert all(torch.equal(*both) for both in zip(*gradients, strict=True))
+
+
+def test_long_rows_take_their_anchors_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    target, drafter = pair()
+    rows, length, anchors = 2, 96, 48
+    tokens = torch.randint(target.vocab_size, (rows, length))
+    features = target.hidden_features(tokens, drafter.feature_layers)
+    positions = torch.randint(length, (rows, anchors)).sort(1).values
+    masks: list[int] = []
+    real = block.block_mask
+
+    def counting(*arguments: Any) -> torch.Tensor:
+        masks.append(real(*arguments).numel())
+        return real(*arguments)
+
+    monkeypatch.setattr(block, "block_mask", counting)
+    gradients, kept, found = [], [], []
+    for budget in (2**26, 2**13):
+        monkeypatch.setattr(block, "MASK_AT_A_TIME", budget)
+        masks.clear()
+        drafter.zero_grad()
+        saved: list[int] = []
+
+        def pack(tensor: torch.Tensor, saved: list[int] = saved) -> torch.Tensor:
+            saved.append(tensor.nbytes)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            outputs = drafter.blocks(features, tokens, positions, target.embed)
+        assert max(masks) <= budget
+        outputs.square().sum().backward()
+        found.append(outputs.detach())
+        kept.append(sum(saved))
+        gradients.append([p.grad.clone() for p in drafter.parameters() if p.grad is not None])
+    assert len(masks) > 2 * 8  # several parts, forward and again
+    assert kept[1] < 0.2 * kept[0]
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+@pytest.mark.parametrize("length", [64, 2048, 8192, 131072])
+def test_masks_do_not_grow_with_anchors_and_length(rows: int, length: int) -> None:
+    some = block.anchors_at_a_time(rows, length, 9)
+    assert rows * some * 9 * (length + some * 9) <= block.MASK_AT_A_TIME
+    assert rows * (some + 1) * 9 * (length + (some + 1) * 9) > block.MASK_AT_A_TIME
+    assert some >= (32 if length <= 8192 else 6)
 
 
 def test_the_usual_chunk_shrinks_with_the_vocabulary() -> None:

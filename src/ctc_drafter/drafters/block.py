@@ -6,11 +6,14 @@ and to projections of the target's features for every committed token. Embedding
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from functools import partial
 from typing import cast
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from ctc_drafter.drafters.base import DraftSession
 from ctc_drafter.drafters.borrowed import head_logits
@@ -18,6 +21,9 @@ from ctc_drafter.drafters.layers import Context, DraftLayer, RMSNorm, Rotation, 
 from ctc_drafter.drafters.session import BlockSession
 from ctc_drafter.drafters.sizes import BlockConfig
 from ctc_drafter.drafters.trainable import TrainableDrafter
+
+# Entries of the masks of a batch that exist at a time. A CPU's kernel makes floats of them: 256 MB.
+MASK_AT_A_TIME = 2**26
 
 
 class BlockModel(TrainableDrafter):
@@ -88,24 +94,49 @@ class BlockModel(TrainableDrafter):
 
         features `[B, T, K]` and tokens `int64 [B, T]` of right-padded rows; anchors `int64 [B, A]`. The block
         of anchor p has root `tokens[p]` and sees the features of the tokens before p, and itself.
+
+        Anchors go through the layers some at a time, so that no more than `MASK_AT_A_TIME` is held of their masks, and
+        if they do, again in the backward pass.
         """
-        batch, length = tokens.shape
+        length = tokens.shape[1]
         slots = torch.arange(length, device=tokens.device)
+        context, by = self.context_states(features), self.rotation(slots.expand(len(tokens), -1))
+        before = [layer.self_attn.keys_values(context, by) for layer in self.draft_layers]
+        roots, newest = tokens.gather(1, anchors), newest_states(context, anchors)
+        some = anchors_at_a_time(len(tokens), length, 1 + self.frames)
+        if some >= anchors.shape[1]:
+            return self._some_blocks(anchors, roots, newest, before, embed)
+        parts = zip(*(each.split(some, 1) for each in (anchors, roots, newest)), strict=True)
+        again = partial(checkpoint, self._some_blocks, use_reentrant=False, preserve_rng_state=False)
+        return torch.cat([again(*part, before, embed) for part in parts], 1)
+
+    def _some_blocks(
+        self,
+        anchors: torch.Tensor,
+        roots: torch.Tensor,
+        newest: torch.Tensor,
+        before: Sequence[tuple[torch.Tensor, torch.Tensor]],
+        embed: nn.Module,
+    ) -> torch.Tensor:
+        """Block outputs `[B, A, 1+F, H]`. roots `int64 [B, A]`; newest `[B, A, H]`; before: each layer's keys and
+        values `[B, kv_heads, T, dim]` of the context."""
         size = 1 + self.frames
-        positions = (anchors.unsqueeze(-1) + torch.arange(size, device=tokens.device)).flatten(1)
-        mask = block_mask(anchors, length, size)
-        context, by = self.context_states(features), self.rotation(slots.expand(batch, -1))
+        mask = block_mask(anchors, before[0][0].shape[2], size)
+        positions = (anchors.unsqueeze(-1) + torch.arange(size, device=anchors.device)).flatten(1)
+        states = self.block_states(roots, newest, embed).flatten(1, 2)
 
-        newest = newest_states(context, anchors)
-        states = self.block_states(tokens.gather(1, anchors), newest, embed).flatten(1, 2)
+        def behind(keys: torch.Tensor, values: torch.Tensor) -> Context:
+            return lambda own_keys, own: (torch.cat([keys, own_keys], 2), torch.cat([values, own], 2))
 
-        def join(layer: DraftLayer) -> Context:
-            before = layer.self_attn.keys_values(context, by)
-            return lambda keys, values: (torch.cat([before[0], keys], 2), torch.cat([before[1], values], 2))
-
-        contexts = [join(layer) for layer in self.draft_layers]
-        outputs = self.run_layers(states, self.rotation(positions), contexts, mask)
+        outputs = self.run_layers(states, self.rotation(positions), [behind(*each) for each in before], mask)
         return outputs.unflatten(1, (anchors.shape[1], size))
+
+
+def anchors_at_a_time(rows: int, length: int, size: int) -> int:
+    """Anchors of each row whose mask (`block_mask`) takes some `MASK_AT_A_TIME` entries, 1 at least."""
+    # rows * n * size * (length + n * size) = MASK_AT_A_TIME
+    tokens = (math.sqrt(length**2 + 4 * MASK_AT_A_TIME / rows) - length) / 2
+    return max(1, int(tokens / size))
 
 
 def frame_logits(blocks: torch.Tensor, head: nn.Module) -> torch.Tensor:
