@@ -56,6 +56,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "demo": {"types", "text", "target", "drafters", "decode", "quickstart"},
     "answer": {"types", "text", "target", "drafters", "decode", "evaluate", "profile"},
     "recipe": {"types"},
+    "hub": {"types"},
+    "model_card": {"types", "drafters", "train", "evaluate"},
     "recipe_page": {"types", "load", "methods", "recipe", "train"},
     "options": {"types"},
     "cli_train": {"*"},

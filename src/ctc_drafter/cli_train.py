@@ -73,6 +73,7 @@ def distill(
     from ctc_drafter.train.data import read_prompts
     from ctc_drafter.train.distill import Sampling
     from ctc_drafter.train.distill import distill as run_distill
+    from ctc_drafter.train.records import describe_corpus
     from ctc_drafter.train.remote import Server, distill_remotely
 
     if model and not server:
@@ -96,6 +97,7 @@ def distill(
     )
     name = target or "shipped"
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "shard_size": shard_size, "sampling": sampling}
+    options["source"] = describe_corpus(prompts)
     if lm is not None:
         done = run_distill(lm, tokenizer, found.prompts, out, batch_size=batch_size, name=name, **options)
     else:
@@ -170,6 +172,10 @@ def train(
     shard_target: Annotated[
         bool, typer.Option("--shard-target", help="Processes share the target's layers (FSDP2).")
     ] = False,
+    push_to_hub: Annotated[
+        str | None, typer.Option("--push-to-hub", help="Repository of the hub, owner/name, for the finished drafter.")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="Nobody else sees that repository.")] = False,
     estimate: Annotated[
         bool, typer.Option("--estimate", help="Only say what disk, memory and time the training needs.")
     ] = False,
@@ -179,8 +185,12 @@ def train(
     device: DeviceOption = "auto",
 ) -> None:
     """Trains a drafter for the target on its own answers."""
+    import shlex
+    import sys
+
     import torch
 
+    from ctc_drafter.hub import check_hub, push
     from ctc_drafter.load import (
         blank_drafter,
         choose_vocabulary,
@@ -188,8 +198,11 @@ def train(
         load_config,
         load_target,
         read_template,
+        shipped,
     )
     from ctc_drafter.methods import trained_method
+    from ctc_drafter.model_card import Made, corpora, write_model_card
+    from ctc_drafter.quickstart import TARGET_DIR
     from ctc_drafter.train.data import DistilledDataset
     from ctc_drafter.train.estimate import Plan, TextSize, memory_errors
     from ctc_drafter.train.manifest import check_writer
@@ -214,6 +227,8 @@ def train(
     if estimate:
         show_estimate(plan(), flops, device)
         return
+    if push_to_hub:
+        check_hub(push_to_hub)
     processes = join_processes(device)
     with memory_errors(plan):
         lm, tokenizer = load_target(target, dtype, "cpu" if shard_target else device)
@@ -224,6 +239,12 @@ def train(
         trained = train_drafter(lm, draft, rows, held, out, chosen, resume, shard_target)
     if not processes.is_main_process:
         return
+    made = Made(
+        target or shipped(TARGET_DIR), push_to_hub or str(out), method, shlex.join(["ctc-drafter", *sys.argv[1:]])
+    )
+    write_model_card(out, draft, made, trained.history, corpora(data))
+    if push_to_hub:
+        print(push(out, push_to_hub, private))
     figures = {
         key: value for entry in trained.history for key, value in entry.items() if "loss" in key or "beta" in key
     }

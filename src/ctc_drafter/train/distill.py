@@ -51,13 +51,14 @@ def distill(
     eos: Collection[int] | None = None,
     name: str = "",
     sampling: Sampling = GREEDY,
+    source: dict[str, str] | None = None,
     progress: bool = True,
 ) -> Distilled:
     """Writes the target's answers to `out/shard-00000.jsonl` and on, `shard_size` prompts each; see `Shards`.
 
-    The same call may be killed and repeated at any time: it goes on after the last finished shard. `name` is kept in
-    the manifest; prompts that leave no room for `max_new_tokens` are left out. Raises `UserError` for a folder of
-    another run and for a full disk.
+    The same call may be killed and repeated at any time: it goes on after the last finished shard. `name`, and `source`
+    of the prompts, are kept in the manifest; prompts that leave no room for `max_new_tokens` are left out. Raises
+    `UserError` for a folder of another run and for a full disk.
     """
     chosen = fitting(prompts, max_new_tokens, target.context)
     eos = eos_ids(target.model, tokenizer) if eos is None else tuple(sorted(eos))
@@ -69,7 +70,7 @@ def distill(
         "dtype": str(target.dtype).removeprefix("torch."),
         "ids": "written",
     }
-    manifest = about | origin(target.model.config, tokenizer, chosen) | {"settings": settings}
+    manifest = about | origin(target.model.config, tokenizer, chosen) | {"settings": settings, "source": source or {}}
     with Shards(out, chosen, shard_size, manifest, progress) as shards:
         for index in shards.missing:
             shard = shards.of(index)

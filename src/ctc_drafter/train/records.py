@@ -61,6 +61,27 @@ def read_corpus(source: str | Path, pattern: str = "*") -> Iterator[tuple[str, I
         yield file.relative_to(path).as_posix() if path.is_dir() else file.name, file_rows(file)
 
 
+def describe_corpus(source: str | Path) -> dict[str, str]:
+    """`name` of a corpus, a folder's or file's last part alone, and `licence` if it is on the hub and says one."""
+    named = hub_name(str(source))
+    if not named:
+        return {"name": Path(source).resolve().name}
+    from huggingface_hub import HfApi
+
+    try:
+        card = HfApi().dataset_info(named, timeout=10).card_data
+        licence = card.get("license") if card else None
+    except (OSError, ValueError):  # a corpus that was loaded from a cache needs no network
+        licence = None
+    return {"name": str(source), **({"licence": str(licence)} if licence else {})}
+
+
+def hub_name(source: str) -> str:
+    """owner/name of `hub:owner/name:split` and the like; empty for others."""
+    found = HUB_NAME.fullmatch(source.removeprefix(HUB)) if source.startswith(HUB) else None
+    return found["name"] if found else ""
+
+
 def corpus_files(path: Path, pattern: str = "*") -> list[Path]:
     """The usable files of a folder, subfolders included, or the file itself, in a fixed order.
 

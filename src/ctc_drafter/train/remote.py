@@ -64,6 +64,7 @@ def distill_remotely(
     shard_size: int = 256,
     name: str = "",
     sampling: Sampling = GREEDY,
+    source: dict[str, str] | None = None,
     progress: bool = True,
 ) -> Distilled:
     """As `distill`, with the answers of a server that runs the same target. config: the target's.
@@ -81,7 +82,7 @@ def distill_remotely(
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "shard_size": shard_size, "eos": sorted(eos)}
     settings |= {"sampling": asdict(sampling), "served_as": server.model}
     about = {"target": name or server.model, "ids": "written" if gives_ids else "encoded"}
-    manifest = about | origin(config, tokenizer, chosen) | {"settings": settings}
+    manifest = about | origin(config, tokenizer, chosen) | {"settings": settings, "source": source or {}}
     with Shards(out, chosen, shard_size, manifest, progress) as shards:
         asyncio.run(_fill(shards, asked))
         return shards.summary(too_long=len(prompts) - len(chosen))

@@ -141,7 +141,7 @@ def _open_folder(out: Path, manifest: dict[str, Any]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     if not (out / MANIFEST).exists() and any(out.glob("shard-*")):
         raise UserError(f"{out} holds shards but no {MANIFEST}; use another output folder")
-    claim(out / MANIFEST, manifest, OLDER)
+    claim(out / MANIFEST, manifest, OLDER, {"source"})  # the prompts' hash says what they are
     for temporary in out.glob(".shard-*.tmp"):
         temporary.unlink()
 

@@ -1,0 +1,162 @@
+"""What a finished drafter says of itself: README.md in its folder, with a picture of its training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCardData
+
+from ctc_drafter.drafters.trainable import TrainableDrafter
+from ctc_drafter.evaluate.learning import learning_curves
+from ctc_drafter.evaluate.plots import save
+from ctc_drafter.train.manifest import MANIFEST, disk_errors, read_manifest, versions, write_atomic
+from ctc_drafter.train.records import hub_name
+
+CARD, CURVES = "README.md", "training"
+OURS = "<!-- written by ctc-drafter train; without this line it is left alone -->"
+SIZES = ("num_hidden_layers", "frames", "draft_length", "draft_vocab_size", "target_layer_ids")
+
+
+@dataclass(frozen=True)
+class Made:
+    """target, place: names or folders of target and drafter, as a user gives them. command: that trained it."""
+
+    target: str
+    place: str
+    method: str
+    command: str
+
+
+def corpora(folders: Sequence[Path]) -> list[dict[str, Any]]:
+    """The manifests of distillation folders; what has none is left out."""
+    return [found for folder in folders if (found := read_manifest(folder / MANIFEST)) is not None]
+
+
+def write_model_card(
+    out: Path,
+    drafter: TrainableDrafter,
+    made: Made,
+    history: Sequence[Mapping[str, float]],
+    data: Sequence[Mapping[str, Any]],
+) -> None:
+    """Writes `out/README.md`, and `training.svg` and `training.png`. A README of somebody else's stays as it is.
+
+    history: the trainer's log. data: manifests of the text that was learnt.
+    """
+    figure = learning_curves(history)
+    with disk_errors(out):
+        if figure is not None:
+            save(figure, out, CURVES)
+        card = out / CARD
+        if not card.is_file() or OURS in card.read_text(encoding="utf-8"):
+            picture = f"![loss and β during training]({CURVES}.png)\n\n" if figure is not None else ""
+            write_atomic(card, [model_card(drafter, made, history, data, picture).rstrip()])
+
+
+def model_card(
+    drafter: TrainableDrafter,
+    made: Made,
+    history: Sequence[Mapping[str, float]],
+    data: Sequence[Mapping[str, Any]],
+    picture: str = "",
+) -> str:
+    """The card as Markdown; see `write_model_card`."""
+    on_hub = not Path(made.target).exists() and "/" in made.target
+    about = ModelCardData(
+        base_model=made.target if on_hub else None,
+        library_name="ctc-drafter",
+        tags=["speculative-decoding", "drafter", made.method],
+        datasets=[name for manifest in data if (name := hub_name((manifest.get("source") or {}).get("name", "")))]
+        or None,
+    )
+    target = made.target if on_hub else Path(made.target).name
+    sizes = [(key, getattr(drafter.config, key)) for key in SIZES if getattr(drafter.config, key, None)]
+    sizes.append(("parameters", f"{sum(weight.numel() for weight in drafter.parameters()) / 1e6:.1f} M"))
+    made_with = ", ".join(f"{name} {number}" for name, number in versions().items())
+    return f"""---
+{about.to_yaml()}
+---
+
+{OURS}
+
+# A drafter for {target}
+
+It drafts tokens that {target} verifies, so that decoding takes fewer steps and gives the same output. Method
+`{made.method}`, for this target alone.
+
+{_table(["", ""], sizes)}
+
+## Figures
+
+{_figures(history)}
+{picture}## Text
+
+The target's own answers to these prompts; a licence of prompts says nothing of the answers'.
+
+{_table(["prompts", "licence", "number", "written by"], map(_corpus, data))}
+
+## Training
+
+    {made.command}
+
+with {made_with}.
+
+## Use
+
+{_use(drafter, made)}
+"""
+
+
+def _figures(history: Sequence[Mapping[str, float]]) -> str:
+    newest: dict[str, float] = {}
+    for entry in history:
+        newest.update(entry)
+    if not newest:
+        return "None were logged.\n"
+    rows = [
+        ("steps", f"{newest.get('step', 0):,.0f}"),
+        ("tokens read", f"{newest.get('tokens', 0):,.0f}"),
+        ("hours", f"{newest.get('seconds', 0) / 3600:.2f}"),
+    ]
+    named = {"loss": "loss, nats an anchor", "eval_loss": "held-out loss"}
+    named |= {key: f"β, {key.removeprefix('eval_beta_')}" for key in newest if key.startswith("eval_beta_")}
+    named |= {key: f"{key.removeprefix('eval_').replace('_', '-')} accuracy" for key in newest if "eval_top_" in key}
+    rows += [(name, f"{newest[key]:.3f}") for key, name in named.items() if key in newest]
+    return (
+        "β: tokens that a verification emits, at held-out places of the target's text, by nodes of the tree.\n\n"
+        + _table(["", ""], rows)
+        + "\n"
+    )
+
+
+def _corpus(manifest: Mapping[str, Any]) -> tuple[Any, ...]:
+    source = manifest.get("source") or {}
+    dtype = f" in {manifest['dtype']}" if "dtype" in manifest else ", served"
+    writer = f"{Path(str(manifest.get('target', 'unknown'))).name}{dtype}"
+    return source.get("name", "unknown"), source.get("licence", "unknown"), manifest.get("prompts", ""), writer
+
+
+def _use(drafter: TrainableDrafter, made: Made) -> str:
+    kind = type(drafter)
+    public = "ctc_drafter" if kind.__name__ == "CTCDrafter" else kind.__module__
+    return f"""```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from ctc_drafter import speculate
+from {public} import {kind.__name__}
+
+model = AutoModelForCausalLM.from_pretrained("{made.target}")
+tokenizer = AutoTokenizer.from_pretrained("{made.target}")
+drafter = {kind.__name__}.from_pretrained("{made.place}")
+inputs = tokenizer("Question: why is the sky blue?", return_tensors="pt")
+output = model.generate(**inputs, max_new_tokens=128, custom_generate=speculate(drafter))
+```
+
+    ctc-drafter serve --target {made.target} --drafter {made.place}"""
+
+
+def _table(head: Sequence[str], rows: Any) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in lines)
