@@ -31,6 +31,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "decode": {"types", "target", "drafters.base"},
     "train": {"types", "text", "features", "ctc", "target", "drafters", "decode"},
     "methods": {"types", "drafters"},
+    "warm_start": {"types", "drafters", "methods", "train"},
     "profile": {"types", "target", "drafters", "decode", "evaluate.environment"},
     # A bench trains small drafters of its own.
     "evaluate": {
@@ -52,7 +53,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "integrations": {"types", "ctc", "target", "drafters"},
     "quickstart": {"types", "text", "ctc", "target", "drafters", "decode", "train", "load"},
     # The rows below serve the command line and the user; nothing above imports them.
-    "load": {"types", "text", "layout", "target", "drafters", "methods", "quickstart"},
+    "load": {"types", "text", "layout", "target", "drafters", "methods", "quickstart", "warm_start"},
     "demo": {"types", "text", "target", "drafters", "decode", "quickstart"},
     "answer": {"types", "text", "target", "drafters", "decode", "evaluate", "profile"},
     "recipe": {"types"},

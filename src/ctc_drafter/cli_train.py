@@ -157,6 +157,12 @@ def train(
         int | None,
         typer.Option("--draft-vocabulary", help="Drafts only that many tokens, the most frequent.", show_default="all"),
     ] = None,
+    init: Annotated[
+        str | None,
+        typer.Option(
+            "--init", help="Drafter to start from: of ours, DFlash's, or Medusa's heads.", show_default="none"
+        ),
+    ] = None,
     max_length: Annotated[int | None, typer.Option("--max-length", min=2, help="Longer rows lose their end.")] = None,
     chat_template: TemplateOption = None,
     held_out: Annotated[float, typer.Option("--held-out", min=0.0, max=0.5, help="Share of rows for β.")] = 0.02,
@@ -209,15 +215,19 @@ def train(
     from ctc_drafter.train.processes import join_processes
     from ctc_drafter.train.settings import TrainSettings
     from ctc_drafter.train.trainer import train_drafter
+    from ctc_drafter.warm_start import read_start
 
     named: dict[str, Any] = {"steps": steps, "epochs": epochs, "learning_rate": learning_rate, "batch_size": batch_size}
     named |= {"anchors": anchors, "loss": loss, "bf16": bf16 or None, "seed": seed}
     named |= {"features": features, "features_limit": features_limit}
     given = pairs(settings or []) | {k: v for k, v in named.items() if v is not None}
     chosen = TrainSettings.parse(trained_method(method).training | given)
-    sizes = {"frames": frames, "draft_length": draft_length, "num_hidden_layers": draft_layers}
+    sizes: dict[str, Any] = {"frames": frames, "draft_length": draft_length, "num_hidden_layers": draft_layers}
     sizes |= {"predictor_rank": predictor_rank, "draft_vocab_size": draft_vocabulary, "carry": carry}
     sizes |= {"copies": copies}
+    begin = read_start(init) if init else None
+    if begin:
+        sizes = begin.sizes(method) | {name: size for name, size in sizes.items() if size is not None}
     rows, held = DistilledDataset.load(data, max_length).split(held_out)
 
     def plan() -> Plan:
@@ -236,7 +246,9 @@ def train(
         check_writer(rows.manifest or {}, lm.model, tokenizer)
         draft = fresh_drafter(lm, tokenizer, seed, method, **sizes)
         choose_vocabulary(draft, rows.answer_counts(lm.vocab_size))
-        trained = train_drafter(lm, draft, rows, held, out, chosen, resume, shard_target)
+        if begin:
+            begin.give_to(draft)
+        trained = train_drafter(lm, draft, rows, held, out, chosen, resume, shard_target, begin.hash if begin else "")
     if not processes.is_main_process:
         return
     made = Made(

@@ -22,6 +22,7 @@ from ctc_drafter.quickstart import DRAFTER_DIR, TARGET_DIR
 from ctc_drafter.target import Target, first_line
 from ctc_drafter.text import fingerprint
 from ctc_drafter.types import UserError
+from ctc_drafter.warm_start import Start, is_published, read_start
 
 
 def pair(target: str | None, drafter: str | None) -> tuple[str | None, str | None]:
@@ -83,11 +84,22 @@ def read_template(tokenizer: PreTrainedTokenizerBase, file: Path | None) -> None
 
 def load_drafter(name: str | None, target: Target, tokenizer: PreTrainedTokenizerBase) -> Drafter:
     """A drafter that was made for this target, `prompt_lookup`, or the shipped one without a name."""
-    drafter = open_drafter(name or shipped(DRAFTER_DIR))
+    name = name or shipped(DRAFTER_DIR)
+    if name != PROMPT_LOOKUP and is_published(name):
+        drafter: Drafter = published_drafter(read_start(name), target, tokenizer)
+    else:
+        drafter = open_drafter(name)
     if isinstance(drafter, TrainableDrafter):
         drafter.check_target(target.model.config, fingerprint(tokenizer))
         drafter.to(device=target.device, dtype=target.dtype).eval()
         columns_first(drafter)
+    return drafter
+
+
+def published_drafter(start: Start, target: Target, tokenizer: PreTrainedTokenizerBase) -> TrainableDrafter:
+    """A drafter in its authors' format, with what the target has to add (Medusa's final norm)."""
+    drafter = fresh_drafter(target, tokenizer, 0, start.method, **start.sizes(start.method))
+    start.give_to(drafter)
     return drafter
 
 
@@ -101,7 +113,7 @@ def keep_quiet() -> None:
 
 
 def fresh_drafter(
-    target: Target, tokenizer: PreTrainedTokenizerBase, seed: int, method: str = "ctc", **sizes: int | None
+    target: Target, tokenizer: PreTrainedTokenizerBase, seed: int, method: str = "ctc", **sizes: Any
 ) -> TrainableDrafter:
     """An untrained drafter for this target; sizes that are None are the config's. It starts from the target's weights,
     where it has like ones."""
@@ -116,15 +128,16 @@ def fresh_drafter(
     given: dict[str, Any] = {name: size for name, size in sizes.items() if size is not None}
     if "mask_token_id" in chosen.drafter.config_class.__dataclass_fields__:
         fillers = (tokenizer.mask_token_id, tokenizer.unk_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-        given["mask_token_id"] = next(token for token in fillers if token is not None)
+        given.setdefault("mask_token_id", next(token for token in fillers if token is not None))
     drafter = chosen.drafter.for_target(
         target.model.config, **{"target_fingerprint": fingerprint(tokenizer), **chosen.usual, **chosen.sizes, **given}
     )
+    drafter.check_target(target.model.config)
     drafter.start_from(target.norm_scale, target.head)
     return drafter.to(target.device)
 
 
-def blank_drafter(method: str = "ctc", **sizes: int | None) -> Callable[[PreTrainedConfig], TrainableDrafter]:
+def blank_drafter(method: str = "ctc", **sizes: Any) -> Callable[[PreTrainedConfig], TrainableDrafter]:
     """Makes an untrained drafter of a method for a target's config, to count it; sizes as in `fresh_drafter`."""
     chosen = trained_method(method)
     given = chosen.usual | chosen.sizes | {name: size for name, size in sizes.items() if size is not None}

@@ -49,8 +49,13 @@ def weights_hash(model: PreTrainedModel) -> str:
     empty for quantised models. It tells a target from the same one trained on."""
     if getattr(model, "hf_quantizer", None) is not None:
         return ""
+    return tensors_hash(model.named_parameters())
+
+
+def tensors_hash(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """A hash of names and a few numbers of each, in bfloat16."""
     found = hashlib.sha256()
-    for name, weight in sorted(model.named_parameters()):
+    for name, weight in sorted(tensors, key=lambda pair: pair[0]):
         flat = weight.detach().flatten()
         some = flat[:: max(1, len(flat) // SAMPLED)][:SAMPLED].to(torch.bfloat16).float()
         found.update(name.encode() + some.cpu().numpy().tobytes())

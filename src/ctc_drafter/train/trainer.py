@@ -58,12 +58,14 @@ def train_drafter(
     settings: TrainSettings,
     resume: bool = True,
     shard_target: bool = False,
+    start: str = "",
 ) -> Trained:
     """Trains `drafter` in place and saves it to `out`; checkpoints lie in `out/checkpoints`.
 
     The same call after a crash goes on from the newest whole checkpoint and gives the same losses as an
     unbroken run; so does any number of processes, which share the forward passes of a step (`settings.accumulate`).
-    With `shard_target` they share the weights of the target's layers too.
+    With `shard_target` they share the weights of the target's layers too. `start`: a hash of the weights that the
+    drafter starts from, if these are another drafter's; the same call must name the same.
 
     The log holds `loss`, `seconds` and `tokens` so far, and with `held_out` rows `eval_loss`, `eval_beta_chain`,
     `eval_beta_16` and so on; it is also written to `out/train_log.jsonl`. Raises `UserError` for data of another
@@ -80,8 +82,8 @@ def train_drafter(
     with processes.main_process_first(), disk_errors(out):
         out.mkdir(parents=True, exist_ok=True)
         # Settings that are newer than a folder had the value then that is their default now.
-        older = {"settings": TrainSettings.parse({}).learnt_from()}
-        claim(out / RUN_FILE, _manifest(target, drafter, dataset, settings), older, FREE)
+        older = {"settings": TrainSettings.parse({}).learnt_from(), "start": ""}
+        claim(out / RUN_FILE, _manifest(target, drafter, dataset, settings) | {"start": start}, older, FREE)
         checkpoint = latest_checkpoint(out / "checkpoints")
     if checkpoint is not None and not resume:
         raise UserError(f"{out} holds checkpoints; resume them, or use another output folder")
