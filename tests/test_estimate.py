@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoConfig
 
 from ctc_drafter.cli import main
 from ctc_drafter.drafters.ctc import CTCDrafter
 from ctc_drafter.train.anchors import draft_loss, label_anchors
+from ctc_drafter.train.distill_cost import Answers, distill_cost
 from ctc_drafter.train.estimate import Estimate, Plan, TextSize, estimate, memory_errors, savings
 from ctc_drafter.train.footprint import PeakMemory
 from ctc_drafter.train.settings import TrainSettings
@@ -16,6 +18,7 @@ from ctc_drafter.types import UserError
 from helpers import tiny_config, tiny_target
 
 ROWS, LENGTH, ANCHORS = 3, 40, 6
+GEMMA = {"vocab_size": 500, "hidden_size": 64, "num_hidden_layers": 3, "sliding_window": 16, "intermediate_size": 96}
 SIZES = {"vocab_size": 5000, "hidden_size": 64, "num_hidden_layers": 2}
 
 
@@ -89,6 +92,24 @@ def test_too_little_memory_names_what_helps(error: Exception, monkeypatch: pytes
         raise error
     with pytest.raises(RuntimeError, match="a bug"), memory_errors(plan):
         raise RuntimeError("a bug")
+
+
+def test_what_a_distillation_costs() -> None:
+    config = tiny_config(**SIZES, tie_word_embeddings=False)
+    answers = Answers(prompts=10, prompt_tokens=30, new_tokens=20, rows=4)
+    cost = distill_cost(config, torch.bfloat16, answers)
+    target = tiny_target(**SIZES)
+    matrices = sum(w.numel() for name, w in target.model.named_parameters() if w.ndim == 2 and "embed" not in name)
+    head = 64 * 5000
+    assert cost.writing_flops == 10 * 20 * 2 * matrices
+    assert cost.reading_flops == 10 * 2 * (30 * (matrices - head) + head)
+    weights = 2 * sum(w.numel() for w in target.model.parameters())
+    cache = (30 + 10) * 2 * 2 * 2 * 16 * 2  # tokens, keys and values, layers, heads, their size, bytes
+    assert cost.writing_bytes == 3 * 20 * weights + 10 * 20 * cache
+    assert cost.hours(rate=1e9, bandwidth=1e30) == pytest.approx((cost.reading_flops + cost.writing_flops) / 1e9 / 3600)
+    assert cost.hours(rate=1e30, bandwidth=1e9) == pytest.approx(cost.writing_bytes / 1e9 / 3600)
+    sliding = AutoConfig.for_model("gemma3_text", **GEMMA)
+    assert distill_cost(sliding, torch.bfloat16, answers).writing_bytes > 0
 
 
 def test_on_the_command_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

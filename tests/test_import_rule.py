@@ -61,6 +61,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "model_card": {"types", "drafters", "train", "evaluate"},
     "recipe_page": {"types", "load", "methods", "recipe", "train"},
     "options": {"types"},
+    "cli_estimate": {"*"},
     "cli_train": {"*"},
     "cli_evaluate": {"*"},
     "cli": {"*"},

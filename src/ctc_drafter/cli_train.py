@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
+from ctc_drafter.cli_estimate import show_estimate, show_recipe
 from ctc_drafter.options import (
     BatchOption,
     DeviceOption,
@@ -19,9 +20,6 @@ from ctc_drafter.options import (
     TemplateOption,
     refuse,
 )
-
-if TYPE_CHECKING:
-    from ctc_drafter.train.estimate import Plan
 
 FlopsOption = Annotated[
     float | None,
@@ -251,9 +249,8 @@ def train(
         trained = train_drafter(lm, draft, rows, held, out, chosen, resume, shard_target, begin.hash if begin else "")
     if not processes.is_main_process:
         return
-    made = Made(
-        target or shipped(TARGET_DIR), push_to_hub or str(out), method, shlex.join(["ctc-drafter", *sys.argv[1:]])
-    )
+    command = shlex.join(["ctc-drafter", *sys.argv[1:]])
+    made = Made(target or shipped(TARGET_DIR), push_to_hub or str(out), method, command)
     write_model_card(out, draft, made, trained.history, corpora(data))
     if push_to_hub:
         print(push(out, push_to_hub, private))
@@ -276,6 +273,10 @@ def recipe(
         bool, typer.Option("--estimate", help="Only say what disk, memory and time the training needs.")
     ] = False,
     flops: FlopsOption = None,
+    bandwidth: Annotated[
+        float | None,
+        typer.Option("--bandwidth", help="Bytes per second that estimates reckon with.", show_default="measured"),
+    ] = None,
     device: DeviceOption = "auto",
 ) -> None:
     """Runs the distillation and the training of a recipe, and prints their commands."""
@@ -286,9 +287,7 @@ def recipe(
     found = read_recipe(file)
     found = found.model_copy(update={key: value for key, value in (("target", target), ("dtype", dtype)) if value})
     if estimate:
-        from ctc_drafter.recipe_page import plan_of
-
-        show_estimate(plan_of(found), flops, device)
+        show_recipe(found, flops, bandwidth, device)
         return
     own = {"prompts": prompts, "server": server}
     stages = commands(found, out, distill=found.distill | {k: v for k, v in own.items() if v})
@@ -298,23 +297,6 @@ def recipe(
     for line in stages:
         print(shlex.join(["ctc-drafter", *line]), flush=True)
         app(args=[*line, "--device", device], prog_name="ctc-drafter", standalone_mode=False)
-
-
-def show_estimate(plan: Plan, flops: float | None, device: str) -> None:
-    """Prints what a run needs; the rate is the one given, or this machine's."""
-    from ctc_drafter.load import chosen_device, keep_quiet
-    from ctc_drafter.train.estimate import describe, measured_rate
-    from ctc_drafter.train.estimate import estimate as run_estimate
-
-    keep_quiet()
-    rate, source = flops, "given"
-    if rate is None:
-        rate, source = (
-            measured_rate(plan.dtype, chosen_device(device)),
-            "measured here: matrix products",
-        )
-    for what, much in describe(run_estimate(plan), rate, source):
-        print(f"{what}: {much}")
 
 
 def pairs(settings: list[str]) -> dict[str, Any]:

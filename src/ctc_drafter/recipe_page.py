@@ -12,11 +12,14 @@ from transformers import AutoConfig
 from ctc_drafter.load import blank_drafter
 from ctc_drafter.methods import trained_method
 from ctc_drafter.recipe import Recipe, commands, read_recipe
+from ctc_drafter.train.distill_cost import Answers, describe_distillation, distill_cost
 from ctc_drafter.train.estimate import Plan, TextSize, describe, estimate
 from ctc_drafter.train.settings import TrainSettings
 
 PAGES = Path("docs/recipes")
-RATE = 1e14  # a yardstick, not a promise: operations per second that the pages' hours are given for
+# Yardsticks, not promises: operations and bytes per second that the pages' hours are given for.
+RATE, BANDWIDTH = 1e14, 2e12
+SERVED = 64  # rows that a server may write at a time
 SIZES = ("frames", "draft_length", "predictor_rank")
 
 
@@ -35,11 +38,26 @@ def plan_of(recipe: Recipe) -> Plan:
     return Plan(config, getattr(torch, recipe.dtype), fresh, chosen, text)
 
 
+def answers_of(recipe: Recipe) -> list[Answers]:
+    """Its distillation with the rows of a batch, and with those of a server; prompts and answers at their longest."""
+    distill = recipe.distill
+    sizes = (distill["limit"], distill["max_prompt_tokens"], distill["max_new_tokens"])
+    return [Answers(*sizes, rows) for rows in (distill.get("batch_size", 16), SERVED)]
+
+
+def distillation(recipe: Recipe, rate: float, bandwidth: float, source: str) -> list[tuple[str, str]]:
+    """Lines of a table."""
+    plan = plan_of(recipe)
+    costs = [(distill_cost(plan.config, plan.dtype, answers), answers) for answers in answers_of(recipe)]
+    return [describe_distillation(cost, answers, rate, bandwidth, source) for cost, answers in costs]
+
+
 def page(recipe: Recipe, file: Path) -> str:
     """Markdown: the commands, and what they need."""
     lines = [["ctc-drafter", *command] for command in commands(recipe, Path("runs") / file.stem)]
     shown = "\n".join("    " + shlex.join(line) for line in lines)
     rows = describe(estimate(plan_of(recipe)), RATE, "a yardstick; your own with `--flops`")
+    rows += distillation(recipe, RATE, BANDWIDTH, "yardsticks; your own with `--flops` and `--bandwidth`")
     table = "\n".join(f"| {what} | {much} |" for what, much in rows)
     return f"""# {recipe.title}
 
@@ -54,9 +72,9 @@ runs these commands, each of which goes on where it was killed:
 Distillation may be left to a server that runs the target: `ctc-drafter recipe ... --server URL` (see
 [training](../training.md)).
 
-What the training needs at most, by `ctc-drafter recipe recipes/{file.name} --estimate` from the configuration, as
-if every row were as long as the recipe allows. Nobody has run it at this size yet; the tests run it with a small random
-target of the same architecture.
+What training and distillation need at most, by `ctc-drafter recipe recipes/{file.name} --estimate` from the
+configuration, as if every row were as long as the recipe allows. Nobody has run it at this size yet; the tests run it
+with a small random target of the same architecture.
 
 | | |
 |---|---|

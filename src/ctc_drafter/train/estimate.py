@@ -206,7 +206,7 @@ def describe(found: Estimate, rate: float, source: str, processes: int = 1) -> l
         ("disk", f"{found.disk / GB:.1f} GB of checkpoints; with --features cached {found.features / GB:,.3g} GB more"),
         ("steps", f"{found.steps:,}"),
         ("work", f"{found.flops:.2e} floating-point operations"),
-        ("time", f"{found.flops / rate / processes / 3600:.1f} hours at {rate / 1e12:.3g} TFLOP/s ({source})"),
+        ("training", f"{found.flops / rate / processes / 3600:.1f} hours at {rate / 1e12:.3g} TFLOP/s ({source})"),
     ]
 
 
