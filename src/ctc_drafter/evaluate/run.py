@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -27,9 +28,10 @@ from ctc_drafter.target import Target
 from ctc_drafter.text import decode, encode_conversation
 from ctc_drafter.types import UserError
 
+TIMED = 5  # batches of a task that run once more with a clock on each stage
 STAGES_NOTE = (
-    "stages_ms: milliseconds per verification (prefill: per prompt), from one extra timed batch of each task "
-    "that enters no other figure"
+    "stages_ms: milliseconds per verification (prefill: per prompt), medians of extra timed batches of each task "
+    "that enter no other figure"
 )
 
 
@@ -120,16 +122,24 @@ class Bench:
     def look_closer(self, task: Task, contender: Contender) -> dict[str, Any]:
         """What costs time to know, from further runs that enter no other figure: `stages_ms`, `calibration`."""
         found: dict[str, Any] = {"task": task.name, "method": contender.method, "nodes": contender.nodes}
-        if prompts := self.first_turns(task.prompts, self.batch_size):
-            stats = contender.run(prompts, True, None).stats
-            shares = {stage: len(prompts) if stage == "prefill" else max(1, stats.steps) for stage in stats.stages_ms}
-            found["stages_ms"] = {stage: ms / shares[stage] for stage, ms in stats.stages_ms.items()}
+        if prompts := self.first_turns(task.prompts, TIMED * self.batch_size):
+            found["stages_ms"] = self.stages_ms(prompts, contender)
         if self.watched and contender.nodes is not None:
             calibration, prompts = Calibration(), self.first_turns(task.prompts, self.watched)
             for start in range(0, len(prompts), self.batch_size):
                 contender.run(prompts[start : start + self.batch_size], False, calibration)
             found["calibration"] = asdict(calibration)
         return found
+
+    def stages_ms(self, prompts: list[list[int]], contender: Contender) -> dict[str, float]:
+        """See `STAGES_NOTE`. Medians: what else the machine does now and then must not count."""
+        seen: dict[str, list[float]] = {}
+        for start in range(0, len(prompts), self.batch_size):
+            batch = prompts[start : start + self.batch_size]
+            stats = contender.run(batch, True, None).stats
+            for stage, ms in stats.stages_ms.items():
+                seen.setdefault(stage, []).append(ms / (len(batch) if stage == "prefill" else max(1, stats.steps)))
+        return {stage: statistics.median(each) for stage, each in seen.items()}
 
 
 def record_of(task: str, conversation: Conversation, contender: Contender, tally: Tally, plain: Tally) -> Record:

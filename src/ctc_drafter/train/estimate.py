@@ -203,7 +203,7 @@ def describe(found: Estimate, rate: float, source: str, processes: int = 1) -> l
     return [
         ("parameters", f"target {found.target_parameters / 1e9:.2f} G, drafter {found.drafter_parameters / 1e6:.1f} M"),
         ("memory of a process", memory),
-        ("disk", f"{found.disk / GB:.1f} GB of checkpoints; with --features cached {found.features / GB:,.3g} GB more"),
+        ("disk", f"{found.disk / GB:.1f} GB of checkpoints; with --features cached {found.features / GB:,.1f} GB more"),
         ("steps", f"{found.steps:,}"),
         ("work", f"{found.flops:.2e} floating-point operations"),
         ("training", f"{found.flops / rate / processes / 3600:.1f} hours at {rate / 1e12:.3g} TFLOP/s ({source})"),
