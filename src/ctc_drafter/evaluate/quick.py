@@ -63,8 +63,9 @@ class Recipe:
 
 
 def recipes() -> dict[str, Recipe]:
-    """Every method that can be trained, by its name."""
-    return {name: Recipe(name) for name in TRAINED if name not in FOR_ABLATIONS}
+    """Every method that can be trained, by its name, and ours without its copies."""
+    methods = {name: Recipe(name) for name in TRAINED if name not in FOR_ABLATIONS}
+    return {"ctc": methods["ctc"], "ctc-no-copies": Recipe("ctc", {"copies": 0}), **methods}
 
 
 def work_folder(alike: TrainedAlike) -> Path:
