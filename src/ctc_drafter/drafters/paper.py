@@ -119,7 +119,8 @@ def collapsed(
     for above, frame, rank in tree:
         prefix, last, score = states[above] if above >= 0 else (-1, blank, 0.0)
         symbol, score = symbols[frame][rank], score + scores[frame][rank]
-        if symbol not in (blank, last):
+        full = prefix >= 0 and depths[prefix] == depth  # what follows is more than may be drafted
+        if symbol not in (blank, last) and not full:
             parent, prefix = prefix, places.setdefault((prefix, symbol), len(tokens))
             if prefix == len(tokens):
                 tokens.append(symbol)
@@ -128,9 +129,7 @@ def collapsed(
                 masses.append(0.0)
             masses[prefix] += math.exp(score)
         states.append((prefix, symbol, score))
-    logs = [
-        math.log(mass) if mass and level <= depth else -math.inf for mass, level in zip(masses, depths, strict=True)
-    ]
+    logs = [math.log(mass) if mass else -math.inf for mass in masses]
     for place, parent in enumerate(parents):
         if parent >= 0:  # rounding must not lift a child above its parent
             logs[place] = min(logs[place], logs[parent])
