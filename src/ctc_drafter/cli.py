@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from ctc_drafter.cli_evaluate import bench, evaluate, exactness, profile, report
+from ctc_drafter.cli_export import export
 from ctc_drafter.cli_train import distill, recipe, train
 from ctc_drafter.options import (
     BatchOption,
@@ -115,7 +116,7 @@ def generate(
     answer(Answerer(lm, draft, tokenizer, settings), prompts, details, json_out, sys.stdout)
 
 
-for command in (profile, bench, report, exactness, distill, train, recipe):
+for command in (profile, bench, report, exactness, distill, train, recipe, export):
     app.command()(command)
 app.command(name="eval")(evaluate)
 

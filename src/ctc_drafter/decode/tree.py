@@ -65,23 +65,24 @@ def ancestor_matrix(parents: torch.Tensor) -> torch.Tensor:
     return reachable > 0
 
 
-def best_chain(candidates: Candidates) -> Candidates:
+def best_chain(candidates: Candidates, depth: int | None = None) -> Candidates:
     """The path with the largest sum of prefix probabilities: the best tree that is a chain, `[B, D]`.
 
-    D is the depth of the batch's longest one; shorter ones end in padding of score -inf.
+    D is `depth`, which no prefix may exceed: shapes are static then and the host is not asked. Without it, D is the
+    depth of the batch's longest path. Shorter ones end in padding of score -inf.
     """
     probabilities, parents = candidates.scores.exp(), candidates.parents
     total, pointer = probabilities, parents
-    for _ in range(int(candidates.depths.max()) - 1):
+    for _ in range((depth or int(candidates.depths.max())) - 1):
         total = total + torch.where(pointer < 0, 0.0, probabilities.gather(1, pointer.clamp(min=0)))
         pointer = torch.where(pointer < 0, -1, parents.gather(1, pointer.clamp(min=0)))
     node = total.argmax(1, keepdim=True)
     lengths = candidates.depths.gather(1, node)
-    path = node.expand(-1, int(lengths.max()))
-    for depth in range(path.shape[1] - 1, 0, -1):  # column i takes the ancestor at depth i + 1
+    path = node.expand(-1, depth or int(lengths.max()))
+    for place in range(path.shape[1] - 1, 0, -1):  # column i takes the ancestor at depth i + 1
         above = parents.gather(1, node)
-        node = torch.where(candidates.depths.gather(1, node) > depth, above, node)
-        path = torch.cat([node.expand(-1, depth), path[:, depth:]], 1)
+        node = torch.where(candidates.depths.gather(1, node) > place, above, node)
+        path = torch.cat([node.expand(-1, place), path[:, place:]], 1)
     order = torch.arange(path.shape[1], device=path.device).expand_as(path)
     scores = candidates.scores.gather(1, path).masked_fill(order >= lengths, float("-inf"))
     return Candidates(candidates.tokens.gather(1, path), order - 1, order + 1, scores)

@@ -17,6 +17,8 @@ from torch.nn import functional as fn
 from ctc_drafter.ctc.copies import Copies, Text, find_copies, newest_tokens
 from ctc_drafter.ctc.search import Bias
 
+Embed = Callable[[torch.Tensor], torch.Tensor]  # tokens int64 [...] to the target's embeddings [..., H]
+
 
 class Predictor(nn.Module):
     """vocab T, hidden size H, rank r, width M of the MLP, 0 for the table of the last token alone; V tokens to draft;
@@ -41,7 +43,7 @@ class Predictor(nn.Module):
         return self.root(start) if self.width else start[:, :0]
 
     def state(
-        self, previous: torch.Tensor, last: torch.Tensor, root_state: torch.Tensor, embed: nn.Module
+        self, previous: torch.Tensor, last: torch.Tensor, root_state: torch.Tensor, embed: Embed
     ) -> torch.Tensor:
         """f(prefix) `[B, W, r]`.
 
@@ -53,7 +55,7 @@ class Predictor(nn.Module):
         return self.table(last) + self.inner(self.hidden(previous, last, root_state, embed))
 
     def hidden(
-        self, previous: torch.Tensor, last: torch.Tensor, root_state: torch.Tensor, embed: nn.Module
+        self, previous: torch.Tensor, last: torch.Tensor, root_state: torch.Tensor, embed: Embed
     ) -> torch.Tensor:
         """The hidden layer of the MLP `[B, W, M]`; arguments as in `state`."""
         known = (previous >= 0).unsqueeze(-1)
@@ -66,7 +68,7 @@ class Predictor(nn.Module):
         previous: torch.Tensor,
         last: torch.Tensor,
         root_state: torch.Tensor,
-        embed: nn.Module,
+        embed: Embed,
         copies: Copies | None = None,
     ) -> torch.Tensor:
         """m[prefix, v] `[B, W, V]`, float32; arguments as in `state`. copies `[B, W]`: columns in place of tokens."""
@@ -81,7 +83,7 @@ class Predictor(nn.Module):
     def search_bias(
         self,
         start: torch.Tensor,
-        embed: nn.Module,
+        embed: Embed,
         columns: Callable[[torch.Tensor], torch.Tensor],
         text: Text | None = None,
     ) -> Bias:
@@ -98,7 +100,7 @@ class Predictor(nn.Module):
 
         return bias
 
-    def tables(self, embed: nn.Module) -> tuple[torch.Tensor, ...]:
+    def tables(self, embed: Embed) -> tuple[torch.Tensor, ...]:
         """The predictor as `best_first.LowRankBias` has it: both projections worked out for every token, W2 in int8.
 
         That moves a bias by about a hundredth of its size, and drafts need no precision.

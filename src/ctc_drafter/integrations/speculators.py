@@ -1,0 +1,88 @@
+"""A CTC drafter as a folder in the `speculators` format, which vLLM reads with our plugin.
+
+Source of the format: vLLM, `transformers_utils/configs/speculators`. Tensors keep their names and their dtype; those that
+no engine knows (the copying bias) stay out, drafts are then made without them.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, PreTrainedConfig, Qwen3Config
+
+from ctc_drafter.drafters.ctc import CTCDrafter
+from ctc_drafter.integrations.settings import ARCHITECTURE, FORMAT, HeadSettings
+from ctc_drafter.types import UserError
+
+# Of the draft layers (DFlash's) and of the head; see `docs/design.md`.
+PARTS = {"fc", "hidden_norm", "layers", "norm", "blank_head", "predictor", "carry", "d2t"}
+
+
+def export(drafter: CTCDrafter, target: PreTrainedConfig, name: str, out: Path, width: int) -> list[str]:
+    """Writes `config.json` and `model.safetensors`; returns the parts of the drafter that stay out.
+
+    name: where engines find the target. width: prefixes of each length that the search keeps. Raises `UserError` when
+    the folder holds something, or the target's embedding does what engines would not repeat.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} is not empty; give --out a new folder")
+    config = speculators_config(drafter, target, name, width)
+    tensors = {key: tensor.contiguous() for key, tensor in drafter.state_dict().items()}
+    known = {key: tensor for key, tensor in tensors.items() if key.split(".")[0] in PARTS}
+    out.mkdir(parents=True, exist_ok=True)
+    save_file(known, out / "model.safetensors", {"format": "pt"})
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    return sorted({key.split(".")[0] for key in tensors.keys() - known.keys()})
+
+
+def speculators_config(drafter: CTCDrafter, target: PreTrainedConfig, name: str, width: int) -> dict[str, Any]:
+    """The whole `config.json`. Engines count features by the block that they go into, one above ours."""
+    own = drafter.config
+    copied = {key: getattr(own, key) for key in HeadSettings.__dataclass_fields__ if hasattr(own, key)}
+    head = HeadSettings(**copied, embedding_scale=embedding_scale(target), width=width)
+    layers = Qwen3Config(
+        vocab_size=own.vocab_size,
+        hidden_size=own.hidden_size,
+        intermediate_size=own.intermediate_size,
+        num_hidden_layers=own.num_hidden_layers,
+        num_attention_heads=own.num_attention_heads,
+        num_key_value_heads=own.num_key_value_heads,
+        head_dim=own.head_dim,
+        rms_norm_eps=own.rms_norm_eps,
+        max_position_embeddings=own.max_position_embeddings,
+        rope_parameters={"rope_type": "default", "rope_theta": own.rope_theta},
+        tie_word_embeddings=False,
+        dtype=drafter.dtype,
+    )
+    proposal = {"proposal_type": "greedy", "speculative_tokens": own.frames}
+    return {
+        "architectures": [ARCHITECTURE],
+        "speculators_model_type": FORMAT,
+        "speculators_config": {
+            "algorithm": FORMAT,
+            "default_proposal_method": "greedy",
+            "proposal_methods": [proposal],
+            "verifier": {"name_or_path": name, "architectures": target.architectures or []},
+        },
+        "transformer_layer_config": layers.to_dict(),
+        "aux_hidden_state_layer_ids": [layer + 1 for layer in own.target_layer_ids],
+        "mask_token_id": own.mask_token_id,
+        "ctc_config": asdict(head),
+    }
+
+
+def embedding_scale(target: PreTrainedConfig) -> float:
+    """What the target's embedding module multiplies by, as Gemma's does. Engines do so outside of the module."""
+    with torch.device("meta"):
+        embed = AutoModelForCausalLM.from_config(target.get_text_config(decoder=True)).get_input_embeddings()
+    if type(embed) is torch.nn.Embedding:
+        return 1.0
+    scale = getattr(embed, "scalar_embed_scale", None)
+    if scale is None:
+        raise UserError(f"the target's embedding is a {type(embed).__name__}, which cannot be exported")
+    return float(scale)

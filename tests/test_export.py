@@ -1,0 +1,160 @@
+"""Drafters for other engines: the exported folder, and the head that engines run, against brute force."""
+
+import json
+from itertools import product
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import Gemma3TextConfig
+
+from ctc_drafter.cli import main
+from ctc_drafter.integrations.head import CTCHead
+from ctc_drafter.integrations.settings import HeadSettings, check_vllm
+from ctc_drafter.integrations.speculators import embedding_scale, export
+from ctc_drafter.integrations.vllm.cpu import expand
+from ctc_drafter.integrations.vllm.plugin import ARCHITECTURE
+from ctc_drafter.types import UserError
+from ctc_oracle import prefix_probs, sequence_probs
+from helpers import tiny_config, tiny_drafter, tiny_target
+from tiny_models import save_pair
+
+SETTINGS = HeadSettings(4, 3, 97, 64, 5, 2, 3)
+
+
+def exported(tmp_path, **sizes):
+    target = tiny_target()
+    drafter = tiny_drafter(target, predictor_rank=2, predictor_width=3, mask_token_id=5, **sizes)
+    if drafter.config.draft_vocab_size:
+        drafter.draft_only(torch.tensor([1, 4, 96]))
+    left_out = export(drafter, target.config, "some/target", tmp_path / "out", width=200)
+    return target, drafter, json.loads((tmp_path / "out/config.json").read_text()), left_out
+
+
+def test_the_folder(tmp_path):
+    _, drafter, config, left_out = exported(tmp_path, carry=True, draft_vocab_size=3)
+    assert left_out == []
+    tensors = load_file(tmp_path / "out/model.safetensors")
+    assert tensors.keys() == drafter.state_dict().keys()
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in drafter.state_dict().items())
+    proposal = config["speculators_config"]["proposal_methods"][0]
+    assert proposal["speculative_tokens"] == drafter.config.frames
+    assert config["speculators_config"]["verifier"]["name_or_path"] == "some/target"
+    assert config["aux_hidden_state_layer_ids"] == [layer + 1 for layer in drafter.config.target_layer_ids]
+    layers = config["transformer_layer_config"]
+    for name in ("hidden_size", "head_dim", "num_hidden_layers", "num_key_value_heads", "rms_norm_eps"):
+        assert layers[name] == getattr(drafter.config, name)
+    assert layers["rope_parameters"]["rope_theta"] == drafter.config.rope_theta
+    settings = HeadSettings.of(config["ctc_config"])
+    assert (settings.carry, settings.draft_vocab_size, settings.embedding_scale) == (True, 3, 1.0)
+    with pytest.raises(UserError, match="is not empty"):
+        export(drafter, tiny_config(), "some/target", tmp_path / "out", 8)
+
+
+@pytest.mark.parametrize("sizes", [{}, {"draft_vocab_size": 3}, {"predictor_rank": 0}])
+def test_the_head_finds_the_chain_that_is_worth_most(tmp_path, sizes):
+    sizes = {"frames": 4, "draft_length": 3, **sizes}
+    some = [1, 4, 96]
+    if "draft_vocab_size" not in sizes:  # brute force wants few tokens: the others are made impossible
+        sizes["draft_vocab_size"] = 0
+    target = tiny_target()
+    drafter = tiny_drafter(target, predictor_width=3, mask_token_id=5, **{"predictor_rank": 2, **sizes})
+    if drafter.config.draft_vocab_size:
+        drafter.draft_only(torch.tensor(some))
+    with torch.no_grad():
+        for weight in drafter.parameters():
+            weight.normal_()
+    export(drafter, target.config, "some/target", tmp_path / "out", width=200)
+    settings = HeadSettings.of(json.loads((tmp_path / "out/config.json").read_text())["ctc_config"])
+    head = CTCHead(settings)
+    others = head.take(load_file(tmp_path / "out/model.safetensors").items())
+    assert {name.split(".")[0] for name, _ in others} == {"fc", "hidden_norm", "layers", "norm"}
+
+    blocks, root = torch.randn(3, 5, 64), torch.tensor([4, 0, 96])
+    logits = torch.full((3, 4, 97), -1e9)
+    logits[..., some] = torch.randn(3, 4, 3)
+    with torch.no_grad():
+        found = head.chains(blocks, root.int(), logits, target.embed)
+        for row, token in enumerate(root):
+            expected = worth_most(drafter, blocks[row], token, logits[row][:, some], target.embed, some)
+            assert found[row].tolist() == [*expected, 5]
+
+
+def worth_most(drafter, block, root, logits, embed, some):
+    """The tokens of the chain of three with the largest sum of prefix probabilities, of all 27."""
+    bias = None
+    if drafter.predictor is not None:
+        of = drafter.predictor.bias(block[:1], embed)
+
+        def bias(prefix):
+            text = [-1, int(root), *(some[token] for token in prefix)]
+            values = of(torch.tensor([[text[-2]]]), torch.tensor([[text[-1]]]))[0, 0]
+            return (values if len(values) == len(some) else values[some]).tolist()
+
+    blanks = drafter.blank_head(block[1:]).squeeze(-1)
+    known = prefix_probs(sequence_probs(logits.tolist(), blanks.tolist(), bias))
+    chains = product(range(3), repeat=3)
+    best = max(chains, key=lambda chain: sum(known.get(chain[:length], 0.0) for length in (1, 2, 3)))
+    return [some[token] for token in best]
+
+
+def test_missing_tensors_and_unknown_keys_are_named():
+    with pytest.raises(UserError, match="no tensor blank_head.bias"):
+        CTCHead(SETTINGS).take([])
+    with pytest.raises(UserError, match="no ctc_config"):
+        HeadSettings.of(None)
+    with pytest.raises(UserError, match="unknown key 'copies'"):
+        HeadSettings.of({"copies": 1})
+    with pytest.raises(UserError, match="not whole"):
+        HeadSettings.of({"frames": 1})
+
+
+def speculative(**changes):
+    good = {"use_local_argmax_reduction": True, "draft_sample_method": "greedy", "num_speculative_tokens": 4}
+    return SimpleNamespace(**good | changes)
+
+
+def test_settings_that_bypass_ctc_are_refused():
+    check_vllm(speculative(), 1, SETTINGS)
+    for changes, stages, why in [
+        ({"use_local_argmax_reduction": False}, 1, "use_local_argmax_reduction"),
+        ({"draft_sample_method": "probabilistic"}, 1, "draft_sample_method"),
+        ({"num_speculative_tokens": 3}, 1, "must be 4"),
+        ({"num_speculative_tokens_per_batch_size": [(1, 2, 3)]}, 1, "num_speculative_tokens_per_batch_size"),
+        ({"use_heterogeneous_vocab": True}, 1, "use_heterogeneous_vocab"),
+        ({}, 2, "tensor in place of pipeline"),
+    ]:
+        with pytest.raises(UserError, match=why):
+            check_vllm(speculative(**changes), stages, SETTINGS)
+
+
+def test_scaled_embeddings_are_written_down():
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "vocab_size": 20}
+    gemma = Gemma3TextConfig(num_hidden_layers=1, intermediate_size=8, **sizes)
+    assert embedding_scale(gemma) == pytest.approx(4.0)
+    assert embedding_scale(tiny_config()) == 1.0
+
+
+def test_values_are_repeated_for_the_tokens_of_their_request():
+    temperatures = torch.tensor([0.5, 0.0, 2.0])
+    spread = expand(temperatures, torch.tensor([2, 2, 5], dtype=torch.int32), 5, replace_from=0, replace_to=1)
+    assert spread.tolist() == [0.5, 0.5, 2.0, 2.0, 2.0]
+    top_k = torch.tensor([7, 9], dtype=torch.int32)
+    assert expand(top_k, torch.tensor([1, 3]), 3).tolist() == [7, 9, 9]
+    assert expand(temperatures, torch.tensor([1, 3, 3]), 3, replace_from=0, replace_to=1).tolist() == [0.5, 1.0, 1.0]
+
+
+def test_the_command(tmp_path, capsys):
+    target, drafter = save_pair(tmp_path)
+    options = ["--target", str(target), "--drafter", str(drafter), "--out", str(tmp_path / "out")]
+    assert main(["export", *options, "--dtype", "float32"]) == 0
+    assert "4 frames" in capsys.readouterr().out
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["architectures"] == [ARCHITECTURE]
+    assert config["speculators_config"]["verifier"]["name_or_path"] == str(target)
+    assert main(["export", *options]) == 2
+    assert "is not empty" in capsys.readouterr().err
+    options[3] = "prompt_lookup"
+    assert main(["export", *options]) == 2
+    assert "CTC drafters only" in capsys.readouterr().err
