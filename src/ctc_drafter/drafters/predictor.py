@@ -42,9 +42,7 @@ class Predictor(nn.Module):
         """What the MLP takes from the block's output at the root `[B, H]`, `[B, M]`."""
         return self.root(start) if self.width else start[:, :0]
 
-    def state(
-        self, previous: torch.Tensor, last: torch.Tensor, root_state: torch.Tensor, embed: Embed
-    ) -> torch.Tensor:
+    def state(self, previous: torch.Tensor, last: torch.Tensor, root_state: torch.Tensor, embed: Embed) -> torch.Tensor:
         """f(prefix) `[B, W, r]`.
 
         previous and last `int64 [B, W]` are the two newest tokens of each prefix, the root included; previous

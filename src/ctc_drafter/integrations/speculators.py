@@ -1,6 +1,7 @@
 """A CTC drafter as a folder in the `speculators` format, which vLLM reads with our plugin.
 
-Source of the format: vLLM, `transformers_utils/configs/speculators`. Tensors keep their names and their dtype; those that
+Source of the format: vLLM, `transformers_utils/configs/speculators`. Beside its keys stand those of a plain DFlash
+checkpoint, which SGLang reads: one folder serves both. Tensors keep their names and their dtype; those that
 no engine knows (the copying bias) stay out, drafts are then made without them.
 """
 
@@ -41,7 +42,8 @@ def export(drafter: CTCDrafter, target: PreTrainedConfig, name: str, out: Path, 
 
 
 def speculators_config(drafter: CTCDrafter, target: PreTrainedConfig, name: str, width: int) -> dict[str, Any]:
-    """The whole `config.json`. Engines count features by the block that they go into, one above ours."""
+    """The whole `config.json`. The `speculators` format counts a feature by the block that it goes into, one above ours;
+    `dflash_config` counts as we do."""
     own = drafter.config
     copied = {key: getattr(own, key) for key in HeadSettings.__dataclass_fields__ if hasattr(own, key)}
     head = HeadSettings(**copied, embedding_scale=embedding_scale(target), width=width)
@@ -60,7 +62,13 @@ def speculators_config(drafter: CTCDrafter, target: PreTrainedConfig, name: str,
         dtype=drafter.dtype,
     )
     proposal = {"proposal_type": "greedy", "speculative_tokens": own.frames}
+    dflash = {"mask_token_id": own.mask_token_id, "target_layer_ids": own.target_layer_ids}
     return {
+        **layers.to_dict(),
+        "model_type": layers.model_type,
+        "num_target_layers": own.target_num_layers,
+        "block_size": 1 + own.frames,
+        "dflash_config": dflash,
         "architectures": [ARCHITECTURE],
         "speculators_model_type": FORMAT,
         "speculators_config": {

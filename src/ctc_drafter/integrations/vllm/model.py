@@ -120,7 +120,12 @@ def hook(owner: Any, name: str, before: Callable[..., None]) -> None:
 
 
 def newest_of_proposer(
-    proposer: Any, *, target_hidden_states: torch.Tensor, cad: Any, num_rejected_tokens_gpu: torch.Tensor | None, **_: Any
+    proposer: Any,
+    *,
+    target_hidden_states: torch.Tensor,
+    cad: Any,
+    num_rejected_tokens_gpu: torch.Tensor | None,
+    **_: Any,
 ) -> None:
     """Of `DFlashProposer.set_inputs_first_pass`, which vLLM calls with keywords."""
     last = cad.query_start_loc[1:] - 1

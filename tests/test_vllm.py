@@ -1,0 +1,194 @@
+"""The shipped drafter in vLLM on a CPU: plain vLLM's text, our own acceptance, OpenAI's API. `make test-vllm` runs it."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.error import URLError
+from urllib.request import urlopen
+
+import pytest
+import torch
+
+from ctc_drafter.decode.generate import generate
+from ctc_drafter.drafters.ctc import CTCDrafter
+from ctc_drafter.evaluate.chain import Chained
+from ctc_drafter.integrations.speculators import export
+from ctc_drafter.load import load_drafter, load_target
+from ctc_drafter.quickstart import DRAFTER_DIR, TARGET_DIR
+
+pytestmark = pytest.mark.vllm
+
+ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+OPTIONS = {"dtype": "float32", "max_model_len": 512}
+TOKENS = 96
+QUESTIONS = [
+    "Why is the sky blue?",
+    "What is 12 times 7?",
+    "Tom has 3 apples and buys 5 more. How many apples does he have?",
+    "Write a short story about a cat.",
+    "List three colours.",
+    "Explain what a river is to a child.",
+]
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    """Target, tokenizer and drafter in float32, and prompts as token ids."""
+    target, tokenizer = load_target(None, "float32", "cpu")
+    drafter = load_drafter(None, target, tokenizer)
+    chats = [[{"role": "user", "content": question}] for question in QUESTIONS]
+    prompts = [tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False) for chat in chats]
+    return target, drafter, [list(prompt) for prompt in prompts]
+
+
+def carrying(drafter):
+    """The shipped drafter with a part that carries the newest state: random, so that it must be computed as we do."""
+    config = type(drafter.config)(**drafter.config.to_dict() | {"carry": True})
+    torch.manual_seed(0)
+    other = CTCDrafter(config).eval()
+    other.load_state_dict(drafter.state_dict() | {"carry.weight": torch.randn(config.hidden_size, config.hidden_size)})
+    with torch.no_grad():
+        other.carry.weight.mul_(CARRY)
+    return other
+
+
+CARRY = 0.002  # makes the shipped drafter worse, and leaves it something to be right about
+
+
+@pytest.fixture(scope="module")
+def folders(shipped, tmp_path_factory):
+    """Exported: the shipped drafter, and one that carries."""
+    target, _, _ = shipped
+    root = tmp_path_factory.mktemp("exported")
+    drafter = CTCDrafter.from_pretrained(DRAFTER_DIR).float()
+    export(drafter, target.config, str(TARGET_DIR), root / "shipped", 8)
+    export(carrying(drafter), target.config, str(TARGET_DIR), root / "carry", 8)
+    return root
+
+
+def run_vllm(folder, name, model, options, *runs):
+    """Results of the runs, see `vllm_run`; the process's last words where it failed."""
+    job = folder / f"{name}.json"
+    job.write_text(json.dumps({"model": str(model), "options": OPTIONS | options, "runs": runs}))
+    command = [sys.executable, str(Path(__file__).with_name("vllm_run.py")), str(job)]
+    own = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    done = subprocess.run(command, env=os.environ | ENVIRONMENT | own, capture_output=True, text=True, check=False)
+    out = job.with_suffix(".out")
+    return json.loads(out.read_text()) if out.exists() else done.stderr[-20000:] + done.stdout[-20000:]
+
+
+def greedy(prompts):
+    return {"prompts": prompts, "sampling": {"temperature": 0, "max_tokens": TOKENS, "ignore_eos": True}}
+
+
+def beta_of(counted):
+    """Acceptance length, by vLLM's counters."""
+    drafts = counted["vllm:spec_decode_num_drafts"]
+    assert drafts > 50
+    return 1 + counted["vllm:spec_decode_num_accepted_tokens"] / drafts
+
+
+def our_beta(target, drafter, prompts):
+    """Acceptance length of the same chain, decoded by ourselves."""
+    length = drafter.config.draft_length
+    done = generate(target, Chained(drafter), prompts, max_new_tokens=TOKENS, nodes=length, floor=0.0)
+    accepted = [count for row in done.accepted for count in row]
+    return 1 + sum(accepted) / len(accepted)
+
+
+@pytest.fixture(scope="module")
+def plain(shipped, folders):
+    """What vLLM writes without a drafter: greedily, almost greedily, and hot."""
+    hot = {"prompts": shipped[2][:4], "sampling": {"temperature": 1e-3, "max_tokens": 32, "seed": 1}}
+    return run_vllm(folders, "plain", TARGET_DIR, {}, greedy(shipped[2]), hot)
+
+
+def test_the_folder_alone_gives_plain_text_and_our_acceptance(shipped, folders, plain):
+    target, drafter, prompts = shipped
+    cold = {"temperature": 1e-3, "max_tokens": 32, "seed": 1}
+    hot = {"temperature": 2.0, "max_tokens": 32, "seed": 1}
+    runs = [greedy(prompts), *({"prompts": prompts[:4], "sampling": sampling} for sampling in (cold, hot))]
+    found = run_vllm(folders, "ctc", folders / "shipped", {}, *runs)
+    assert isinstance(found, list), found
+    assert found[0]["tokens"] == plain[0]["tokens"]
+    assert beta_of(found[0]["counted"]) == pytest.approx(our_beta(target, drafter, prompts), rel=0.05)
+    # Sampling: vLLM's temperatures of drafted tokens are garbage on a CPU unless they are mended.
+    assert found[1]["tokens"] == plain[1]["tokens"]
+    assert all(a != b for a, b in zip(found[2]["tokens"], found[1]["tokens"], strict=True))
+
+
+def test_the_newest_state_is_carried(shipped, folders, plain):
+    target, drafter, prompts = shipped
+    speculation = {
+        "method": "dflash",
+        "model": str(folders / "carry"),
+        "num_speculative_tokens": drafter.config.frames,
+        "use_local_argmax_reduction": True,
+    }
+    found = run_vllm(folders, "carry", TARGET_DIR, {"speculative_config": speculation}, greedy(prompts))
+    assert isinstance(found, list), found
+    assert found[0]["tokens"] == plain[0]["tokens"]
+    ours = our_beta(target, carrying(drafter), prompts)
+    assert 1.2 < ours < 0.9 * our_beta(target, drafter, prompts), "the carried part must make a difference"
+    assert beta_of(found[0]["counted"]) == pytest.approx(ours, rel=0.05)
+
+
+def test_it_does_not_start_where_ctc_would_be_bypassed(shipped, folders):
+    speculation = {
+        "method": "dflash",
+        "model": str(folders / "shipped"),
+        "num_speculative_tokens": shipped[1].config.frames,
+    }
+    said = run_vllm(folders, "bypassed", TARGET_DIR, {"speculative_config": speculation}, greedy(shipped[2][:1]))
+    assert isinstance(said, str)
+    assert 'add "use_local_argmax_reduction": true' in said
+
+
+@contextmanager
+def vllm_serve(folder, port=18765):
+    """`vllm serve FOLDER`, until the block ends; gives its address."""
+    command = [str(Path(sys.executable).with_name("vllm")), "serve", str(folder), "--port", str(port)]
+    command += ["--enforce-eager", "--dtype", "float32", "--max-model-len", "512", "--max-num-seqs", "4"]
+    said: list[str] = []
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(command, env=os.environ | ENVIRONMENT, **pipes) as process:
+        threading.Thread(target=lambda: said.extend(process.stdout), daemon=True).start()
+        try:
+            for _ in range(900):
+                assert process.poll() is None, "".join(said[-40:])
+                try:
+                    urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
+                    break
+                except (URLError, TimeoutError):
+                    time.sleep(1)
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            process.terminate()
+
+
+def test_vllm_serve_answers_the_openai_client(shipped, folders, plain):
+    from openai import OpenAI
+
+    with vllm_serve(folders / "shipped") as url:
+        client = OpenAI(base_url=f"{url}/v1", api_key="none")
+        model = client.models.list().data[0].id
+        extra = {"ignore_eos": True, "return_token_ids": True}
+        for prompt, expected in zip(shipped[2], plain[0]["tokens"], strict=True):
+            answer = client.completions.create(
+                model=model, prompt=prompt, temperature=0, max_tokens=TOKENS, extra_body=extra
+            )
+            assert answer.choices[0].token_ids == expected
+        with urlopen(f"{url}/metrics", timeout=60) as reply:
+            counted = [line for line in reply.read().decode().splitlines() if "num_accepted_tokens_total{" in line]
+    assert float(counted[0].split()[-1]) > 50
