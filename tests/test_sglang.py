@@ -3,6 +3,7 @@
 import json
 import sys
 from enum import Enum
+from importlib import import_module
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -46,7 +47,7 @@ class Registry:
 
 @pytest.fixture
 def sglang(monkeypatch):
-    """The plugin, imported over the stand-ins, and what it registered."""
+    """What the plugin, imported over the stand-ins, has registered."""
     registry = Registry()
     graph = SimpleNamespace(graph=SimpleNamespace(cuda_graph_config=SimpleNamespace(decode=SimpleNamespace(bs=[1, 3]))))
     contents = {
@@ -63,10 +64,9 @@ def sglang(monkeypatch):
         vars(module).update(things)
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.delitem(sys.modules, "ctc_drafter.integrations.sglang", raising=False)
-    from ctc_drafter.integrations import sglang
-
-    sglang.register()
-    yield sglang, registry
+    plugin = import_module("ctc_drafter.integrations.sglang")
+    plugin.register()
+    yield registry
     sys.modules.pop("ctc_drafter.integrations.sglang", None)
 
 
@@ -82,7 +82,7 @@ def worker_for(registry, folder, target, block=6):
 
 @torch.no_grad()
 def test_drafts_are_the_best_chains_of_our_own_search(sglang, tmp_path):
-    _, registry = sglang
+    registry = sglang
     target = tiny_target()
     drafter = tiny_drafter(target, predictor_rank=4, predictor_width=6, mask_token_id=5)
     export(drafter, target.config, "some/target", tmp_path / "out", width=97)
@@ -106,7 +106,7 @@ def test_drafts_are_the_best_chains_of_our_own_search(sglang, tmp_path):
 
 
 def test_other_drafters_are_left_alone(sglang):
-    _, registry = sglang
+    registry = sglang
     worker = SimpleNamespace(draft_model=object())
     assert registry.hooks["_maybe_build_draft_sampler"](lambda _: "theirs", worker) == "theirs"
     sample = registry.hooks["_greedy_sample_from_vocab_parallel_head"]
@@ -114,7 +114,7 @@ def test_other_drafters_are_left_alone(sglang):
 
 
 def test_what_cannot_work_is_refused(sglang, tmp_path):
-    _, registry = sglang
+    registry = sglang
     target = tiny_target()
     drafter = tiny_drafter(target, mask_token_id=5)
     export(drafter, target.config, "some/target", tmp_path / "out", width=8)

@@ -1,4 +1,4 @@
-"""The shipped drafter in vLLM on a CPU: plain vLLM's text, our own acceptance, OpenAI's API. `make test-vllm` runs it."""
+"""The shipped drafter in vLLM on a CPU: plain vLLM's text, our own acceptance, OpenAI's API. For `make test-vllm`."""
 
 import json
 import os

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from ctc_drafter.types import UserError
 
-START, END = "<!-- figures: results -->", "<!-- end of figures -->"
+END = "<!-- end of figures -->"
 
 
 def results_table(result: dict[str, Any]) -> Table:
@@ -59,12 +59,13 @@ def markdown_figures(results: Sequence[dict[str, Any]]) -> str:
     return "\n".join([*lines, "", *(f"Measured on: {place}." for place in sorted(places))])
 
 
-def insert_figures(page: str, figures: str) -> str:
-    """`page` with the part between its two markers replaced. Raises `UserError` when they are missing."""
-    before, start, rest = page.partition(START)
+def insert_figures(page: str, figures: str, name: str = "results") -> str:
+    """`page` with the part between the two markers of that name replaced. Raises `UserError` when they are missing."""
+    marker = f"<!-- figures: {name} -->"
+    before, start, rest = page.partition(marker)
     _, end, after = rest.partition(END)
     if not start or not end:
-        raise UserError(f"the page has no {START} and {END} to put figures between")
+        raise UserError(f"the page has no {marker} and {END} to put figures between")
     return f"{before}{start}\n{figures}\n{end}{after}"
 
 

@@ -1,1 +1,1 @@
-"""Other engines, each in a file or folder of its own, and what they share. Nothing here is imported unless asked for."""
+"""Other engines, each in a file or folder of its own, and what they share. Imported only when asked for."""

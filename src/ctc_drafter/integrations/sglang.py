@@ -1,7 +1,7 @@
 """The CTC drafter in SGLang (entry point `sglang.srt.plugins`): its DFlash model with our head.
 
-Written against the source of SGLang 0.5.23, `srt/models/dflash.py` and `srt/speculative/dflash_worker_v2.py`. Tested with
-stand-ins for those interfaces; it has not run on a GPU yet. SGLang verifies a chain, so the best one is what it gets.
+Written against the source of SGLang 0.5.23, `srt/models/dflash.py` and `srt/speculative/dflash_worker_v2.py`. Tested
+with stand-ins for those interfaces; it has not run on a GPU yet. SGLang verifies a chain, so it gets the best one.
 """
 
 from __future__ import annotations

@@ -42,8 +42,10 @@ def export(drafter: CTCDrafter, target: PreTrainedConfig, name: str, out: Path, 
 
 
 def speculators_config(drafter: CTCDrafter, target: PreTrainedConfig, name: str, width: int) -> dict[str, Any]:
-    """The whole `config.json`. The `speculators` format counts a feature by the block that it goes into, one above ours;
-    `dflash_config` counts as we do."""
+    """The whole `config.json`.
+
+    The `speculators` format counts a feature by the block that it goes into, `dflash_config` by the one that it leaves.
+    """
     own = drafter.config
     copied = {key: getattr(own, key) for key in HeadSettings.__dataclass_fields__ if hasattr(own, key)}
     head = HeadSettings(**copied, embedding_scale=embedding_scale(target), width=width)

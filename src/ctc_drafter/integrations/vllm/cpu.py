@@ -1,7 +1,7 @@
 """vLLM on a CPU, 0.20 to 0.33, samples wrongly with any kind of speculation at a temperature above 0.
 
-The stand-in for its Triton kernel `expand_kernel` writes temperatures, top-k and top-p of draft tokens into an int64 copy
-of the tensor that it was given, and drops the copy: what is used then is memory that nobody has written.
+The stand-in for its Triton kernel `expand_kernel` writes temperatures, top-k and top-p of draft tokens into an int64
+copy of the tensor that it was given, and drops the copy: what is used then is memory that nobody has written.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 vLLM hands `get_top_tokens` the frames alone, `[B*F, H]`. What the search needs besides, the root and the block's output
 there, `forward` has just seen: a block is [root, F masks]. vLLM verifies a chain, so the best one is what it gets.
-Layout and interfaces: vLLM 0.32, `model_executor/models/qwen3_dflash.py`, `v1/spec_decode`, `v1/worker/gpu/spec_decode`.
+Interfaces: vLLM 0.32, `model_executor/models/qwen3_dflash.py`, `v1/spec_decode`, `v1/worker/gpu/spec_decode`.
 """
 
 from __future__ import annotations

