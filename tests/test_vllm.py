@@ -1,5 +1,6 @@
 """The shipped drafter in vLLM on a CPU: plain vLLM's text, our own acceptance, OpenAI's API. For `make test-vllm`."""
 
+import copy
 import json
 import os
 import subprocess
@@ -54,7 +55,8 @@ def shipped():
 
 def carrying(drafter):
     """The shipped drafter with a part that carries the newest state: random, so that it must be computed as we do."""
-    config = type(drafter.config)(**drafter.config.to_dict() | {"carry": True})
+    config = copy.deepcopy(drafter.config)
+    config.carry = True
     torch.manual_seed(0)
     other = CTCDrafter(config).eval()
     other.load_state_dict(drafter.state_dict() | {"carry.weight": torch.randn(config.hidden_size, config.hidden_size)})

@@ -46,9 +46,14 @@ class DFlashCTCModel(DFlashQwen3Model):
 
 
 class DFlashCTCForCausalLM(DFlashQwen3ForCausalLM):
-    """Raises `UserError` when vLLM's settings would bypass the search, see `check_vllm`."""
+    """tokens, outputs: of the blocks that `forward` saw last, `[B*(1+F)]` and `[B*(1+F), H]`.
+
+    Raises `UserError` when vLLM's settings would bypass the search, see `check_vllm`.
+    """
 
     model_cls = DFlashCTCModel
+    tokens: torch.Tensor
+    outputs: torch.Tensor
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         speculative = vllm_config.speculative_config
@@ -56,7 +61,10 @@ class DFlashCTCForCausalLM(DFlashQwen3ForCausalLM):
         check_vllm(speculative, vllm_config.parallel_config.pipeline_parallel_size, settings)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.ctc = CTCHead(settings)
-        self.seen: tuple[torch.Tensor, torch.Tensor] | None = None
+        # At fixed addresses, since a graph that is replayed runs no Python: its copies into them are replayed with it.
+        size = vllm_config.scheduler_config.max_num_seqs * self.model.block
+        self.register_buffer("tokens", torch.zeros(size, dtype=torch.long), persistent=False)
+        self.register_buffer("outputs", torch.zeros(size, settings.hidden_size), persistent=False)
         if settings.carry:
             ask_for_newest()
 
@@ -67,15 +75,16 @@ class DFlashCTCForCausalLM(DFlashQwen3ForCausalLM):
         self, input_ids: torch.Tensor, positions: torch.Tensor, inputs_embeds: torch.Tensor | None = None
     ) -> torch.Tensor:
         outputs = super().forward(input_ids, positions, inputs_embeds)
-        self.seen = (input_ids, outputs)
+        count = min(len(outputs), len(self.tokens))  # graphs are padded
+        self.tokens[:count].copy_(input_ids[:count])
+        self.outputs[:count].copy_(outputs[:count])
         return outputs
 
     def get_top_tokens(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """The best chains, `int64 [B*F]`, of outputs at the frames, `[B*F, H]`."""
-        assert self.seen is not None, "vLLM asks for drafts before it has run the draft layers"
         block = self.model.block
         rows = len(hidden_states) // (block - 1)
-        tokens, outputs = (each[: rows * block].unflatten(0, (rows, block)) for each in self.seen)
+        tokens, outputs = (each[: rows * block].unflatten(0, (rows, block)) for each in (self.tokens, self.outputs))
         logits = self.logits_processor(self.lm_head, hidden_states).unflatten(0, (rows, block - 1))
         return self.ctc.chains(outputs, tokens[:, 0], logits, self.model.embed_tokens_scaled).flatten()
 
@@ -104,22 +113,29 @@ def ask_for_newest() -> None:
 
 
 def hook(owner: Any, name: str, before: Callable[..., None]) -> None:
-    """Calls `before` with the same arguments, ahead of a method; once only."""
+    """Has `before` called with our model and a method's own arguments, ahead of the method; once only."""
     original = getattr(owner, name)
     if getattr(original, "tells_newest", False):
         return
 
     @wraps(original)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(self.model, DFlashCTCForCausalLM):
-            before(self, *args, **kwargs)
+        model = drafter_of(self.model)
+        if isinstance(model, DFlashCTCForCausalLM):
+            before(model, self, *args, **kwargs)
         return original(self, *args, **kwargs)
 
     method.tells_newest = True  # type: ignore[attr-defined]
     setattr(owner, name, method)
 
 
+def drafter_of(model: Any) -> Any:
+    """The model itself, where vLLM has wrapped it to capture it."""
+    return model.unwrap() if hasattr(model, "unwrap") else model
+
+
 def newest_of_proposer(
+    model: DFlashCTCForCausalLM,
     proposer: Any,
     *,
     target_hidden_states: torch.Tensor,
@@ -131,11 +147,13 @@ def newest_of_proposer(
     last = cad.query_start_loc[1:] - 1
     if num_rejected_tokens_gpu is not None:
         last = last - num_rejected_tokens_gpu
-    proposer.model.take_newest(target_hidden_states[last.long()])
+    model.take_newest(target_hidden_states[last.long()])
 
 
-def newest_of_speculator(speculator: Any, input_batch: Any, num_rejected: torch.Tensor) -> None:
+def newest_of_speculator(
+    model: DFlashCTCForCausalLM, speculator: Any, input_batch: Any, num_rejected: torch.Tensor
+) -> None:
     """Of `DFlashSpeculator.prepare_context_anchor`."""
     rows = input_batch.num_reqs
     last = input_batch.query_start_loc[1 : rows + 1] - 1 - num_rejected[:rows]
-    speculator.model.take_newest(speculator.hidden_states[last.clamp(min=0).long()])
+    model.take_newest(speculator.hidden_states[last.clamp(min=0).long()])
