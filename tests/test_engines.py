@@ -12,10 +12,10 @@ from ctc_drafter.evaluate.report import insert_figures
 from ctc_drafter.types import UserError
 
 ROOT = Path(__file__).parents[1]
-METRICS = """# TYPE vllm:spec_decode_num_drafts counter
+METRICS = """# TYPE vllm:spec_decode_num_drafts_total counter
 vllm:spec_decode_num_drafts_total{engine="0"} 20.0
 vllm:spec_decode_num_drafts_created{engine="0"} 1.7e9
-# TYPE vllm:spec_decode_num_accepted_tokens counter
+# TYPE vllm:spec_decode_num_accepted_tokens_total counter
 vllm:spec_decode_num_accepted_tokens_total{engine="0"} 50.0
 """
 
@@ -29,7 +29,7 @@ def test_a_row_by_hand():
     assert row_of("t", "plain", plain, plain, 0, 0)["acceptance_length"] is None
 
 
-def test_vllms_counters_are_read(tmp_path, monkeypatch):
+def test_vllms_counters_are_read(tmp_path):
     (tmp_path / "metrics").write_text(METRICS)
     assert counters(f"file://{tmp_path}") == (20.0, 50.0)
     (tmp_path / "metrics").write_text("")

@@ -136,7 +136,7 @@ def drafter_of(model: Any) -> Any:
 
 def newest_of_proposer(
     model: DFlashCTCForCausalLM,
-    proposer: Any,
+    _proposer: Any,
     *,
     target_hidden_states: torch.Tensor,
     cad: Any,
