@@ -83,11 +83,11 @@ def worth_most(drafter, block, root, logits, embed, some):
     """The tokens of the chain of three with the largest sum of prefix probabilities, of all 27."""
     bias = None
     if drafter.predictor is not None:
-        of = drafter.predictor.bias(block[:1], embed)
+        of = drafter.predictor.search_bias(block[:1], embed)
 
         def bias(prefix):
             text = [-1, int(root), *(some[token] for token in prefix)]
-            values = of(torch.tensor([[text[-2]]]), torch.tensor([[text[-1]]]))[0, 0]
+            values = of(torch.tensor([[[text[-1], text[-2]]]]))[0, 0]
             return (values if len(values) == len(some) else values[some]).tolist()
 
     blanks = drafter.blank_head(block[1:]).squeeze(-1)

@@ -82,10 +82,13 @@ class Predictor(nn.Module):
         self,
         start: torch.Tensor,
         embed: Embed,
-        columns: Callable[[torch.Tensor], torch.Tensor],
+        columns: Callable[[torch.Tensor], torch.Tensor] = lambda tokens: tokens,
         text: Text | None = None,
     ) -> Bias:
-        """What the search asks for, of block outputs at the root `[B, H]`. columns: of tokens, -1 for none."""
+        """What the search asks for, of block outputs at the root `[B, H]`.
+
+        text: the rows up to their roots, without which nothing is copied; columns: of tokens, -1 for none.
+        """
         root_state = self.root_state(start)
 
         def bias(recent: torch.Tensor) -> torch.Tensor:

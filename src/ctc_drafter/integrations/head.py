@@ -68,7 +68,7 @@ class CTCHead(nn.Module):
             logits.float(),
             blanks.float(),
             root.long(),
-            None if self.predictor is None else self.predictor.bias(blocks[:, 0], embed),
+            None if self.predictor is None else self.predictor.search_bias(blocks[:, 0], embed),
             width=settings.width,
             depth=settings.draft_length,
             vocabulary=vocabulary,
