@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
+import torch
 
 from ctc_drafter.types import Acceptance, Candidates, TokenTree
 
@@ -115,8 +116,10 @@ class Pace:
         if not self.drafted:
             return
         rows, nodes = tree.tokens.shape[0], tree.tokens.shape[1] - 1
-        curve, accepted = self.budget.curve(rows, context), float(acceptance.counts.float().mean())
-        expected = float((tree.scores.exp() * tree.valid).sum() / rows) - 1
+        curve = self.budget.curve(rows, context)
+        sums = torch.stack([acceptance.counts.sum(), (tree.scores.exp() * tree.valid).sum()])  # one wait for a GPU
+        accepted, expected = (value / rows for value in sums.tolist())
+        expected -= 1
         self.gain += MEMORY * ((1 + accepted) * curve.plain / curve.whole[nodes] - self.gain)
         if expected > 0:
             ratio = min(accepted / expected, 3.0)

@@ -16,19 +16,21 @@ GROWTH = 256  # slots added at a time
 class ContextCache:
     """Slot s of a row holds the keys and values of the token at position s, for each of `layers` draft layers.
 
-    lengths `int64 [B]`: tokens that are in. What lies beyond is garbage, for drafts to write over.
+    lengths `int64 [B]`: tokens that are in. What lies beyond is garbage, for drafts to write over. end: the last slot
+    that `slots` gave out, and one.
     """
 
     def __init__(self, config: LayerConfig, layers: int, batch_size: int, like: torch.Tensor):
         self.config = config
         self.lengths = torch.zeros(batch_size, dtype=torch.long, device=like.device)
         self.states = like.new_zeros(layers, 2, batch_size, config.num_key_value_heads, 0, config.head_dim)
-        self.turns = self._turns(0)
+        self.turns, self.end = self._turns(0), 0
 
     def slots(self, count: int) -> torch.Tensor:
         """The next `count` positions of each row, `int64 [B, count]`, with room for them."""
         positions = self.lengths.unsqueeze(1) + torch.arange(count, device=self.lengths.device)
-        missing = int(self.lengths.max()) + count - self.states.shape[4]
+        self.end = int(self.lengths.max()) + count  # asked of a GPU once a step
+        missing = self.end - self.states.shape[4]
         if missing > 0:
             shape = list(self.states.shape)
             shape[4] = -(-missing // GROWTH) * GROWTH

@@ -51,7 +51,7 @@ class BlockSession(ContextSession):
         """Block outputs `[B, 1+F, H]` of root `int64 [B]`."""
         cache = self.context
         positions = cache.slots(1 + self.drafter.frames)
-        end = int(cache.lengths.max()) + positions.shape[1]
+        end = cache.end
         mask = None
         if len(root) > 1:
             seen = torch.arange(end, device=root.device) <= positions[:, -1:]
