@@ -27,12 +27,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "static_cache": set(),
     "selftest": {"types", "decode.cache"},
     "target": {"types", "support", "features", "static_cache", "layout", "selftest"},
+    "graphs": {"types", "features", "layout"},
+    "compiled_target": {"types", "target", "static_cache", "selftest", "graphs"},
     "drafters": {"types", "ctc"},
     "decode": {"types", "target", "drafters.base"},
     "train": {"types", "text", "features", "ctc", "target", "drafters", "decode"},
     "methods": {"types", "drafters"},
     "warm_start": {"types", "drafters", "methods", "train"},
-    "profile": {"types", "target", "drafters", "decode", "evaluate.environment"},
+    "profile": {"types", "target", "drafters", "decode", "evaluate.environment", "evaluate.timing"},
     # A bench trains small drafters of its own.
     "evaluate": {
         *(
@@ -49,12 +51,14 @@ MAY_IMPORT: dict[str, set[str]] = {
             "load",
         ),
     },
-    "serve": {"types", "text", "target", "drafters", "decode", "profile"},
+    "serve": {"types", "text", "target", "drafters", "decode", "profile", "evaluate.timing"},
     # Engines verify a chain: which one is best is said in `decode.tree`.
     "integrations": {"types", "ctc", "target", "drafters", "decode.tree"},
     "quickstart": {"types", "text", "ctc", "target", "drafters", "decode", "train", "load"},
     # The rows below serve the command line and the user; nothing above imports them.
-    "load": {"types", "text", "layout", "target", "drafters", "methods", "quickstart", "warm_start"},
+    "load": {
+        *("types", "text", "layout", "target", "compiled_target", "drafters", "methods", "quickstart", "warm_start")
+    },
     "demo": {"types", "text", "target", "drafters", "decode", "quickstart"},
     "answer": {"types", "text", "target", "drafters", "decode", "evaluate", "profile"},
     "recipe": {"types"},

@@ -14,6 +14,7 @@ from ctc_drafter.cli_train import distill, recipe, train
 from ctc_drafter.options import (
     BatchOption,
     BudgetOption,
+    CompileOption,
     DeviceOption,
     DrafterOption,
     DtypeOption,
@@ -82,6 +83,7 @@ def generate(
     seed: SeedOption = 0,
     stop: Annotated[list[str] | None, typer.Option("--stop", help="Text that ends an answer; may be repeated.")] = None,
     budget: BudgetOption = False,
+    compiled: CompileOption = False,
     json_out: JsonOption = None,
 ) -> None:
     """Answers a prompt, or every prompt of a file, in the target's own words."""
@@ -89,7 +91,7 @@ def generate(
     from ctc_drafter.decode.generate import DEFAULT_NODES
     from ctc_drafter.evaluate.run import check_place
     from ctc_drafter.evaluate.tasks import Prompt, read_prompts
-    from ctc_drafter.load import load_drafter, load_target, pair
+    from ctc_drafter.load import compiled_for, load_drafter, load_target, pair
 
     if (prompt is None) == (prompts_file is None):
         refuse("give either --prompt or --prompts-file")
@@ -112,6 +114,8 @@ def generate(
     names = (target, None) if plain and target else pair(target, drafter)
     lm, tokenizer = load_target(names[0], dtype, device)
     draft = None if plain else load_drafter(names[1], lm, tokenizer)
+    if compiled:
+        lm = compiled_for(lm, draft, settings.nodes, batch_size)
     details = meta(*names) | ({"drafter": None} if plain else {})
     answer(Answerer(lm, draft, tokenizer, settings), prompts, details, json_out, sys.stdout)
 
@@ -149,6 +153,7 @@ def serve(
     nodes: NodesOption = None,
     floor: FloorOption = None,
     budget: BudgetOption = False,
+    compiled: CompileOption = False,
     plain: Annotated[bool, typer.Option("--plain", help="Decode without a drafter.")] = False,
     dtype: DtypeOption = "float32",
     device: DeviceOption = "auto",
@@ -158,7 +163,7 @@ def serve(
     import torch
 
     from ctc_drafter.decode.generate import DEFAULT_FLOOR, DEFAULT_NODES
-    from ctc_drafter.load import load_drafter, load_target, pair
+    from ctc_drafter.load import compiled_for, load_drafter, load_target, pair
     from ctc_drafter.profile import budget_for
     from ctc_drafter.serve.run import make_engine
     from ctc_drafter.serve.run import serve as run_server
@@ -171,6 +176,8 @@ def serve(
     lm, tokenizer = load_target(names[0], dtype, device)
     draft = None if plain else load_drafter(names[1], lm, tokenizer)
     chosen = (nodes or DEFAULT_NODES, DEFAULT_FLOOR if floor is None else floor)
+    if compiled:
+        lm = compiled_for(lm, draft, chosen[0], batch_size)
     pays = budget_for(lm, draft, chosen[0], batch_size) if budget and draft is not None else None
     engine = make_engine(lm, draft, *chosen, batch_size, queue, pays)
     public = name or (Path(target).name if target and Path(target).is_dir() else target) or "ctc-drafter-quickstart"

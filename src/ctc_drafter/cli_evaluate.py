@@ -9,7 +9,9 @@ from typing import Annotated
 import typer
 
 from ctc_drafter.options import (
+    AlsoOption,
     BatchOption,
+    CompileOption,
     DeviceOption,
     DrafterOption,
     DtypeOption,
@@ -34,6 +36,7 @@ def profile(
     dtype: DtypeOption = "float32",
     device: DeviceOption = "auto",
     threads: ThreadsOption = None,
+    compiled: CompileOption = False,
     json_out: JsonOption = None,
 ) -> None:
     """Measures what a step costs on this machine by tree size, and keeps it for --budget."""
@@ -42,7 +45,7 @@ def profile(
 
     from ctc_drafter.decode.generate import DEFAULT_NODES
     from ctc_drafter.evaluate.run import check_place, write_json
-    from ctc_drafter.load import load_drafter, load_target, pair
+    from ctc_drafter.load import compiled_for, load_drafter, load_target, pair
     from ctc_drafter.profile import measured_again, profile_json, profile_table
 
     check_place(json_out)
@@ -50,7 +53,10 @@ def profile(
         torch.set_num_threads(threads)
     names = pair(target, drafter)
     lm, tokenizer = load_target(names[0], dtype, device)
-    times = measured_again(lm, load_drafter(names[1], lm, tokenizer), nodes or DEFAULT_NODES, batch_size)
+    draft = load_drafter(names[1], lm, tokenizer)
+    if compiled:
+        lm = compiled_for(lm, draft, nodes or DEFAULT_NODES, batch_size)
+    times = measured_again(lm, draft, nodes or DEFAULT_NODES, batch_size)
     if json_out:
         write_json(json_out, profile_json(times, lm, meta(*names)))
     Console().print(profile_table(times))
@@ -73,6 +79,8 @@ def evaluate(
     budget: Annotated[
         bool, typer.Option("--budget", help="Also trees as large as pays on this machine, up to --nodes.")
     ] = False,
+    compiled: CompileOption = False,
+    also: AlsoOption = "",
     json_out: JsonOption = None,
 ) -> None:
     """Measures speed and acceptance against plain decoding, and compares the outputs."""
@@ -83,17 +91,21 @@ def evaluate(
     from ctc_drafter.evaluate.report import results_table
     from ctc_drafter.evaluate.run import check_place, write_json
     from ctc_drafter.evaluate.run import evaluate as measure
+    from ctc_drafter.evaluate.stock import parse_stock
     from ctc_drafter.evaluate.tasks import read_tasks
-    from ctc_drafter.load import load_drafter, load_target, pair
+    from ctc_drafter.load import compiled_for, load_drafter, load_target, pair
     from ctc_drafter.profile import budget_for
 
     check_place(json_out)
+    stock = parse_stock(also)
     chosen = read_tasks(tasks_path, [name.strip() for name in tasks.split(",") if name.strip()])
     if threads:
         torch.set_num_threads(threads)
     names = pair(target, drafter)
     lm, tokenizer = load_target(names[0], dtype, device)
     draft = load_drafter(names[1], lm, tokenizer)
+    if compiled:
+        lm = compiled_for(lm, draft, nodes or DEFAULT_NODES, batch_size)
     result = measure(
         lm,
         draft,
@@ -105,6 +117,7 @@ def evaluate(
         nodes=nodes or DEFAULT_NODES,
         floor=DEFAULT_FLOOR if floor is None else floor,
         budget=budget_for(lm, draft, nodes or DEFAULT_NODES, batch_size) if budget else None,
+        also=stock,
         seed=seed,
         meta=meta(*names),
         save=(lambda value: write_json(json_out, value)) if json_out else None,
@@ -155,6 +168,8 @@ def bench(
     dtype: DtypeOption = "float32",
     device: DeviceOption = "auto",
     threads: ThreadsOption = None,
+    compiled: CompileOption = False,
+    also: AlsoOption = "",
     seed: SeedOption = 0,
     json_out: JsonOption = None,
 ) -> None:
@@ -168,11 +183,12 @@ def bench(
     from ctc_drafter.evaluate.quick import QUICK, TASKS, TrainedAlike
     from ctc_drafter.evaluate.report import results_table
     from ctc_drafter.evaluate.run import check_place
+    from ctc_drafter.evaluate.stock import parse_stock
     from ctc_drafter.evaluate.tasks import read_tasks
-    from ctc_drafter.load import load_target
+    from ctc_drafter.load import compiled_for, load_target
 
     check_place(json_out)
-    named = parse_drafters(drafters or [])
+    named, stock = parse_drafters(drafters or []), parse_stock(also)
     if quick and ablations:
         refuse("give either --quick or --ablations")
     alike = TrainedAlike("ablations" if ablations else "methods", tuple(only or ()), steps, work)
@@ -191,8 +207,10 @@ def bench(
     entries = chosen_entries(
         lm, tokenizer, alike if quick or ablations else named, lambda text: print(text, flush=True)
     )
+    if compiled:  # the graphs of trees are made in the warm-up
+        lm = compiled_for(lm, next(iter(entries.values())).drafter, 0, 1)
     settings = BenchSettings(
-        sizes, limit or usual.limit, max_new_tokens or usual.max_new_tokens, batch_size, seed, watched
+        sizes, limit or usual.limit, max_new_tokens or usual.max_new_tokens, batch_size, seed, watched, stock
     )
     about = {"command": meta(target, None)["command"], "target": target or "shipped", "ablations": ablations}
     result = measure(lm, tokenizer, entries, chosen, settings, meta=about, out=json_out)

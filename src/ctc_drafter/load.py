@@ -103,6 +103,15 @@ def published_drafter(start: Start, target: Target, tokenizer: PreTrainedTokeniz
     return drafter
 
 
+def compiled_for(target: Target, drafter: Drafter | None, nodes: int, rows: int) -> Target:
+    """The target with graphs for steps of up to `nodes` nodes and `rows` rows, made now; see `compile_target`."""
+    from ctc_drafter.compiled_target import compile_target
+
+    made = compile_target(target, drafter.feature_layers if drafter else ())
+    made.prepare(nodes if drafter else 0, rows)
+    return made
+
+
 def keep_quiet() -> None:
     """Leaves the terminal to our own lines."""
     warnings.simplefilter("ignore")

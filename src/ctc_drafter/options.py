@@ -32,6 +32,13 @@ BudgetOption = Annotated[
     bool,
     typer.Option("--budget", help="Trees as large as pays on this machine, up to --nodes; measured at the first use."),
 ]
+CompileOption = Annotated[
+    bool,
+    typer.Option("--compile", help="Compile the target's steps first: takes 10 to 60 s, needs a C++ compiler."),
+]
+AlsoOption = Annotated[
+    str, typer.Option("--also", help="transformers' own generate beside it: hf,hf-compiled,hf-lookup.")
+]
 NewTokensOption = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer, in tokens.")]
 BatchOption = Annotated[int, typer.Option("--batch-size", min=1, help="Prompts decoded together.")]
 ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads.", show_default="PyTorch's")]

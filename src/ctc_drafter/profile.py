@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import os
 import statistics
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,20 +17,17 @@ from rich import box
 from rich.table import Table
 from torch import nn
 
-from ctc_drafter.decode.batch import Batch, Method
+from ctc_drafter.decode.batch import Method
 from ctc_drafter.decode.budget import Budget, StepTimes
 from ctc_drafter.decode.choose import ARGMAX
-from ctc_drafter.decode.rows import Row
-from ctc_drafter.decode.stats import Stopwatch
 from ctc_drafter.drafters.base import Drafter
-from ctc_drafter.drafters.silent import Silent
 from ctc_drafter.evaluate.environment import environment
+from ctc_drafter.evaluate.timing import fitting, plain_method, time_steps
 from ctc_drafter.target import Target
 
 SIZES = (1, 2, 4, 8, 16, 32, 64)
 BATCHES = (1, 4, 16)
 CONTEXTS = (128, 768)
-ROUNDS, WARM = 7, 2
 FILE = TypeAdapter(StepTimes)
 CACHE = "CTC_DRAFTER_CACHE"  # environment variable: another folder than ~/.cache/ctc-drafter
 
@@ -70,7 +66,8 @@ def place_of(target: Target, drafter: Drafter, sizes: Sequence[int], batches: Se
 
 def profile_json(times: StepTimes, target: Target, meta: dict[str, Any]) -> dict[str, Any]:
     """A results file: where, how and what."""
-    facts = {"dtype": str(target.dtype).removeprefix("torch."), "threads": torch.get_num_threads()}
+    dtype = str(target.dtype).removeprefix("torch.")
+    facts = {"dtype": dtype, "threads": torch.get_num_threads(), "compiled": target.compiled}
     return {"meta": environment() | facts | meta, "times": FILE.dump_python(times)}
 
 
@@ -97,7 +94,8 @@ def key(target: Target, drafter: Drafter, batches: Sequence[int], sizes: Sequenc
     config = drafter.config.to_json_string() if hasattr(drafter, "config") else ""
     kinds = sorted({str(p.dtype) for p in drafter.parameters()}) if isinstance(drafter, nn.Module) else []
     known = [
-        *(target.model.config.to_json_string(), str(target.dtype), target.cache, type(drafter).__name__, config),
+        *(target.model.config.to_json_string(), str(target.dtype), target.cache, str(target.compiled)),
+        *(type(drafter).__name__, config),
         *(str(environment()["hardware"]), target.device.type, str(torch.get_num_threads()), *kinds),
         *(torch.__version__, transformers.__version__, str(tuple(batches)), str(tuple(sizes))),
     ]
@@ -126,42 +124,10 @@ def measure(
     )
 
 
-def fitting(target: Target, context: int, nodes: int) -> int:
-    """`context`, or as much of it as leaves room for the steps of a measurement."""
-    return max(1, min(context, target.context - (ROUNDS + WARM) * (nodes + 1) - 1))
-
-
 def measure_cell(
     target: Target, drafter: Drafter, rows: int, context: int, sizes: Sequence[int]
 ) -> tuple[float, float, tuple[float, ...]]:
     """ms of a plain step, of its drafting part, and of whole steps by size."""
     drafted = [Method(target, drafter, size, 0.0, ARGMAX) for size in sizes]
-    (plain, _), *found = step_medians([plain_method(target), *drafted], rows, context)
-    return plain, statistics.median(draft for _, draft in found), tuple(whole for whole, _ in found)
-
-
-def plain_method(target: Target) -> Method:
-    return Method(target, Silent(), 1, 0.0, ARGMAX)
-
-
-@torch.inference_mode()
-def step_medians(methods: Sequence[Method], rows: int, context: int) -> list[tuple[float, ...]]:
-    """Median ms of a step, and of its drafting part, of each method; all in turn."""
-    clock = Stopwatch(methods[0].target.device, timed=True)
-    batches = [started(method, rows, context, clock) for method in methods]
-    taken: list[list[tuple[float, float]]] = [[] for _ in batches]
-    for turn in range(WARM + ROUNDS):
-        for place, batch in enumerate(batches):
-            before, begin = clock.total_ms["draft"], time.perf_counter()
-            batch.step()
-            if turn >= WARM:
-                taken[place].append(((time.perf_counter() - begin) * 1e3, clock.total_ms["draft"] - before))
-    return [tuple(map(statistics.median, zip(*each, strict=True))) for each in taken]
-
-
-def started(method: Method, rows: int, context: int, clock: Stopwatch) -> Batch:
-    batch = Batch(method, clock)
-    generator = torch.Generator().manual_seed(0)
-    prompts = torch.randint(method.target.vocab_size, (rows, context), generator=generator).tolist()
-    batch.admit([Row(place, prompt, method.target.context) for place, prompt in enumerate(prompts)])
-    return batch
+    plain, *found = time_steps([plain_method(target), *drafted], rows, context)
+    return plain.ms, statistics.median(each.stages["draft"] for each in found), tuple(each.ms for each in found)

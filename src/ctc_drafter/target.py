@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors import SafetensorError
@@ -33,6 +33,8 @@ CACHES = ("dynamic", "static")
 @dataclass(frozen=True)
 class Target:
     """A causal LM whose output must not change. Build it with `Target.load` or `Target.wrap`."""
+
+    compiled: ClassVar[bool] = False
 
     model: PreTrainedModel
     cache: str = "dynamic"

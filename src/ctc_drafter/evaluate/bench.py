@@ -16,6 +16,7 @@ from ctc_drafter.drafters.base import Drafter
 from ctc_drafter.evaluate.contenders import CHAIN, decoding
 from ctc_drafter.evaluate.records import PLAIN, Journal
 from ctc_drafter.evaluate.run import Bench, head, measure_all, write_json
+from ctc_drafter.evaluate.stock import stock_contenders
 from ctc_drafter.evaluate.tasks import Task
 from ctc_drafter.methods import PROMPT_LOOKUP
 from ctc_drafter.target import Target
@@ -45,6 +46,7 @@ class BenchSettings:
     batch_size: int = 1
     seed: int = 0
     watched: int = WATCHED
+    also: tuple[str, ...] = ()
 
 
 def bench(
@@ -69,6 +71,7 @@ def bench(
     for name, entry in entries.items():
         sizes = entry.sizes or settings.sizes
         contenders += [made.of_size(name, entry.drafter, size, entry.chooser) for size in sizes]
+    contenders += stock_contenders(made, settings.also)
     work = Bench(target, tokenizer, contenders, settings.max_new_tokens, settings.batch_size, settings.watched)
     chosen = [Task(task.name, task.prompts[: settings.limit]) for task in tasks]
     about = {"seed": settings.seed, "nodes": list(settings.sizes), "floor": 0.0, "limit": settings.limit}
@@ -93,7 +96,7 @@ def partial(out: Path | None) -> Path | None:
 def identity(meta: dict[str, Any], tasks: Sequence[Task], settings: BenchSettings) -> dict[str, Any]:
     """What two runs must share for the one to go on with the other's figures."""
     prompts = {task.name: hashlib.sha256(repr(task.prompts).encode()).hexdigest()[:16] for task in tasks}
-    kept = ("target", "drafters", "dtype", "device", "threads")
+    kept = ("target", "drafters", "dtype", "device", "threads", "compiled")
     shared = {name: meta.get(name) for name in kept}
     return {**shared, **asdict(settings), "prompts": prompts}
 

@@ -132,7 +132,8 @@ def main_table(results: Results, boots: dict[str, Bootstrap]) -> str:
     """The layout of the paper's Table 1."""
     head = ["method", *(f"{task} {figure}" for task in results.tasks for figure in ("γ", "β", "identical"))]
     lines = []
-    for key in [PLAIN_KEY, *((method, results.size) for method in results.methods)]:
+    stock = ((name, None) for name in results.stock)
+    for key in [PLAIN_KEY, *stock, *((method, results.size) for method in results.methods)]:
         cells = [key[0]]
         for task in results.tasks:
             cells += [shown(boots[task].gamma(key)), shown(boots[task].beta(key)), identical(results.row(task, key))]

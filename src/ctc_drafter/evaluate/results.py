@@ -32,8 +32,13 @@ class Results:
 
     @cached_property
     def methods(self) -> list[str]:
-        """Without plain decoding, in the order of the run."""
-        return [name for name in dict.fromkeys(row["method"] for row in self.rows) if name != PLAIN]
+        """Those that draft trees, in the order of the run."""
+        return list(dict.fromkeys(row["method"] for row in self.rows if row["nodes"] is not None))
+
+    @cached_property
+    def stock(self) -> list[str]:
+        """transformers' own ways, if they were measured."""
+        return list(dict.fromkeys(r["method"] for r in self.rows if r["nodes"] is None and r["method"] != PLAIN))
 
     @cached_property
     def sizes(self) -> list[int | str]:

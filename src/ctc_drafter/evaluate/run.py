@@ -23,6 +23,7 @@ from ctc_drafter.evaluate.calibration import Calibration
 from ctc_drafter.evaluate.contenders import Contender, contenders_of, decoding
 from ctc_drafter.evaluate.environment import environment
 from ctc_drafter.evaluate.records import Journal, Record, histogram, row_of
+from ctc_drafter.evaluate.stock import stock_contenders
 from ctc_drafter.evaluate.tasks import Prompt, Task
 from ctc_drafter.target import Target
 from ctc_drafter.text import decode, encode_conversation
@@ -169,6 +170,7 @@ def evaluate(
     nodes: int = DEFAULT_NODES,
     floor: float = DEFAULT_FLOOR,
     budget: Budget | None = None,
+    also: Sequence[str] = (),
     seed: int = 0,
     meta: dict[str, Any] | None = None,
     save: Callable[[dict[str, Any]], None] | None = None,
@@ -176,12 +178,14 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measures plain and drafted decoding on the first `limit` prompts of each task.
 
-    All run in turn on each batch, the order alternating, after a warm-up; with a `budget` trees of its choice too.
+    All run in turn on each batch, the order alternating, after a warm-up; with a `budget` trees of its choice
+    too, and transformers' own ways in `also`, see `stock.py`.
     Returns `{"meta", "rows"}`, a row per method and task. `identical` of `compared` prompts have, over all turns, plain
     decoding's very tokens; `skipped` prompts do not fit the target's context. `meta` adds to the meta object. `save`
     gets the object after every batch. After Ctrl-C the object holds what was finished, and `meta["complete"]` is false.
     """
-    contenders = contenders_of(decoding(target, tokenizer, max_new_tokens), drafter, nodes, floor, budget)
+    made = decoding(target, tokenizer, max_new_tokens)
+    contenders = [*contenders_of(made, drafter, nodes, floor, budget), *stock_contenders(made, also)]
     bench = Bench(target, tokenizer, contenders, max_new_tokens, batch_size)
     settings = {"seed": seed, "nodes": nodes, "floor": floor, "limit": limit}
     result = {"meta": head(bench, settings) | (meta or {}), "rows": []}
@@ -197,6 +201,7 @@ def head(bench: Bench, settings: dict[str, Any]) -> dict[str, Any]:
         "dtype": str(target.dtype).removeprefix("torch."),
         "device": str(target.device),
         "threads": torch.get_num_threads(),
+        "compiled": target.compiled,
         "batch_size": bench.batch_size,
         "max_new_tokens": bench.max_new_tokens,
         **settings,

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from ctc_drafter.profile import fitting, plain_method, step_medians
+from ctc_drafter.evaluate.timing import fitting, plain_method, time_steps
 from ctc_drafter.target import Target
 
 PROMPT = 64
@@ -38,4 +38,4 @@ def time_plain_steps(target: Target, batch_size: int) -> dict[int, float]:
     """Median seconds of a plain step with 1, 2, 4, ... rows; warms the target up as well."""
     sizes = [*(1 << power for power in range((batch_size - 1).bit_length())), batch_size]
     plain, context = [plain_method(target)], fitting(target, PROMPT, 0)
-    return {size: step_medians(plain, size, context)[0][0] / 1e3 for size in sizes}
+    return {size: time_steps(plain, size, context)[0].ms / 1e3 for size in sizes}
