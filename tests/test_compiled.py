@@ -94,7 +94,9 @@ def test_what_cannot_be_compiled_is_refused():
     def broken(_graph, _inputs):
         raise RuntimeError("no compiler here")
 
-    with pytest.raises(UserError, match=r"LlamaForCausalLM cannot be compiled \(no compiler here\); leave out --compile"):
+    with pytest.raises(
+        UserError, match=r"LlamaForCausalLM cannot be compiled \(no compiler here\); leave out --compile"
+    ):
         compile_target(tiny_target(num_hidden_layers=1), backend=broken)
     with pytest.raises(UserError, match="make it with compile_target"):
         CompiledTarget.wrap(tiny_target(num_hidden_layers=1).model)

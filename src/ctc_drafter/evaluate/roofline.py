@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from typing import cast
 
 import torch
 
@@ -17,7 +18,7 @@ def step_bytes(target: Target, rows: int, context: int) -> int:
     """Bytes that a plain step reads: weights, of the embedding only the rows' tokens, and cached keys and values."""
     config, model = target.config, target.model
     weights = {id(p): p.numel() * p.element_size() for p in model.parameters()}
-    embedding = target.embed.weight
+    embedding = cast(torch.Tensor, target.embed.weight)
     if embedding is not target.head.weight:
         weights[id(embedding)] = rows * embedding.shape[1] * embedding.element_size()
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
