@@ -192,3 +192,13 @@ def test_copies_need_the_predictor():
     for sizes in ({"predictor_width": 0}, {"predictor_rank": 0}, {"copies": -1}):
         with pytest.raises(UserError, match="copies"):
             CTCDrafter.for_target(tiny_config(), **({"copies": 4} | sizes))
+
+
+@torch.inference_mode()
+def test_without_copies_frames_are_the_same():
+    target = tiny_target()
+    whole = copying_drafter(target)
+    plain, root, blocks = whole.without_copies(), torch.tensor([9]), torch.randn(1, 6, 64)
+    found = [each.candidates(blocks, root, each.borrow(target.embed, target.head), 8) for each in (whole, plain)]
+    assert torch.equal(found[0].tokens, found[1].tokens)
+    torch.testing.assert_close(found[0].scores, found[1].scores)

@@ -168,7 +168,7 @@ def test_frames_and_predictor_that_rule_each_other_out(gap):
         frame_logits,
         torch.full((1, 2), -3 * gap),
         ROOTS[:1],
-        lambda previous, last: values.expand(1, last.shape[1], -1),
+        lambda recent: values.expand(1, recent.shape[1], -1),
         width=3,
         depth=2,
     )

@@ -53,29 +53,21 @@ def shipped():
     return target, drafter, [list(prompt) for prompt in prompts]
 
 
-def carrying(drafter):
-    """The shipped drafter with a part that carries the newest state: random, so that it must be computed as we do."""
-    config = copy.deepcopy(drafter.config)
-    config.carry = True
-    torch.manual_seed(0)
-    other = CTCDrafter(config).eval()
-    other.load_state_dict(drafter.state_dict() | {"carry.weight": torch.randn(config.hidden_size, config.hidden_size)})
+def without_carry(drafter):
+    """The same drafter whose newest state says nothing: worse, so that it is seen whether an engine carries."""
+    other = copy.deepcopy(drafter)
     with torch.no_grad():
-        other.carry.weight.mul_(CARRY)
+        other.carry.weight.zero_()
     return other
-
-
-CARRY = 0.002  # makes the shipped drafter worse, and leaves it something to be right about
 
 
 @pytest.fixture(scope="module")
 def folders(shipped, tmp_path_factory):
-    """Exported: the shipped drafter, and one that carries."""
+    """Where the shipped drafter is exported to."""
     target, _, _ = shipped
     root = tmp_path_factory.mktemp("exported")
     drafter = CTCDrafter.from_pretrained(DRAFTER_DIR).float()
     export(drafter, target.config, str(TARGET_DIR), root / "shipped", 8)
-    export(carrying(drafter), target.config, str(TARGET_DIR), root / "carry", 8)
     return root
 
 
@@ -124,26 +116,12 @@ def test_the_folder_alone_gives_plain_text_and_our_acceptance(shipped, folders, 
     found = run_vllm(folders, "ctc", folders / "shipped", {}, *runs)
     assert isinstance(found, list), found
     assert found[0]["tokens"] == plain[0]["tokens"]
-    assert beta_of(found[0]["counted"]) == pytest.approx(our_beta(target, drafter, prompts), rel=0.05)
+    ours = our_beta(target, drafter.without_copies(), prompts)
+    assert our_beta(target, without_carry(drafter.without_copies()), prompts) < 0.9 * ours
+    assert beta_of(found[0]["counted"]) == pytest.approx(ours, rel=0.05)
     # Sampling: vLLM's temperatures of drafted tokens are garbage on a CPU unless they are mended.
     assert found[1]["tokens"] == plain[1]["tokens"]
     assert all(a != b for a, b in zip(found[2]["tokens"], found[1]["tokens"], strict=True))
-
-
-def test_the_newest_state_is_carried(shipped, folders, plain):
-    target, drafter, prompts = shipped
-    speculation = {
-        "method": "dflash",
-        "model": str(folders / "carry"),
-        "num_speculative_tokens": drafter.config.frames,
-        "use_local_argmax_reduction": True,
-    }
-    found = run_vllm(folders, "carry", TARGET_DIR, {"speculative_config": speculation}, greedy(prompts))
-    assert isinstance(found, list), found
-    assert found[0]["tokens"] == plain[0]["tokens"]
-    ours = our_beta(target, carrying(drafter), prompts)
-    assert 1.2 < ours < 0.9 * our_beta(target, drafter, prompts), "the carried part must make a difference"
-    assert beta_of(found[0]["counted"]) == pytest.approx(ours, rel=0.05)
 
 
 def test_it_does_not_start_where_ctc_would_be_bypassed(shipped, folders):

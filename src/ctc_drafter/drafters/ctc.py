@@ -23,6 +23,8 @@ from ctc_drafter.drafters.trainable import Objective
 from ctc_drafter.drafters.vocabulary import columns_of, drafted_part, narrow_head
 from ctc_drafter.types import Candidates, UserError
 
+COPYING = "predictor.copying."  # tensors of the copies
+
 
 class CTCDrafter(FramesModel):
     """Draft layers, blank head and predictor; from target features to frames, lattices and candidates."""
@@ -67,6 +69,15 @@ class CTCDrafter(FramesModel):
             weights["predictor.output.weight"] = weights["predictor.output.weight"][columns]
         narrow.load_state_dict(weights | {"d2t": tokens - torch.arange(len(tokens), device=tokens.device)})
         return narrow.to(self.device, self.dtype).eval()
+
+    @torch.no_grad()
+    def without_copies(self) -> CTCDrafter:
+        """The same drafter where nobody knows the text, as in engines: it drafts what its frames say."""
+        config = copy.deepcopy(self.config)
+        config.copies = 0
+        plain = type(self)(config)
+        plain.load_state_dict({k: v for k, v in self.state_dict().items() if not k.startswith(COPYING)})
+        return plain.to(self.device, self.dtype).eval()
 
     def narrowed(self, head: nn.Module) -> nn.Module:
         return head if self.vocabulary is None else narrow_head(head, self.vocabulary)

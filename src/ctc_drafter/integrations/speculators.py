@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, PreTrainedConfig, Qwen3Config
 
-from ctc_drafter.drafters.ctc import CTCDrafter
+from ctc_drafter.drafters.ctc import COPYING, CTCDrafter
 from ctc_drafter.integrations.settings import ARCHITECTURE, FORMAT, HeadSettings
 from ctc_drafter.types import UserError
 
@@ -34,11 +34,13 @@ def export(drafter: CTCDrafter, target: PreTrainedConfig, name: str, out: Path, 
         raise UserError(f"{out} is not empty; give --out a new folder")
     config = speculators_config(drafter, target, name, width)
     tensors = {key: tensor.contiguous() for key, tensor in drafter.state_dict().items()}
-    known = {key: tensor for key, tensor in tensors.items() if key.split(".")[0] in PARTS}
+    whole = {key: tensor for key, tensor in tensors.items() if not key.startswith(COPYING)}
+    known = {key: tensor for key, tensor in whole.items() if key.split(".")[0] in PARTS}
     out.mkdir(parents=True, exist_ok=True)
     save_file(known, out / "model.safetensors", {"format": "pt"})
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    return sorted({key.split(".")[0] for key in tensors.keys() - known.keys()})
+    copies = {COPYING.rstrip(".")} if len(whole) < len(tensors) else set()
+    return sorted({key.split(".")[0] for key in whole.keys() - known.keys()} | copies)
 
 
 def speculators_config(drafter: CTCDrafter, target: PreTrainedConfig, name: str, width: int) -> dict[str, Any]:
