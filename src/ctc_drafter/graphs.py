@@ -79,7 +79,7 @@ class Slots(CacheLayerMixin):
 
     # A model that counts on these instead of its positions and mask is found out by the self-test.
     def get_seq_length(self) -> int:
-        return int(self.keys.shape[2])
+        return self.keys.shape[2]  # not `int`: the number stays open
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.get_seq_length(), 0
