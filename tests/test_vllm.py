@@ -146,7 +146,8 @@ def vllm_serve(folder, port=18765):
     said: list[str] = []
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     with subprocess.Popen(command, env=os.environ | ENVIRONMENT, **pipes) as process:
-        threading.Thread(target=lambda: said.extend(process.stdout), daemon=True).start()
+        reader = threading.Thread(target=lambda: said.extend(process.stdout), daemon=True)
+        reader.start()
         try:
             for _ in range(900):
                 assert process.poll() is None, "".join(said[-40:])
@@ -158,6 +159,7 @@ def vllm_serve(folder, port=18765):
             yield f"http://127.0.0.1:{port}"
         finally:
             process.terminate()
+            reader.join(60)
 
 
 def test_vllm_serve_answers_the_openai_client(shipped, folders, plain):
