@@ -44,6 +44,7 @@ def check(target: Target, made: CompiledTarget, prompts: list[list[int]], new: i
         assert generate(made, drafter, prompts, max_new_tokens=new).tokens == expected
 
 
+@pytest.mark.slow
 def test_outputs_are_plain_decodings_and_a_graph_serves_all_lengths():
     """One text crosses the first block of slots; rows leave."""
     target = tiny_target(max_position_embeddings=512, num_hidden_layers=2)

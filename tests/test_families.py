@@ -93,6 +93,7 @@ def test_what_cannot_follow_a_tree_is_refused_in_one_line(name):
     assert "\n" not in refusal
 
 
+@pytest.mark.slow
 def test_the_page_says_so():
     assert DOCS.read_text(encoding="utf-8") == page([known(name) for name in NAMES])
 
