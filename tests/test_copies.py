@@ -10,7 +10,6 @@ from ctc_drafter.ctc.copies import Text, copies_at, find_copies, newest_tokens
 from ctc_drafter.ctc.loss import prefix_log_probs
 from ctc_drafter.ctc.search import prefix_search
 from ctc_drafter.decode.prefill import prefill
-from ctc_drafter.drafters.copysession import TextBuffer
 from ctc_drafter.drafters.ctc import CTCDrafter
 from ctc_drafter.drafters.predictor import Predictor
 from ctc_drafter.types import UserError
@@ -176,16 +175,47 @@ def test_the_loss_knows_the_probabilities_that_a_session_finds(some):
 
 @torch.inference_mode()
 def test_rows_that_come_and_go_keep_their_texts():
-    buffer = TextBuffer(2, torch.device("cpu"))
-    buffer.extend(torch.tensor([[1, 2, 3], [4, 5, 0]]), torch.tensor([3, 2]))
-    other = TextBuffer(1, torch.device("cpu"))
-    other.extend(torch.arange(300).unsqueeze(0), torch.tensor([300]))
-    buffer.join(other)
-    buffer.extend(torch.tensor([[6], [7], [8]]), torch.tensor([1, 1, 0]))
-    buffer.select(torch.tensor([2, 1]))
-    text = buffer.up_to(torch.tensor([9, 10]))
+    target = tiny_target()
+    drafter = copying_drafter(target)
+    session = drafter.begin(target.embed, target.head, 2)
+
+    def features(tokens):
+        return torch.randn(*tokens.shape, target.hidden_size * len(drafter.feature_layers))
+
+    for take, tokens, counts in (
+        (session.extend, torch.tensor([[1, 2, 3], [4, 5, 0]]), [3, 2]),
+        (session.join, torch.arange(300).unsqueeze(0), [300]),
+        (session.extend, torch.tensor([[6], [7], [8]]), [1, 1, 0]),
+    ):
+        take(tokens, features(tokens), torch.tensor(counts))
+    session.select(torch.tensor([2, 1]))
+    root = torch.tensor([9, 10])
+    session.propose(root, 4)
+    text = session.text_up_to(root)
     rows = [row[: end + 1].tolist() for row, end in zip(text.tokens, text.ends.tolist(), strict=True)]
     assert rows == [[*range(300), 9], [4, 5, 7, 10]]
+
+
+def test_the_loss_teaches_when_to_trust_copies():
+    """Its gradient is what the loss changes by, for each length of agreement."""
+    target = tiny_target()
+    drafter = copying_drafter(target)
+    tokens = torch.tensor([[5, 9, 11, 21, 7, 9, 11, 21, 3, 5, 9, 11]])
+    blocks, copies = torch.randn(1, 6, 64), drafter.copies(tokens, torch.tensor([[5]]))[0]
+    prefixes, valid = tokens[:, 5:10], torch.ones(1, 4, dtype=torch.bool)
+    arguments = (blocks, prefixes, valid, target.embed, target.head, drafter.objective("prefix", 0.8), None, copies)
+    drafter.losses(*arguments).sum().backward()
+    trust, step = drafter.predictor.copying.bias, 0.05
+    assert set(copies[0, :4, 1].tolist()) >= {1, 2, 3}
+    for length in range(4):
+        around = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                trust[length] += sign * step
+                around.append(float(drafter.losses(*arguments)))
+                trust[length] -= sign * step
+        assert float(trust.grad[length]) == pytest.approx((around[0] - around[1]) / (2 * step), rel=0.02, abs=1e-4)
+    assert (trust.grad[:3].abs() > 1e-3).any()
 
 
 def test_copies_need_the_predictor():

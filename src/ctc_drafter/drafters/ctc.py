@@ -97,22 +97,15 @@ class CTCDrafter(FramesModel):
             return super().copies(tokens, positions)
         return copies_at(tokens, positions, self.config.draft_length, self.config.copies)
 
-    def losses(
-        self,
-        blocks: torch.Tensor,
-        prefixes: torch.Tensor,
-        valid: torch.Tensor,
-        embed: nn.Module,
-        head: nn.Module,
-        objective: Objective,
-        teacher: torch.Tensor | None = None,
-        copies: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """See `TrainableDrafter.losses`."""
-        assert teacher is None
-        found = self.lattice(blocks, prefixes, embed, head, copies)
-        with torch.autocast(blocks.device.type, enabled=False):
-            return objective(found, *self.labels(prefixes, valid))
+    def copying(
+        self, blocks: torch.Tensor, prefixes: torch.Tensor, copies: torch.Tensor, embed: nn.Module, head: nn.Module
+    ) -> Lattice:
+        """See `TrainableDrafter.copying`."""
+        return self.lattice(blocks, prefixes, embed, head, copies)
+
+    def filled(self, blocks: torch.Tensor) -> torch.Tensor:
+        """What `blocks` gives of N anchors as block outputs `[N, 1+F, H]`."""
+        return blocks
 
     def labels(self, prefixes: torch.Tensor, valid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """See `TrainableDrafter.labels`: a draft ends before a token outside the vocabulary."""
@@ -132,13 +125,14 @@ class CTCDrafter(FramesModel):
         copies: torch.Tensor | None = None,
     ) -> Lattice:
         """The lattice of known continuations: prefixes `int64 [N, 1+U]`, the root and y1..yU; copies: see `copies`."""
+        blocks = self.filled(blocks)
         tokens, blanks = self.frame_logits(blocks, self.narrowed(head))
         bias = None
         if self.predictor is not None:
             previous = torch.cat([prefixes.new_full((len(prefixes), 1), -1), prefixes[:, :-1]], 1)
             root_state = self.predictor.root_state(blocks[:, 0])
             suggested = None
-            if copies is not None and copies.numel():
+            if copies is not None:
                 suggested = Copies(self.columns(copies[..., 0]), copies[..., 1])
             bias = self.predictor.bias(previous, prefixes, root_state, embed, suggested)
         return lattice(tokens, blanks, self.columns(prefixes[:, 1:]), bias)
@@ -152,7 +146,8 @@ class CTCDrafter(FramesModel):
         floor: float = 0.0,
         text: Text | None = None,
     ) -> Candidates:
-        """See `TrainableDrafter.candidates`; block outputs are `[N, 1+F, H]`. text: up to the roots, to copy from."""
+        """See `TrainableDrafter.candidates`. text: up to the roots, to copy from."""
+        blocks = self.filled(blocks)
         return borrowed.search(*self.frame_logits(blocks, borrowed.head), root, blocks[:, 0], text, nodes, floor)
 
     def drafts(

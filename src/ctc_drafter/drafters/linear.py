@@ -8,14 +8,11 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ctc_drafter.ctc.copies import Text
-from ctc_drafter.ctc.lattice import Lattice
 from ctc_drafter.drafters.base import DraftSession
-from ctc_drafter.drafters.borrowed import BorrowedSearch
 from ctc_drafter.drafters.config import CTCDrafterConfig
 from ctc_drafter.drafters.ctc import CTCDrafter
 from ctc_drafter.drafters.heads import LastStateSession, before
-from ctc_drafter.types import Candidates, UserError
+from ctc_drafter.types import UserError
 
 
 class LinearCTCConfig(CTCDrafterConfig):
@@ -66,32 +63,9 @@ class LinearCTCDrafter(CTCDrafter):
         """The state before each anchor `[B, A, H]`; see `TrainableDrafter.blocks`."""
         return before(self.states(features), anchors)
 
-    def filled(self, states: torch.Tensor) -> torch.Tensor:
-        """States `[N, H]` to blocks `[N, 1+F, H]`."""
-        return states.unsqueeze(1) + self.maps(states).unflatten(-1, (1 + self.frames, -1))
-
-    def lattice(
-        self,
-        blocks: torch.Tensor,
-        prefixes: torch.Tensor,
-        embed: nn.Module,
-        head: nn.Module,
-        copies: torch.Tensor | None = None,
-    ) -> Lattice:
-        """See `CTCDrafter.lattice`; blocks are states `[N, H]`."""
-        return super().lattice(self.filled(blocks), prefixes, embed, head, copies)
-
-    def candidates(
-        self,
-        blocks: torch.Tensor,
-        root: torch.Tensor,
-        borrowed: BorrowedSearch,
-        nodes: int,
-        floor: float = 0.0,
-        text: Text | None = None,
-    ) -> Candidates:
-        """See `CTCDrafter.candidates`; blocks are states `[N, H]`."""
-        return super().candidates(self.filled(blocks), root, borrowed, nodes, floor, text)
+    def filled(self, blocks: torch.Tensor) -> torch.Tensor:
+        """See `CTCDrafter.filled`, of states `[N, H]`."""
+        return blocks.unsqueeze(1) + self.maps(blocks).unflatten(-1, (1 + self.frames, -1))
 
     def begin(self, embed: nn.Module, head: nn.Module, batch_size: int) -> DraftSession:
         """See `Drafter.begin`."""

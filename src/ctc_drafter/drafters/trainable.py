@@ -70,6 +70,12 @@ class TrainableDrafter(PreTrainedModel):
         """
         raise NotImplementedError
 
+    def copying(
+        self, blocks: torch.Tensor, prefixes: torch.Tensor, copies: torch.Tensor, embed: nn.Module, head: nn.Module
+    ) -> Any:
+        """`likelihood` where the text suggests tokens; copies `[N, ...]`: what `copies` says of the anchors."""
+        raise NotImplementedError
+
     def losses(
         self,
         blocks: torch.Tensor,
@@ -86,10 +92,12 @@ class TrainableDrafter(PreTrainedModel):
         valid `bool [N, U]`: labels that count; teacher: as in `taught`; copies: what `copies` says of the anchors, for
         drafters that copy.
         """
-        if teacher is None:
-            found = self.likelihood(blocks, prefixes, embed, head)
-        else:
+        if teacher is not None:
             found = self.taught(blocks, prefixes, teacher, embed, head)
+        elif copies is not None and copies.numel():
+            found = self.copying(blocks, prefixes, copies, embed, head)
+        else:
+            found = self.likelihood(blocks, prefixes, embed, head)
         with torch.autocast(blocks.device.type, enabled=False):
             return objective(found, *self.labels(prefixes, valid))
 
