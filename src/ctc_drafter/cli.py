@@ -51,11 +51,9 @@ def demo(
 
     from ctc_drafter.decode.generate import DEFAULT_NODES
     from ctc_drafter.demo import demo as run_demo
-    from ctc_drafter.load import load_drafter, load_target, pair
+    from ctc_drafter.load import load_pair
 
-    names = pair(target, drafter)
-    lm, tokenizer = load_target(names[0], dtype, device)
-    draft = load_drafter(names[1], lm, tokenizer)
+    lm, tokenizer, draft = load_pair(target, drafter, dtype, device)
     console = Console(highlight=False)
     run_demo(lm, draft, tokenizer, console, nodes=nodes or DEFAULT_NODES, max_new_tokens=max_new_tokens)
 

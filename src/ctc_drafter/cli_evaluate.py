@@ -45,20 +45,18 @@ def profile(
 
     from ctc_drafter.decode.generate import DEFAULT_NODES
     from ctc_drafter.evaluate.run import check_place, write_json
-    from ctc_drafter.load import compiled_for, load_drafter, load_target, pair
+    from ctc_drafter.load import compiled_for, load_pair
     from ctc_drafter.profile import measured_again, profile_json, profile_table
 
     check_place(json_out)
     if threads:
         torch.set_num_threads(threads)
-    names = pair(target, drafter)
-    lm, tokenizer = load_target(names[0], dtype, device)
-    draft = load_drafter(names[1], lm, tokenizer)
+    lm, _, draft = load_pair(target, drafter, dtype, device)
     if compiled:
         lm = compiled_for(lm, draft, nodes or DEFAULT_NODES, batch_size)
     times = measured_again(lm, draft, nodes or DEFAULT_NODES, batch_size)
     if json_out:
-        write_json(json_out, profile_json(times, lm, meta(*names)))
+        write_json(json_out, profile_json(times, lm, meta(target, drafter)))
     Console().print(profile_table(times))
 
 
@@ -93,7 +91,7 @@ def evaluate(
     from ctc_drafter.evaluate.run import evaluate as measure
     from ctc_drafter.evaluate.stock import parse_stock
     from ctc_drafter.evaluate.tasks import read_tasks
-    from ctc_drafter.load import compiled_for, load_drafter, load_target, pair
+    from ctc_drafter.load import compiled_for, load_pair
     from ctc_drafter.profile import budget_for
 
     check_place(json_out)
@@ -101,9 +99,7 @@ def evaluate(
     chosen = read_tasks(tasks_path, [name.strip() for name in tasks.split(",") if name.strip()])
     if threads:
         torch.set_num_threads(threads)
-    names = pair(target, drafter)
-    lm, tokenizer = load_target(names[0], dtype, device)
-    draft = load_drafter(names[1], lm, tokenizer)
+    lm, tokenizer, draft = load_pair(target, drafter, dtype, device)
     if compiled:
         lm = compiled_for(lm, draft, nodes or DEFAULT_NODES, batch_size)
     result = measure(
@@ -119,7 +115,7 @@ def evaluate(
         budget=budget_for(lm, draft, nodes or DEFAULT_NODES, batch_size) if budget else None,
         also=stock,
         seed=seed,
-        meta=meta(*names),
+        meta=meta(target, drafter),
         save=(lambda value: write_json(json_out, value)) if json_out else None,
     )
     Console().print(results_table(result))

@@ -103,6 +103,15 @@ def published_drafter(start: Start, target: Target, tokenizer: PreTrainedTokeniz
     return drafter
 
 
+def load_pair(
+    target: str | None, drafter: str | None, dtype: str, device: str
+) -> tuple[Target, PreTrainedTokenizerBase, Drafter]:
+    """Target, tokenizer and drafter by their names, the shipped ones without; see `pair`."""
+    names = pair(target, drafter)
+    found, tokenizer = load_target(names[0], dtype, device)
+    return found, tokenizer, load_drafter(names[1], found, tokenizer)
+
+
 def compiled_for(target: Target, drafter: Drafter | None, nodes: int, rows: int) -> Target:
     """The target with graphs for steps of up to `nodes` nodes and `rows` rows, made now; see `compile_target`."""
     from ctc_drafter.compiled_target import compile_target

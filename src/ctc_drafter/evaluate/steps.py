@@ -20,6 +20,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from ctc_drafter.evaluate.bench import parse_sizes
 from ctc_drafter.evaluate.cells import SHIPPED, Cell, measured
 from ctc_drafter.evaluate.environment import environment
 from ctc_drafter.evaluate.performance import markdown_steps
@@ -87,7 +88,10 @@ def measure(
     chosen = tuple(models.split(",")) if models else usual_models
     cells = SUITES[suite](chosen, dtype or usual_dtype, context or usual_context)
     if nodes:
-        cells = [replace(cell, nodes=tuple(map(int, nodes.split(",")))) for cell in cells]
+        sizes = tuple(size for size in parse_sizes(nodes) if isinstance(size, int))
+        if not sizes:
+            raise UserError("a chain costs what a tree of its length does; give --nodes numbers")
+        cells = [replace(cell, nodes=sizes) for cell in cells]
     place = chosen_device(device)
     result: dict[str, Any] = {"meta": meta(suite, place, compiled, rounds), "cells": []}
     for found in measured(cells, place, compiled, rounds):
