@@ -9,7 +9,7 @@ import torch
 from ctc_drafter.decode.accept import follow
 from ctc_drafter.decode.budget import REST, Budget, Pace, StepTimes
 from ctc_drafter.decode.generate import generate, plain_generate
-from ctc_drafter.decode.lazy import LazySession
+from ctc_drafter.drafters.lazy import LazySession
 from ctc_drafter.decode.prefill import prefill
 from ctc_drafter.decode.tree import build_tree
 from ctc_drafter.profile import CACHE, measure, step_times
@@ -145,7 +145,7 @@ def test_a_resting_drafter_catches_up():
             session.extend(state.tokens[:, :start], state.features[:, :start], torch.tensor([start]))
             for i in range(start, end):
                 session.extend(state.tokens[:, i : i + 1], state.features[:, i : i + 1], torch.tensor([1]))
-        assert len(lazy.waiting) == end - start
+        assert len(lazy.waiting) == 1 + end - start
         first, second = (session.propose(torch.tensor([7]), 6, 0.0) for session in (lazy, eager))
     assert torch.equal(first.tokens, second.tokens)
     torch.testing.assert_close(first.scores, second.scores)

@@ -30,7 +30,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "graphs": {"types", "features", "layout"},
     "compiled_target": {"types", "target", "static_cache", "selftest", "graphs"},
     "drafters": {"types", "ctc"},
-    "decode": {"types", "target", "drafters.base"},
+    "decode": {"types", "target", "drafters.base", "drafters.lazy"},
     "train": {"types", "text", "features", "ctc", "target", "drafters", "decode"},
     "methods": {"types", "drafters"},
     "warm_start": {"types", "drafters", "methods", "train"},
@@ -75,10 +75,11 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 
 # In drafters/, a file is shared, a part of one concrete drafter, or, unlisted, a concrete drafter of its own.
-# Concrete drafters do not import each other, and what they share imports none of them.
+# Concrete drafters do not import each other, and what they share imports none of them. Lookup is shared: whoever
+# drafts may copy first.
 SHARED_BY_DRAFTERS = {
     *("base", "trainable", "sizes", "borrowed", "layers", "context", "predictor", "host", "vocabulary"),
-    *("expand", "grow", "chain", "heads", "block", "session", "frames", "tokenframes"),
+    *("expand", "grow", "chain", "heads", "block", "session", "frames", "tokenframes", "lazy", "lookup", "hybrid"),
 }
 PART_OF_DRAFTER = {"config": "ctc", "pairs": "eagle", "rollout": "eagle", "linear": "ctc", "copysession": "ctc"}
 

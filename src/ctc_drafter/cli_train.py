@@ -151,6 +151,12 @@ def train(
             show_default="16 for ctc",
         ),
     ] = None,
+    lookup: Annotated[
+        int | None,
+        typer.Option(
+            "--lookup", help="Most tokens to copy without asking the network; 0: none.", show_default="15 for ctc"
+        ),
+    ] = None,
     draft_vocabulary: Annotated[
         int | None,
         typer.Option("--draft-vocabulary", help="Drafts only that many tokens, the most frequent.", show_default="all"),
@@ -222,7 +228,7 @@ def train(
     chosen = TrainSettings.parse(trained_method(method).training | given)
     sizes: dict[str, Any] = {"frames": frames, "draft_length": draft_length, "num_hidden_layers": draft_layers}
     sizes |= {"predictor_rank": predictor_rank, "draft_vocab_size": draft_vocabulary, "carry": carry}
-    sizes |= {"copies": copies}
+    sizes |= {"copies": copies, "lookup_length": lookup}
     begin = read_start(init) if init else None
     if begin:
         sizes = begin.sizes(method) | {name: size for name, size in sizes.items() if size is not None}

@@ -38,7 +38,7 @@ class Trained:
 
 
 TRAINED = {
-    "ctc": Trained("ctc", "CTCDrafter", "ctc_drafter", usual={"carry": True, "copies": 16}),
+    "ctc": Trained("ctc", "CTCDrafter", "ctc_drafter", usual={"carry": True, "copies": 16, "lookup_length": 15}),
     "ctc-linear": Trained("linear", "LinearCTCDrafter", "ctc_linear_drafter"),
     "ctc-paper": Trained("paper", "PaperDrafter", "ctc_paper_drafter"),
     "medusa": Trained("medusa", "MedusaDrafter", "medusa_drafter"),

@@ -22,11 +22,11 @@ DrafterOption = Annotated[
 DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Number format of target and drafter.")]
 DeviceOption = Annotated[Device, typer.Option("--device", help="Where to run; auto takes CUDA if there is one.")]
 NodesOption = Annotated[
-    int | None, typer.Option("--nodes", min=1, help="Drafted tokens that one verification checks.", show_default="8")
+    int | None, typer.Option("--nodes", min=1, help="Drafted tokens that one verification checks.", show_default="16")
 ]
 FloorOption = Annotated[
     float | None,
-    typer.Option("--floor", min=0.0, max=0.99, help="Least likely draft that is checked.", show_default="0.1"),
+    typer.Option("--floor", min=0.0, max=0.99, help="Least likely draft that is checked.", show_default="0.05"),
 ]
 BudgetOption = Annotated[
     bool,

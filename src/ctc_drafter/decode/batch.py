@@ -13,7 +13,7 @@ from ctc_drafter.decode.budget import Budget, Pace
 from ctc_drafter.decode.cache import compact
 from ctc_drafter.decode.choose import Chooser
 from ctc_drafter.decode.join import join
-from ctc_drafter.decode.lazy import LazySession
+from ctc_drafter.drafters.lazy import LazySession
 from ctc_drafter.decode.prefill import prefill
 from ctc_drafter.decode.rows import Row
 from ctc_drafter.decode.stats import Stopwatch

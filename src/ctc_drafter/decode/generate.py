@@ -21,8 +21,8 @@ from ctc_drafter.drafters.base import Drafter
 from ctc_drafter.target import Target
 from ctc_drafter.types import UserError
 
-DEFAULT_NODES = 8
-DEFAULT_FLOOR = 0.1
+DEFAULT_NODES = 16
+DEFAULT_FLOOR = 0.05
 NO_CRITERIA = StoppingCriteriaList()
 
 

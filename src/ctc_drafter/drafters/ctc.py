@@ -17,6 +17,9 @@ from ctc_drafter.drafters.borrowed import BorrowedSearch, borrow_search
 from ctc_drafter.drafters.config import CTCDrafterConfig
 from ctc_drafter.drafters.copysession import CopySession
 from ctc_drafter.drafters.frames import FramesModel
+from ctc_drafter.drafters.hybrid import HybridSession
+from ctc_drafter.drafters.lazy import LazySession
+from ctc_drafter.drafters.lookup import PromptLookup
 from ctc_drafter.drafters.predictor import Predictor
 from ctc_drafter.drafters.session import BlockSession
 from ctc_drafter.drafters.trainable import Objective
@@ -169,8 +172,12 @@ class CTCDrafter(FramesModel):
 
     def begin(self, embed: nn.Module, head: nn.Module, batch_size: int) -> DraftSession:
         """See `Drafter.begin`."""
-        session = CopySession if self.config.copies else BlockSession
-        return session(self, self.borrow(embed, head), batch_size)
+        kind = CopySession if self.config.copies else BlockSession
+        session = kind(self, self.borrow(embed, head), batch_size)
+        if not self.config.lookup_length:
+            return session
+        lookup = PromptLookup(draft_length=self.config.lookup_length)
+        return HybridSession(LazySession(session), lookup.begin(embed, head, batch_size))
 
     def prepare(self, embed: nn.Module, head: nn.Module) -> BorrowedSearch:
         return borrow_search(self.predictor, self.config.draft_length, embed, self.narrowed(head), self.vocabulary)

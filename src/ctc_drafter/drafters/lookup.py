@@ -36,8 +36,8 @@ MATCHES = 16  # newest ones that are looked at, for each length of n-gram
 class PromptLookup:
     """A drafter without weights. longest: tokens of the longest n-gram; draft_length: most tokens to copy."""
 
-    longest: int = 3
-    draft_length: int = 10
+    longest: int = 8
+    draft_length: int = 15
 
     def __post_init__(self) -> None:
         for name in ("longest", "draft_length"):
@@ -122,9 +122,12 @@ class LookupSession:
             row.extend(new[:count])
 
     def propose(self, root: torch.Tensor, nodes: int, floor: float = 0.0) -> Candidates:
+        return padded(self.prefixes(root, nodes, floor), root.device)
+
+    def prefixes(self, root: torch.Tensor, nodes: int, floor: float) -> list[list[Prefix]]:
+        """`propose`, row by row and on the host."""
         depth = self.drafter.draft_length
-        rows = [row.prefixes(token, nodes, depth, floor) for row, token in zip(self.rows, root.tolist(), strict=True)]
-        return padded(rows, root.device)
+        return [row.prefixes(token, nodes, depth, floor) for row, token in zip(self.rows, root.tolist(), strict=True)]
 
     def join(self, tokens: torch.Tensor, features: torch.Tensor | None, counts: torch.Tensor) -> None:
         new = LookupSession(self.drafter, [Text(self.drafter.longest) for _ in counts])

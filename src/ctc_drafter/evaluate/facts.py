@@ -21,7 +21,7 @@ def facts(drafter: Drafter, folder: Path | None) -> dict[str, Any]:
     found["draft_length"] = getattr(drafter, "draft_length", None)
     if isinstance(drafter, TrainableDrafter):
         found["parameters"] = sum(weight.numel() for weight in drafter.parameters())
-        found["draft_length"] = drafter.config.draft_length
+        found["draft_length"] = max(drafter.config.draft_length, getattr(drafter.config, "lookup_length", 0))
         found["training"] = training(folder) if folder else None
     return found
 

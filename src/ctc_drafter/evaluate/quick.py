@@ -25,7 +25,7 @@ from ctc_drafter.train.trainer import train_drafter
 from ctc_drafter.types import UserError
 
 # The same for all: longest draft, text, steps, learning rate; losses are the methods' own. A minute each on two cores.
-SIZES: dict[str, Any] = {"draft_length": 5, "frames": 6}
+SIZES: dict[str, Any] = {"draft_length": 5, "frames": 6, "lookup_length": 0}
 TRAINING: dict[str, Any] = {
     "steps": 160,
     "batch_size": 8,

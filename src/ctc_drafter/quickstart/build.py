@@ -45,6 +45,7 @@ DRAFTER: dict[str, Any] = {
     "predictor_width": 256,
     "carry": True,
     "copies": 16,
+    "lookup_length": 15,
     # Of 8,192 tokens: the rest is half a percent of what the target writes, and most of what a draft costs.
     "draft_vocab_size": 3072,
 }

@@ -1,7 +1,8 @@
-"""A drafter session that takes in committed text when a draft needs it: plain steps then cost no drafting."""
+"""A drafter session that takes in committed text when a draft needs it: steps without one then cost no drafting."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,26 +32,13 @@ class LazySession:
         self.waiting: list[Committed] = []
 
     def extend(self, tokens: torch.Tensor, features: torch.Tensor | None, counts: torch.Tensor) -> None:
-        new = Committed(tokens, features, counts)
-        # What single tokens leave behind is taken in at once. Wider ones may be ragged.
-        if self.waiting and tokens.shape[1] == 1 and self.waiting[-1].tokens.shape[1] == 1:
-            self.waiting.append(new)
-            return
-        self.catch_up()
-        self.waiting.append(new)
+        self.waiting.append(Committed(tokens, features, counts))
 
     def catch_up(self) -> None:
-        if not self.waiting:
-            return
-        if len(self.waiting) == 1:
-            only = self.waiting.pop()
-            self.session.extend(only.tokens, only.features, only.counts)
-            return
-        tokens = torch.cat([each.tokens for each in self.waiting], 1)
-        features = [each.features for each in self.waiting if each.features is not None]
-        counts = torch.stack([each.counts for each in self.waiting]).sum(0)
-        self.waiting = []
-        self.session.extend(tokens, torch.cat(features, 1) if features else None, counts)
+        if self.waiting:
+            whole = end_to_end(self.waiting)
+            self.waiting = []
+            self.session.extend(whole.tokens, whole.features, whole.counts)
 
     def propose(self, root: torch.Tensor, nodes: int, floor: float = 0.0) -> Candidates:
         self.catch_up()
@@ -63,3 +51,18 @@ class LazySession:
     def select(self, rows: torch.Tensor) -> None:
         self.waiting = [each.select(rows) for each in self.waiting]
         self.session.select(rows)
+
+
+def end_to_end(parts: Sequence[Committed]) -> Committed:
+    """The parts, each row's after one another and left-aligned; widths add up, and the host is never asked."""
+    if len(parts) == 1:
+        return parts[0]
+    tokens, counts = torch.cat([part.tokens for part in parts], 1), torch.stack([part.counts for part in parts]).sum(0)
+    features = [part.features for part in parts if part.features is not None]
+    whole = torch.cat(features, 1) if features else None
+    if any(part.tokens.shape[1] > 1 for part in parts):  # rows may have gaps
+        there = [torch.arange(p.tokens.shape[1], device=counts.device) < p.counts.unsqueeze(1) for p in parts]
+        order = (~torch.cat(there, 1)).byte().argsort(dim=1, stable=True)
+        tokens = tokens.gather(1, order)
+        whole = None if whole is None else whole.gather(1, order.unsqueeze(-1).expand_as(whole))
+    return Committed(tokens, whole, counts)

@@ -1,0 +1,50 @@
+"""A trained drafter that is asked only where the text does not say itself how it goes on.
+
+Where the newest tokens have stood before, and what followed them is likely to follow again, the draft is copied: it costs
+nothing, and may be longer than what a network was trained to draft. Elsewhere, which is most places, the network drafts.
+The same decision, by the length of the match: Hu et al., "SAM Decoding" (2024); Oliaro et al., "SuffixDecoding" (2024).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from ctc_drafter.drafters.base import DraftSession
+from ctc_drafter.drafters.host import Prefix, padded
+from ctc_drafter.drafters.lookup import LookupSession
+from ctc_drafter.types import Candidates
+
+ENOUGH = 1.5  # tokens that a copied tree must be expected to get accepted, in every row; docs/log.md has what others gave
+
+
+class HybridSession:
+    """See `DraftSession`. What is committed waits in `trained`, a `LazySession`, until its network is asked."""
+
+    def __init__(self, trained: DraftSession, lookup: LookupSession):
+        self.trained, self.lookup = trained, lookup
+
+    def extend(self, tokens: torch.Tensor, features: torch.Tensor | None, counts: torch.Tensor) -> None:
+        self.lookup.extend(tokens, features, counts)
+        self.trained.extend(tokens, features, counts)
+
+    def propose(self, root: torch.Tensor, nodes: int, floor: float = 0.0) -> Candidates:
+        copied = self.lookup.prefixes(root, nodes, floor)
+        if all(expected(row) >= ENOUGH for row in copied):
+            return padded(copied, root.device)
+        return self.trained.propose(root, nodes, floor)
+
+    def join(self, tokens: torch.Tensor, features: torch.Tensor | None, counts: torch.Tensor) -> None:
+        self.lookup.join(tokens, features, counts)
+        self.trained.join(tokens, features, counts)
+
+    def select(self, rows: torch.Tensor) -> None:
+        self.lookup.select(rows)
+        self.trained.select(rows)
+
+
+def expected(prefixes: Sequence[Prefix]) -> float:
+    """How many of these tokens will be accepted, by their own probabilities."""
+    return sum(math.exp(score) for _, score, _, _ in prefixes)

@@ -1,0 +1,139 @@
+"""Copied drafts before a network's: when it is asked, what it knows then, and that output never changes."""
+
+import itertools
+
+import pytest
+import torch
+
+from ctc_drafter.decode.generate import generate, plain_generate
+from ctc_drafter.decode.queue import generate_many
+from ctc_drafter.drafters.host import padded
+from ctc_drafter.drafters.hybrid import HybridSession
+from ctc_drafter.drafters.lazy import LazySession
+from ctc_drafter.drafters.lookup import PromptLookup
+from ctc_drafter.types import Candidates, UserError
+from helpers import tiny_drafter, tiny_target
+
+PROMPTS = [[3, 1, 4, 1, 5, 3, 1, 4], [2, 7, 2, 7, 2], [8]]
+TRAINED = 50  # the token that the scripted network drafts
+
+
+class Network:
+    """Drafts one token, and keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+        self.told: list[list[int]] = []
+
+    def extend(self, tokens: torch.Tensor, features: torch.Tensor | None, counts: torch.Tensor) -> None:
+        self.told += [row[:count] for row, count in zip(tokens.tolist(), counts.tolist(), strict=True)]
+
+    def propose(self, root: torch.Tensor, nodes: int, floor: float) -> Candidates:
+        self.asked += 1
+        return padded([[(TRAINED, -0.1, -1, 1)]] * len(root), root.device)
+
+    def select(self, rows: torch.Tensor) -> None:
+        return
+
+    def join(self, tokens: torch.Tensor, features: torch.Tensor | None, counts: torch.Tensor) -> None:
+        raise NotImplementedError
+
+
+def session_of(*texts: list[int]) -> tuple[HybridSession, Network]:
+    target, network = tiny_target(), Network()
+    session = HybridSession(LazySession(network), PromptLookup().begin(target.embed, target.head, len(texts)))
+    width = max(map(len, texts))
+    tokens = torch.tensor([[*text, *[0] * (width - len(text))] for text in texts])
+    session.extend(tokens, None, torch.tensor([len(text) for text in texts]))
+    return session, network
+
+
+def test_a_text_that_repeats_itself_is_copied_without_the_network():
+    text = list(range(10, 30))
+    session, network = session_of([*text, *text[:8]])
+    found = session.propose(torch.tensor([text[8]]), 15, 0.1)
+    assert found.tokens[0, :11].tolist() == text[9:20]
+    assert network.asked == 0
+    assert network.told == []
+
+
+def test_the_network_drafts_where_nothing_agrees_and_knows_all_that_was_copied_before():
+    text = list(range(10, 30))
+    session, network = session_of([*text, *text[:8]])
+    session.propose(torch.tensor([text[8]]), 15, 0.1)
+    session.extend(torch.tensor([text[8:12]]), None, torch.tensor([4]))
+    found = session.propose(torch.tensor([5]), 15, 0.1)
+    assert found.tokens.tolist() == [[TRAINED]]
+    assert network.told == [[*text, *text[:12]]]
+
+
+def test_a_weak_agreement_is_not_enough():
+    session, network = session_of([1, 2, 3, 9, 1])
+    assert session.propose(torch.tensor([2]), 15, 0.1).tokens.tolist() == [[TRAINED]]
+    assert network.asked == 1
+
+
+def test_every_row_must_be_sure():
+    text = list(range(10, 30))
+    session, network = session_of([*text, *text[:8]], [1, 2, 3])
+    assert session.propose(torch.tensor([text[8], 4]), 15, 0.1).tokens.tolist() == [[TRAINED]] * 2
+    session.select(torch.tensor([0]))
+    assert session.propose(torch.tensor([text[8]]), 15, 0.1).tokens[0, 0] == text[9]
+    assert network.asked == 1
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_the_output_never_changes_and_drafts_grow_longer_than_the_frames(batch):
+    """A target whose newest token decides nearly all writes in a cycle, which is copied."""
+    target = tiny_target(initializer_range=0.02)
+    plain = plain_generate(target, PROMPTS[:batch], max_new_tokens=60).tokens
+    drafter = tiny_drafter(target, copies=4, lookup_length=12)
+    found = generate(target, drafter, PROMPTS[:batch], max_new_tokens=60, nodes=16, floor=0.0)
+    assert found.tokens == plain
+    if batch == 1:
+        assert max(found.accepted[0]) > drafter.config.draft_length
+
+
+def test_rows_that_join_and_leave_keep_their_own_text():
+    target = tiny_target(initializer_range=0.02)
+    expected = plain_generate(target, PROMPTS, max_new_tokens=24).tokens
+    drafter = tiny_drafter(target, lookup_length=12)
+    found = generate_many(target, drafter, PROMPTS, in_flight=2, max_new_tokens=24)
+    assert dict(found) == dict(enumerate(expected))
+
+
+@torch.inference_mode()
+def test_waiting_text_of_ragged_rows_is_taken_in_at_once():
+    """What waited is what an eager session was told bit by bit."""
+    target = tiny_target()
+    drafter = tiny_drafter(target, copies=4)
+    generator = torch.Generator().manual_seed(0)
+    width = len(drafter.feature_layers) * target.hidden_size
+    lazy = LazySession(drafter.begin(target.embed, target.head, 2))
+    eager = drafter.begin(target.embed, target.head, 2)
+    for counts in ([5, 3], [1, 4], [1, 1], [2, 1]):
+        tokens = torch.randint(0, 60, (2, max(counts)), generator=generator)
+        features = torch.randn(2, max(counts), width, generator=generator)
+        for session in (lazy, eager):
+            session.extend(tokens, features, torch.tensor(counts))
+    first, second = (session.propose(torch.tensor([7, 9]), 6, 0.0) for session in (lazy, eager))
+    assert torch.equal(first.tokens, second.tokens)
+    torch.testing.assert_close(first.scores, second.scores)
+
+
+def test_scores_of_copies_are_what_lookup_says():
+    text = list(range(10, 30)) * 2
+    session, _ = session_of(text[:28])
+    target = tiny_target()
+    alone = PromptLookup().begin(target.embed, target.head, 1)
+    alone.extend(torch.tensor([text[:28]]), None, torch.tensor([28]))
+    for mine, its in itertools.zip_longest(
+        vars(session.propose(torch.tensor([text[28]]), 8, 0.1)).values(),
+        vars(alone.propose(torch.tensor([text[28]]), 8, 0.1)).values(),
+    ):
+        assert torch.equal(mine, its)
+
+
+def test_a_negative_length_is_named():
+    with pytest.raises(UserError, match="lookup_length is -1"):
+        tiny_drafter(tiny_target(), lookup_length=-1)
