@@ -9,9 +9,9 @@ import torch
 from ctc_drafter.decode.accept import follow
 from ctc_drafter.decode.budget import REST, Budget, Pace, StepTimes
 from ctc_drafter.decode.generate import generate, plain_generate
-from ctc_drafter.drafters.lazy import LazySession
 from ctc_drafter.decode.prefill import prefill
 from ctc_drafter.decode.tree import build_tree
+from ctc_drafter.drafters.lazy import LazySession
 from ctc_drafter.profile import CACHE, measure, step_times
 from ctc_drafter.types import Candidates
 from helpers import ScriptedDrafter, tiny_drafter, tiny_target

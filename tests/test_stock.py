@@ -4,7 +4,7 @@ import pytest
 
 from ctc_drafter.decode.generate import plain_generate
 from ctc_drafter.evaluate.contenders import Decoding
-from ctc_drafter.evaluate.stock import HF, HF_LOOKUP, parse_stock, stock_contenders
+from ctc_drafter.evaluate.stock import HF, HF_LOOKUP, parse_also, stock_contenders
 from ctc_drafter.types import UserError
 from helpers import tiny_target
 
@@ -40,7 +40,7 @@ def test_lookup_accepts_what_repeats():
 
 
 def test_unknown_ways_are_refused():
-    assert parse_stock("hf, hf-lookup,hf") == (HF, HF_LOOKUP)
-    assert parse_stock("") == ()
-    with pytest.raises(UserError, match="--also hff is none"):
-        parse_stock("hff")
+    assert parse_also("hf, hf-lookup,hf") == (HF, HF_LOOKUP)
+    assert parse_also("") == ()
+    with pytest.raises(UserError, match="--also hff is not known"):
+        parse_also("hff")

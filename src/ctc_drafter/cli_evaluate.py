@@ -78,7 +78,9 @@ def evaluate(
         bool, typer.Option("--budget", help="Also trees as large as pays on this machine, up to --nodes.")
     ] = False,
     compiled: CompileOption = False,
-    also: AlsoOption = "",
+    also: Annotated[
+        str, typer.Option("--also", help="Others beside it: prompt_lookup, and transformers' hf,hf-compiled,hf-lookup.")
+    ] = "",
     json_out: JsonOption = None,
 ) -> None:
     """Measures speed and acceptance against plain decoding, and compares the outputs."""
@@ -89,13 +91,14 @@ def evaluate(
     from ctc_drafter.evaluate.report import results_table
     from ctc_drafter.evaluate.run import check_place, write_json
     from ctc_drafter.evaluate.run import evaluate as measure
-    from ctc_drafter.evaluate.stock import parse_stock
+    from ctc_drafter.evaluate.stock import NAMES, parse_also
     from ctc_drafter.evaluate.tasks import read_tasks
     from ctc_drafter.load import compiled_for, load_pair
+    from ctc_drafter.methods import PROMPT_LOOKUP
     from ctc_drafter.profile import budget_for
 
     check_place(json_out)
-    stock = parse_stock(also)
+    others = parse_also(also, (PROMPT_LOOKUP, *NAMES))
     chosen = read_tasks(tasks_path, [name.strip() for name in tasks.split(",") if name.strip()])
     if threads:
         torch.set_num_threads(threads)
@@ -113,7 +116,7 @@ def evaluate(
         nodes=nodes or DEFAULT_NODES,
         floor=DEFAULT_FLOOR if floor is None else floor,
         budget=budget_for(lm, draft, nodes or DEFAULT_NODES, batch_size) if budget else None,
-        also=stock,
+        also=others,
         seed=seed,
         meta=meta(target, drafter),
         save=(lambda value: write_json(json_out, value)) if json_out else None,
@@ -179,12 +182,12 @@ def bench(
     from ctc_drafter.evaluate.quick import QUICK, TASKS, TrainedAlike
     from ctc_drafter.evaluate.report import results_table
     from ctc_drafter.evaluate.run import check_place
-    from ctc_drafter.evaluate.stock import parse_stock
+    from ctc_drafter.evaluate.stock import parse_also
     from ctc_drafter.evaluate.tasks import read_tasks
     from ctc_drafter.load import compiled_for, load_target
 
     check_place(json_out)
-    named, stock = parse_drafters(drafters or []), parse_stock(also)
+    named, stock = parse_drafters(drafters or []), parse_also(also)
     if quick and ablations:
         refuse("give either --quick or --ablations")
     alike = TrainedAlike("ablations" if ablations else "methods", tuple(only or ()), steps, work)

@@ -13,13 +13,13 @@ from ctc_drafter.decode.budget import Budget, Pace
 from ctc_drafter.decode.cache import compact
 from ctc_drafter.decode.choose import Chooser
 from ctc_drafter.decode.join import join
-from ctc_drafter.drafters.lazy import LazySession
 from ctc_drafter.decode.prefill import prefill
 from ctc_drafter.decode.rows import Row
 from ctc_drafter.decode.stats import Stopwatch
 from ctc_drafter.decode.tree import build_tree
 from ctc_drafter.decode.verify import verify
 from ctc_drafter.drafters.base import Drafter
+from ctc_drafter.drafters.lazy import LazySession
 from ctc_drafter.target import Target
 from ctc_drafter.types import Acceptance, Candidates, TokenTree, UserError
 

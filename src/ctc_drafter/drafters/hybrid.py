@@ -1,8 +1,8 @@
 """A trained drafter that is asked only where the text does not say itself how it goes on.
 
-Where the newest tokens have stood before, and what followed them is likely to follow again, the draft is copied: it costs
-nothing, and may be longer than what a network was trained to draft. Elsewhere, which is most places, the network drafts.
-The same decision, by the length of the match: Hu et al., "SAM Decoding" (2024); Oliaro et al., "SuffixDecoding" (2024).
+Where the newest tokens have stood before, and what followed them is likely to follow again, the draft is copied: it
+costs nothing, and may be longer than what a network was trained to draft. Elsewhere the network drafts. The same
+decision, by the length of the match: Hu et al., "SAM Decoding" (2024); Oliaro et al., "SuffixDecoding" (2024).
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from ctc_drafter.drafters.host import Prefix, padded
 from ctc_drafter.drafters.lookup import LookupSession
 from ctc_drafter.types import Candidates
 
-ENOUGH = 1.5  # tokens that a copied tree must be expected to get accepted, in every row; docs/log.md has what others gave
+ENOUGH = (
+    1.5  # tokens that a copied tree must be expected to get accepted, in every row; docs/log.md has what others gave
+)
 
 
 class HybridSession:

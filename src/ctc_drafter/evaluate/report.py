@@ -11,6 +11,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from ctc_drafter.evaluate.contenders import BUDGET
 from ctc_drafter.types import UserError
 
 END = "<!-- end of figures -->"
@@ -41,17 +42,18 @@ def number(value: float | None, digits: int) -> str:
 def markdown_figures(results: Sequence[dict[str, Any]]) -> str:
     """The rows of several results as one Markdown table, and where they were measured."""
     lines = [
-        "| task | dtype | batch | method | tokens/s | γ | β | identical |",
-        "|---|---|---|---|---|---|---|---|",
+        "| task | dtype | threads | batch | method | tokens/s | γ | β | identical |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for result in results:
         meta = result["meta"]
         for row in result["rows"]:
-            cells = [row["task"], meta["dtype"], str(meta["batch_size"]), row["method"]]
+            method = row["method"] + (", budget" if row["nodes"] == BUDGET else "")
+            cells = [row["task"], meta["dtype"], str(meta["threads"]), str(meta["batch_size"]), method]
             cells += [number(row["tokens_per_s"], 0), number(row["gamma"], 2), number(row["beta"], 2)]
             lines.append(f"| {' | '.join(cells)} | {row['identical']} of {row['compared']} |")
     places = {
-        f"{m['hardware']['gpu'] or m['hardware']['cpu']}, {m['threads']} threads, torch {m['versions']['torch']}, "
+        f"{m['hardware']['gpu'] or m['hardware']['cpu']}, torch {m['versions']['torch']}, "
         f"transformers {m['versions']['transformers']}, trees of {m['nodes']} nodes, "
         f"at most {m['max_new_tokens']} new tokens"
         for m in (result["meta"] for result in results)

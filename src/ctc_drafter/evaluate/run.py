@@ -19,12 +19,14 @@ from transformers import PreTrainedTokenizerBase
 from ctc_drafter.decode.budget import Budget
 from ctc_drafter.decode.generate import DEFAULT_FLOOR, DEFAULT_NODES
 from ctc_drafter.drafters.base import Drafter
+from ctc_drafter.drafters.lookup import PromptLookup
 from ctc_drafter.evaluate.calibration import Calibration
 from ctc_drafter.evaluate.contenders import Contender, contenders_of, decoding
 from ctc_drafter.evaluate.environment import environment
 from ctc_drafter.evaluate.records import Journal, Record, histogram, row_of
 from ctc_drafter.evaluate.stock import stock_contenders
 from ctc_drafter.evaluate.tasks import Prompt, Task
+from ctc_drafter.methods import PROMPT_LOOKUP
 from ctc_drafter.target import Target
 from ctc_drafter.text import decode, encode_conversation
 from ctc_drafter.types import UserError
@@ -179,13 +181,16 @@ def evaluate(
     """Measures plain and drafted decoding on the first `limit` prompts of each task.
 
     All run in turn on each batch, the order alternating, after a warm-up; with a `budget` trees of its choice
-    too, and transformers' own ways in `also`, see `stock.py`.
+    too, `also` prompt lookup in trees of the same size, and transformers' own ways, see `stock.py`.
     Returns `{"meta", "rows"}`, a row per method and task. `identical` of `compared` prompts have, over all turns, plain
     decoding's very tokens; `skipped` prompts do not fit the target's context. `meta` adds to the meta object. `save`
     gets the object after every batch. After Ctrl-C the object holds what was finished, and `meta["complete"]` is false.
     """
     made = decoding(target, tokenizer, max_new_tokens)
-    contenders = [*contenders_of(made, drafter, nodes, floor, budget), *stock_contenders(made, also)]
+    contenders = contenders_of(made, drafter, nodes, floor, budget)
+    if PROMPT_LOOKUP in also:
+        contenders.append(made.drafted(PROMPT_LOOKUP, PromptLookup(), nodes, nodes, floor))
+    contenders += stock_contenders(made, [name for name in also if name != PROMPT_LOOKUP])
     bench = Bench(target, tokenizer, contenders, max_new_tokens, batch_size)
     settings = {"seed": seed, "nodes": nodes, "floor": floor, "limit": limit}
     result = {"meta": head(bench, settings) | (meta or {}), "rows": []}

@@ -39,12 +39,12 @@ class Bursts(BaseStreamer):
         """Nothing is held back."""
 
 
-def parse_stock(text: str) -> tuple[str, ...]:
-    """`hf,hf-lookup` as names. Raises `UserError` for others."""
+def parse_also(text: str, known: Sequence[str] = NAMES) -> tuple[str, ...]:
+    """`hf,hf-lookup` as names. Raises `UserError` for others than the `known` ones."""
     names = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
-    unknown = [name for name in names if name not in NAMES]
+    unknown = [name for name in names if name not in known]
     if unknown:
-        raise UserError(f"--also {unknown[0]} is none of transformers' ways; give some of {','.join(NAMES)}")
+        raise UserError(f"--also {unknown[0]} is not known; give some of {','.join(known)}")
     return names
 
 
