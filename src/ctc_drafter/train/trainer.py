@@ -211,6 +211,7 @@ class DrafterTrainer(Trainer):
                     settings.anchor_chunk,
                     last if settings.loss == "teacher" else None,
                     settings.recompute,
+                    settings.copy_dropout if drafter.training else 0.0,
                 )
 
         return model(work), int(used.sum())
