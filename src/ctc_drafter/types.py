@@ -24,12 +24,18 @@ class Candidates:
     depths:  int64 [B, C], tokens in the prefix (1 for a child of the root).
     scores:  float [B, C], log of the probability that the target's text begins with the prefix, under
              the drafter; never above the parent's; -inf marks padding.
+    free:    whether they took next to no time: copied by a drafter that mostly asks a network.
     """
 
     tokens: torch.Tensor
     parents: torch.Tensor
     depths: torch.Tensor
     scores: torch.Tensor
+    free: bool = False
+
+    def select(self, rows: torch.Tensor) -> Candidates:
+        """Of these rows alone, `int64 [R]` or `bool [B]`."""
+        return Candidates(self.tokens[rows], self.parents[rows], self.depths[rows], self.scores[rows], self.free)
 
     @classmethod
     def nothing(cls, root: torch.Tensor) -> Candidates:

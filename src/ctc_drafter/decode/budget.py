@@ -44,10 +44,15 @@ class StepTimes:
 
 @dataclass(frozen=True)
 class Curve:
-    """plain: ms of a plain step; whole `[1+N]`: of steps that draft and verify 0..N nodes."""
+    """plain: ms of a plain step; whole `[1+N]`: of steps that draft and verify 0..N nodes; draft: of drafting alone."""
 
     plain: float
     whole: np.ndarray
+    draft: float
+
+    def cost(self, free: bool) -> np.ndarray:
+        """`whole`, or the same without drafting."""
+        return self.whole - self.draft if free else self.whole
 
     @property
     def floor(self) -> float:
@@ -81,7 +86,7 @@ def _curve(budget: Budget, rows: int, context: int) -> Curve:
     measured = [between([[line[i] for line in batch] for batch in times.whole]) for i in range(len(times.sizes))]
     # More nodes never cost less; what says so is noise.
     whole = np.maximum.accumulate(np.interp(reach, (0, *times.sizes), (plain + draft, *measured)))
-    return Curve(plain, whole)
+    return Curve(plain, whole, draft)
 
 
 class Pace:
@@ -91,7 +96,7 @@ class Pace:
         self.budget = budget
         self.gain = START  # running mean of text per time over plain decoding's, of steps with a draft
         self.trust = 1.0  # running mean of accepted tokens over expected ones
-        self.rest, self.waiting, self.drafted = REST, 0, False
+        self.rest, self.waiting, self.drafted, self.free = REST, 0, False, False
 
     def drafts(self) -> bool:
         """Whether the next step is worth a draft."""
@@ -105,11 +110,12 @@ class Pace:
 
     def size(self, candidates: Candidates, context: int) -> int:
         """How many of the best prefixes to verify."""
+        self.free = candidates.free
         curve = self.budget.curve(len(candidates.scores), context)
         best = candidates.scores.exp().sort(1, descending=True).values[:, : len(curve.whole) - 1]
         emitted = 1 + self.trust * np.concatenate([[0.0], best.mean(0).cumsum(0).cpu().numpy()])
         worth = max(self.gain, 1.0) / curve.plain
-        return int((emitted - worth * curve.whole[: len(emitted)]).argmax())
+        return int((emitted - worth * curve.cost(self.free)[: len(emitted)]).argmax())
 
     def note(self, context: int, tree: TokenTree, acceptance: Acceptance) -> None:
         """What a step came to."""
@@ -120,7 +126,7 @@ class Pace:
         sums = torch.stack([acceptance.counts.sum(), (tree.scores.exp() * tree.valid).sum()])  # one wait for a GPU
         accepted, expected = (value / rows for value in sums.tolist())
         expected -= 1
-        self.gain += MEMORY * ((1 + accepted) * curve.plain / curve.whole[nodes] - self.gain)
+        self.gain += MEMORY * ((1 + accepted) * curve.plain / curve.cost(self.free)[nodes] - self.gain)
         if expected > 0:
             ratio = min(accepted / expected, 3.0)
             self.trust = float(np.clip(self.trust + MEMORY * (ratio - self.trust), *TRUST))

@@ -38,7 +38,10 @@ def grow(step: Step, root: torch.Tensor, nodes: int, depth: int, floor: float) -
         if not following.shape[1]:
             break
         prefixes, places = torch.from_numpy(following), torch.from_numpy(kept)
-    return Candidates(*(torch.from_numpy(np.concatenate(parts, 1)) for parts in zip(*levels, strict=True)))
+    tokens, parents, depths, scores = (
+        torch.from_numpy(np.concatenate(parts, 1)) for parts in zip(*levels, strict=True)
+    )
+    return Candidates(tokens, parents, depths, scores)
 
 
 @njit(cache=True, nogil=True)

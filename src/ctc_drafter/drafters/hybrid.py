@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -35,7 +36,7 @@ class HybridSession:
     def propose(self, root: torch.Tensor, nodes: int, floor: float = 0.0) -> Candidates:
         copied = self.lookup.prefixes(root, nodes, floor)
         if all(expected(row) >= ENOUGH for row in copied):
-            return padded(copied, root.device)
+            return replace(padded(copied, root.device), free=True)
         return self.trained.propose(root, nodes, floor)
 
     def join(self, tokens: torch.Tensor, features: torch.Tensor | None, counts: torch.Tensor) -> None:

@@ -93,7 +93,7 @@ def true_ranks(candidates: Candidates, truth: torch.Tensor) -> torch.Tensor:
         found.append(torch.where(right.any(1), rank, UNRANKED)[known])
         kept = right.any(1)
         parent, truth = right.float().argmax(1)[kept], truth[kept]
-        candidates = Candidates(*(part[kept] for part in vars(candidates).values()))
+        candidates = candidates.select(kept)
     return torch.cat(found)
 
 
