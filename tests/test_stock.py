@@ -42,5 +42,27 @@ def test_lookup_accepts_what_repeats():
 def test_unknown_ways_are_refused():
     assert parse_also("hf, hf-lookup,hf") == (HF, HF_LOOKUP)
     assert parse_also("") == ()
-    with pytest.raises(UserError, match="--also hff is not known"):
-        parse_also("hff")
+    assert parse_also("hf-assisted=a/b") == ("hf-assisted=a/b",)
+    for text, part in (
+        ("hff", "--also hff is not known"),
+        ("hf=x", "not known"),
+        ("hf-assisted", "write hf-assisted=DIR"),
+    ):
+        with pytest.raises(UserError, match=part):
+            parse_also(text)
+
+
+def test_an_assistant_drafts(tmp_path):
+    """The target itself as its assistant is right always, so that some step accepts more than one token."""
+    target = tiny_target()
+    target.model.save_pretrained(tmp_path / "same")
+    tiny_target(vocab_size=32).model.save_pretrained(tmp_path / "other")
+    decoding = Decoding(target, frozenset(), 20)
+    (contender,) = stock_contenders(decoding, (f"hf-assisted={tmp_path / 'same'}",))
+    found = contender.run(PROMPTS, False, None)
+    assert contender.method == "hf-assisted"
+    assert found.tokens == plain_generate(target, PROMPTS, max_new_tokens=20).tokens
+    assert found.stats.beta > 1.5  # it stops where it is unsure, as transformers has it
+    for place, part in (("other", "another vocabulary"), ("none", "no assistant could be loaded")):
+        with pytest.raises(UserError, match=part):
+            stock_contenders(decoding, (f"hf-assisted={tmp_path / place}",))

@@ -79,7 +79,11 @@ def evaluate(
     ] = False,
     compiled: CompileOption = False,
     also: Annotated[
-        str, typer.Option("--also", help="Others beside it: prompt_lookup, and transformers' hf,hf-compiled,hf-lookup.")
+        str,
+        typer.Option(
+            "--also",
+            help="Others beside it: prompt_lookup, and transformers' hf,hf-compiled,hf-lookup,hf-assisted=DIR.",
+        ),
     ] = "",
     json_out: JsonOption = None,
 ) -> None:

@@ -37,7 +37,7 @@ CompileOption = Annotated[
     typer.Option("--compile", help="Compile the target's steps first: takes 10 to 60 s, needs a C++ compiler."),
 ]
 AlsoOption = Annotated[
-    str, typer.Option("--also", help="transformers' own generate beside it: hf,hf-compiled,hf-lookup.")
+    str, typer.Option("--also", help="transformers' own generate beside it: hf,hf-compiled,hf-lookup,hf-assisted=DIR.")
 ]
 NewTokensOption = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer, in tokens.")]
 BatchOption = Annotated[int, typer.Option("--batch-size", min=1, help="Prompts decoded together.")]

@@ -1,7 +1,8 @@
 """transformers' own `generate` as contenders: what a user has without this package.
 
 `hf` with its usual cache, `hf-compiled` with its static cache and compiled forward, `hf-lookup` with
-`prompt_lookup_num_tokens`. A compiled forward is kept on the model by transformers; the others leave it alone.
+`prompt_lookup_num_tokens`, `hf-assisted=DIR` with a smaller model of the same tokenizer as its assistant. A compiled
+forward is kept on the model by transformers; the others leave it alone.
 """
 
 from __future__ import annotations
@@ -12,17 +13,19 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import CompileConfig, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, CompileConfig, GenerationConfig, PreTrainedModel
 from transformers.generation import BaseStreamer
 
 from ctc_drafter.decode.generate import Generation
 from ctc_drafter.decode.stats import Stats
 from ctc_drafter.evaluate.calibration import Calibration
 from ctc_drafter.evaluate.contenders import Contender, Decoding
+from ctc_drafter.target import first_line
 from ctc_drafter.types import UserError
 
-HF, HF_COMPILED, HF_LOOKUP = "hf", "hf-compiled", "hf-lookup"
-NAMES = (HF, HF_COMPILED, HF_LOOKUP)
+HF, HF_COMPILED, HF_LOOKUP, HF_ASSISTED = "hf", "hf-compiled", "hf-lookup", "hf-assisted"
+NAMES = (HF, HF_COMPILED, HF_LOOKUP, HF_ASSISTED)
+ROW_BY_ROW = (HF_LOOKUP, HF_ASSISTED)
 LOOKUP_TOKENS = 10  # what transformers' documentation uses
 
 
@@ -40,11 +43,13 @@ class Bursts(BaseStreamer):
 
 
 def parse_also(text: str, known: Sequence[str] = NAMES) -> tuple[str, ...]:
-    """`hf,hf-lookup` as names. Raises `UserError` for others than the `known` ones."""
+    """`hf,hf-assisted=DIR` as names. Raises `UserError` for others than the `known` ones."""
     names = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        raise UserError(f"--also {unknown[0]} is not known; give some of {','.join(known)}")
+    for name, equals, place in (name.partition("=") for name in names):
+        if name not in known or (equals and name != HF_ASSISTED):
+            raise UserError(f"--also {name}{equals}{place} is not known; give some of {','.join(known)}")
+        if name == HF_ASSISTED and not place:
+            raise UserError(f"--also {name} needs its assistant, a model of the target's tokenizer; write {name}=DIR")
     return names
 
 
@@ -52,15 +57,17 @@ def stock_contenders(decoding: Decoding, names: Sequence[str]) -> list[Contender
     return [stock_contender(decoding, name) for name in names]
 
 
-def stock_contender(decoding: Decoding, name: str) -> Contender:
-    """One of `NAMES`, greedy, until the same ends as `decoding`'s."""
+def stock_contender(decoding: Decoding, text: str) -> Contender:
+    """One of `NAMES`, as `parse_also` returns it, greedy, until the same ends as `decoding`'s."""
+    name, _, place = text.partition("=")
     config, model = generation_config(decoding, name), decoding.target.model
+    assistant = load_assistant(place, decoding) if place else None
 
     def run(prompts: list[list[int]], _timed: bool, _: Calibration | None) -> Generation:
         begin = time.perf_counter()
         # Assisted generation and streamers take a row at a time.
-        groups = [[prompt] for prompt in prompts] if name == HF_LOOKUP else [prompts]
-        rows = [row for group in groups for row in generated(model, group, config)]
+        groups = [[prompt] for prompt in prompts] if name in ROW_BY_ROW else [prompts]
+        rows = [row for group in groups for row in generated(model, group, config, assistant)]
         stats = Stats(seconds=time.perf_counter() - begin)
         for tokens, accepted in rows:
             stats.tokens += len(tokens) - sum(each + 1 for each in accepted)
@@ -81,6 +88,18 @@ def generation_config(decoding: Decoding, name: str) -> GenerationConfig:
     return GenerationConfig(max_new_tokens=decoding.max_new_tokens, do_sample=False, **options)
 
 
+def load_assistant(place: str, decoding: Decoding) -> PreTrainedModel:
+    """The assistant, in the target's dtype and on its device. Raises `UserError` for one that cannot be it."""
+    target = decoding.target
+    try:
+        assistant = AutoModelForCausalLM.from_pretrained(place, dtype=target.dtype)
+    except (OSError, ValueError) as error:
+        raise UserError(f"no assistant could be loaded from {place}: {first_line(error)}") from error
+    if assistant.config.get_text_config().vocab_size != target.model.config.get_text_config().vocab_size:
+        raise UserError(f"the assistant {place} has another vocabulary than the target; give one of its tokenizer")
+    return assistant.to(target.device).eval()
+
+
 def compile_config() -> CompileConfig:
     config = CompileConfig()
     config._compile_all_devices = True  # transformers has no public way to ask for it on a CPU
@@ -88,7 +107,10 @@ def compile_config() -> CompileConfig:
 
 
 def generated(
-    model: PreTrainedModel, prompts: list[list[int]], config: GenerationConfig
+    model: PreTrainedModel,
+    prompts: list[list[int]],
+    config: GenerationConfig,
+    assistant: PreTrainedModel | None = None,
 ) -> list[tuple[list[int], list[int]]]:
     """Of each row the new tokens, up to an end, and what each step after the first token accepted."""
     width = max(map(len, prompts))
@@ -104,6 +126,7 @@ def generated(
             attention_mask=torch.tensor(mask, device=device),
             generation_config=config,
             streamer=bursts,
+            assistant_model=assistant,
         )
     rows = [cut(row, config.eos_token_id or ()) for row in ids[:, width:].tolist()]
     return [(row, accepted(len(row), bursts)) for row in rows]
