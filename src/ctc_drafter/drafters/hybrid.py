@@ -13,20 +13,19 @@ from dataclasses import replace
 
 import torch
 
-from ctc_drafter.drafters.base import DraftSession
 from ctc_drafter.drafters.host import Prefix, padded
+from ctc_drafter.drafters.lazy import LazySession
 from ctc_drafter.drafters.lookup import LookupSession
 from ctc_drafter.types import Candidates
 
-ENOUGH = (
-    1.5  # tokens that a copied tree must be expected to get accepted, in every row; docs/log.md has what others gave
-)
+# Tokens that a copied tree must be expected to get accepted, in every row. docs/log.md has what others gave.
+ENOUGH = 1.5
 
 
 class HybridSession:
-    """See `DraftSession`. What is committed waits in `trained`, a `LazySession`, until its network is asked."""
+    """See `DraftSession`. What is committed waits in `trained` until its network is asked."""
 
-    def __init__(self, trained: DraftSession, lookup: LookupSession):
+    def __init__(self, trained: LazySession, lookup: LookupSession):
         self.trained, self.lookup = trained, lookup
 
     def extend(self, tokens: torch.Tensor, features: torch.Tensor | None, counts: torch.Tensor) -> None:

@@ -26,6 +26,7 @@ PAPER_NOTE = (
     "The paper's own figures, on other models and other hardware, not measured here "
     "(Wen, Gui and Feng, NeurIPS 2024): γ / β, greedy."
 )
+COST_NOTE = "Minutes are those of the clock on the wall, whatever else that machine did: compare steps and tokens."
 
 
 def page(all_results: Sequence[Results]) -> str:
@@ -69,6 +70,7 @@ def bench_parts(results: Results) -> Iterator[str]:
     if results.meta.get("drafters"):
         yield "### What training cost"
         yield cost_table(results)
+        yield COST_NOTE
 
 
 def ablation_parts(results: Results) -> Iterator[str]:
