@@ -55,15 +55,15 @@ quickstart: $(STAMP) ## train the shipped target and drafter anew: CORPUS=folder
 bench: $(STAMP) ## evaluate the shipped model into results/ and the README: TASKS_PATH=folder [LIMIT=40]
 	@test -n "$(TASKS_PATH)" || { echo "say where the task files are: make bench TASKS_PATH=folder" >&2; exit 2; }
 	mkdir -p results
-	eval() { \
+	measure() { \
 	    name=$$1; shift; \
 	    $(BIN)/ctc-drafter eval --tasks-path "$(TASKS_PATH)" --tasks mt_bench,gsm8k --limit $(LIMIT) \
 	        --max-new-tokens 128 "$$@" --json results/eval-$$name.json || exit $$?; \
 	}; \
-	eval float32-batch1 --dtype float32 --budget --also prompt_lookup,hf,hf-lookup; \
-	eval float32-batch1-thread1 --dtype float32 --threads 1 --also prompt_lookup; \
-	eval float32-batch4 --dtype float32 --batch-size 4 --also prompt_lookup; \
-	eval bfloat16-batch1 --dtype bfloat16 --budget --also prompt_lookup
+	measure float32-batch1 --dtype float32 --budget --also prompt_lookup,hf,hf-lookup; \
+	measure float32-batch1-thread1 --dtype float32 --threads 1 --also prompt_lookup; \
+	measure float32-batch4 --dtype float32 --batch-size 4 --also prompt_lookup; \
+	measure bfloat16-batch1 --dtype bfloat16 --budget --also prompt_lookup
 	$(BIN)/python -m ctc_drafter.evaluate.report README.md results/eval-*.json
 
 clean: ## remove caches and build folders; .venv and runs/ stay

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ctc_drafter.decode.accept import follow
-from ctc_drafter.decode.budget import MEMORY, REST, START, Budget, Pace, StepTimes
+from ctc_drafter.decode.budget import REST, START, Budget, Pace, StepTimes
 from ctc_drafter.decode.generate import generate, plain_generate
 from ctc_drafter.decode.prefill import prefill
 from ctc_drafter.decode.tree import build_tree
@@ -80,21 +80,16 @@ def test_a_node_below_the_floor_never_pays():
 
 
 def test_what_was_copied_for_nothing_is_not_charged_for_drafting():
-    """The speed of a step is reckoned without the 2 ms that a draft would have taken."""
+    """It is worth its nodes where a draft would not be, and says nothing of what drafts are worth."""
     poor = siblings(0.28, 0.28, 0.28, 0.28)
     free = Candidates(poor.tokens, poor.parents, poor.depths, poor.scores, free=True)
-    budget = Budget(times(draft=2.0), 4)
-    tree = build_tree(torch.tensor([0]), poor, 4)
-    gains = []
-    for candidates in (poor, free):
-        pace = Pace(budget)
-        assert pace.drafts()
-        pace.size(candidates, 100)
-        pace.note(100, tree, follow(tree, torch.tensor([[1, 9, 9, 9, 9]])))
-        gains.append(pace.gain)
-    paid, unpaid = ((gain - START) / MEMORY + START for gain in gains)
-    assert paid == pytest.approx(2 * 4 / 9)
-    assert unpaid == pytest.approx(2 * 4 / 7)
+    budget, tree = Budget(times(whole=(6.0, 6.5, 7.5)), 4), build_tree(torch.tensor([0]), poor, 4)
+    pace = Pace(budget)
+    pace.trust = 0.5
+    assert pace.drafts()
+    assert (pace.size(poor, 100), pace.size(free, 100)) == (0, 4)
+    pace.note(100, tree, follow(tree, torch.tensor([[1, 9, 9, 9, 9]])))
+    assert (pace.gain, pace.trust) == (START, 0.5)
 
 
 def test_drafting_that_does_not_pay_rests_longer_each_time():

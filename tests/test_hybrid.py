@@ -7,8 +7,9 @@ from ctc_drafter.decode.generate import generate, plain_generate
 from ctc_drafter.decode.queue import generate_many
 from ctc_drafter.drafters.host import padded
 from ctc_drafter.drafters.hybrid import HybridSession
-from ctc_drafter.drafters.lazy import LazySession
+from ctc_drafter.drafters.lazy import MOST, LazySession
 from ctc_drafter.drafters.lookup import PromptLookup
+from ctc_drafter.drafters.trainable import network_of
 from ctc_drafter.types import Candidates, UserError
 from helpers import tiny_drafter, tiny_target
 
@@ -129,6 +130,27 @@ def test_scores_of_copies_are_what_lookup_says():
     assert mine.free
     assert torch.equal(mine.tokens, its.tokens)
     assert torch.equal(mine.scores, its.scores)
+
+
+@torch.inference_mode()
+def test_what_waits_does_not_grow_without_bounds():
+    target = tiny_target()
+    drafter = tiny_drafter(target)
+    lazy = LazySession(drafter.begin(target.embed, target.head, 1))
+    width = len(drafter.feature_layers) * target.hidden_size
+    for _ in range(MOST // 100 + 1):
+        lazy.extend(torch.zeros(1, 100, dtype=torch.long), torch.zeros(1, 100, width), torch.tensor([100]))
+    assert lazy.waiting == []
+
+
+def test_measurements_ask_the_network():
+    """Made-up text and chains of a search say nothing of copies; without them the network is the same."""
+    drafter = tiny_drafter(tiny_target(), copies=4, lookup_length=9)
+    network = network_of(drafter)
+    assert (network.config.lookup_length, drafter.config.lookup_length) == (0, 9)
+    assert network.predictor is drafter.predictor
+    assert network_of(PromptLookup()) == PromptLookup()
+    assert drafter.without_copies().config.lookup_length == 0
 
 
 def test_a_negative_length_is_named():

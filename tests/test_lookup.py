@@ -2,13 +2,14 @@
 
 import itertools
 import math
+import random
 
 import pytest
 import torch
 
 from ctc_drafter.decode.generate import generate, plain_generate
 from ctc_drafter.decode.queue import generate_many
-from ctc_drafter.drafters.lookup import PromptLookup
+from ctc_drafter.drafters.lookup import PromptLookup, Text
 from ctc_drafter.types import UserError
 from helpers import tiny_target
 
@@ -46,6 +47,37 @@ def test_the_longest_match_comes_first_and_shorter_ones_branch() -> None:
 def test_a_whole_n_gram_must_agree() -> None:
     assert (9,) not in drafted([1, 2, 9, 3, 2], 4)
     assert drafted([1, 2, 3], 4) == {}
+
+
+def brute_force(text: list[int], root: int, longest: int) -> dict[int, int]:
+    """End of each earlier n-gram like the newest one -> how many tokens agree."""
+    whole, found = [*text, root], {}
+    for end in range(1, len(text) + 1):
+        sizes = [n for n in range(1, min(longest, end) + 1) if whole[end - n : end] == whole[len(whole) - n :]]
+        if sizes:
+            found[end] = max(sizes)
+    return found
+
+
+@pytest.mark.parametrize("longest", [1, 3, 8])
+@pytest.mark.parametrize("size", [0, 1, 2, 5, 6, 7, 40])
+def test_the_agreements_are_those_that_brute_force_finds(longest: int, size: int) -> None:
+    generator = random.Random(size)
+    text = [generator.randrange(2) for _ in range(size)]
+    row = Text(longest)
+    for token in text:
+        row.extend([token])
+    found, best = row.matches(1)
+    wanted = brute_force(text, 1, longest)
+    assert best == max(wanted.values(), default=0)
+    assert {end for end, _ in found} <= wanted.keys()
+    newest = [end for end in sorted(wanted, reverse=True) if wanted[end] == best][:16]
+    assert [dict(found)[end] for end in newest] == pytest.approx([0.8**age for age in range(len(newest))])
+
+
+def test_a_text_grows_beyond_its_room() -> None:
+    text = [token for _ in range(9) for token in range(100)]
+    assert next(iter(drafted(text, 0))) == (1,)
 
 
 def test_copies_run_into_the_root_and_no_further() -> None:

@@ -102,7 +102,7 @@ def evaluate(
     from ctc_drafter.profile import budget_for
 
     check_place(json_out)
-    others = parse_also(also, (PROMPT_LOOKUP, *NAMES))
+    others = [name for name in parse_also(also, (PROMPT_LOOKUP, *NAMES)) if name != drafter]
     chosen = read_tasks(tasks_path, [name.strip() for name in tasks.split(",") if name.strip()])
     if threads:
         torch.set_num_threads(threads)

@@ -96,7 +96,7 @@ class Pace:
         self.budget = budget
         self.gain = START  # running mean of text per time over plain decoding's, of steps with a draft
         self.trust = 1.0  # running mean of accepted tokens over expected ones
-        self.rest, self.waiting, self.drafted, self.free = REST, 0, False, False
+        self.rest, self.waiting, self.drafted = REST, 0, False
 
     def drafts(self) -> bool:
         """Whether the next step is worth a draft."""
@@ -110,15 +110,16 @@ class Pace:
 
     def size(self, candidates: Candidates, context: int) -> int:
         """How many of the best prefixes to verify."""
-        self.free = candidates.free
+        self.drafted = self.drafted and not candidates.free
         curve = self.budget.curve(len(candidates.scores), context)
         best = candidates.scores.exp().sort(1, descending=True).values[:, : len(curve.whole) - 1]
-        emitted = 1 + self.trust * np.concatenate([[0.0], best.mean(0).cumsum(0).cpu().numpy()])
+        trust = 1.0 if candidates.free else self.trust
+        emitted = 1 + trust * np.concatenate([[0.0], best.mean(0).cumsum(0).cpu().numpy()])
         worth = max(self.gain, 1.0) / curve.plain
-        return int((emitted - worth * curve.cost(self.free)[: len(emitted)]).argmax())
+        return int((emitted - worth * curve.cost(candidates.free)[: len(emitted)]).argmax())
 
     def note(self, context: int, tree: TokenTree, acceptance: Acceptance) -> None:
-        """What a step came to."""
+        """What a step came to. Copies say nothing of what a draft is worth."""
         if not self.drafted:
             return
         rows, nodes = tree.tokens.shape[0], tree.tokens.shape[1] - 1
@@ -126,7 +127,7 @@ class Pace:
         sums = torch.stack([acceptance.counts.sum(), (tree.scores.exp() * tree.valid).sum()])  # one wait for a GPU
         accepted, expected = (value / rows for value in sums.tolist())
         expected -= 1
-        self.gain += MEMORY * ((1 + accepted) * curve.plain / curve.cost(self.free)[nodes] - self.gain)
+        self.gain += MEMORY * ((1 + accepted) * curve.plain / curve.whole[nodes] - self.gain)
         if expected > 0:
             ratio = min(accepted / expected, 3.0)
             self.trust = float(np.clip(self.trust + MEMORY * (ratio - self.trust), *TRUST))

@@ -73,11 +73,20 @@ class CTCDrafter(FramesModel):
         narrow.load_state_dict(weights | {"d2t": tokens - torch.arange(len(tokens), device=tokens.device)})
         return narrow.to(self.device, self.dtype).eval()
 
+    def without_lookup(self) -> CTCDrafter:
+        """See `TrainableDrafter.without_lookup`."""
+        if not self.config.lookup_length:
+            return self
+        network = copy.copy(self)
+        network.config = copy.copy(self.config)
+        network.config.lookup_length = 0
+        return network
+
     @torch.no_grad()
     def without_copies(self) -> CTCDrafter:
         """The same drafter where nobody knows the text, as in engines: it drafts what its frames say."""
         config = copy.deepcopy(self.config)
-        config.copies = 0
+        config.copies = config.lookup_length = 0
         plain = type(self)(config)
         plain.load_state_dict({k: v for k, v in self.state_dict().items() if not k.startswith(COPYING)})
         return plain.to(self.device, self.dtype).eval()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import takewhile
 
 import torch
 
@@ -33,8 +34,8 @@ class HybridSession:
         self.trained.extend(tokens, features, counts)
 
     def propose(self, root: torch.Tensor, nodes: int, floor: float = 0.0) -> Candidates:
-        copied = self.lookup.prefixes(root, nodes, floor)
-        if all(expected(row) >= ENOUGH for row in copied):
+        copied = list(takewhile(sure, self.lookup.prefixes(root, nodes, floor)))
+        if len(copied) == len(root):
             return replace(padded(copied, root.device), free=True)
         return self.trained.propose(root, nodes, floor)
 
@@ -47,6 +48,6 @@ class HybridSession:
         self.trained.select(rows)
 
 
-def expected(prefixes: Sequence[Prefix]) -> float:
-    """How many of these tokens will be accepted, by their own probabilities."""
-    return sum(math.exp(score) for _, score, _, _ in prefixes)
+def sure(prefixes: Sequence[Prefix]) -> bool:
+    """Whether enough of these tokens will be accepted, by their own probabilities."""
+    return sum(math.exp(score) for _, score, _, _ in prefixes) >= ENOUGH

@@ -10,6 +10,8 @@ import torch
 from ctc_drafter.drafters.base import DraftSession
 from ctc_drafter.types import Candidates
 
+MOST = 256  # tokens of a row that wait; features of more would fill memory
+
 
 @dataclass(frozen=True)
 class Committed:
@@ -33,6 +35,8 @@ class LazySession:
 
     def extend(self, tokens: torch.Tensor, features: torch.Tensor | None, counts: torch.Tensor) -> None:
         self.waiting.append(Committed(tokens, features, counts))
+        if sum(each.tokens.shape[1] for each in self.waiting) > MOST:
+            self.catch_up()
 
     def catch_up(self) -> None:
         if self.waiting:
@@ -60,9 +64,7 @@ def end_to_end(parts: Sequence[Committed]) -> Committed:
     tokens, counts = torch.cat([part.tokens for part in parts], 1), torch.stack([part.counts for part in parts]).sum(0)
     features = [part.features for part in parts if part.features is not None]
     whole = torch.cat(features, 1) if features else None
-    if any(part.tokens.shape[1] > 1 for part in parts):  # rows may have gaps
-        there = [torch.arange(p.tokens.shape[1], device=counts.device) < p.counts.unsqueeze(1) for p in parts]
-        order = (~torch.cat(there, 1)).byte().argsort(dim=1, stable=True)
-        tokens = tokens.gather(1, order)
-        whole = None if whole is None else whole.gather(1, order.unsqueeze(-1).expand_as(whole))
-    return Committed(tokens, whole, counts)
+    there = [torch.arange(p.tokens.shape[1], device=counts.device) < p.counts.unsqueeze(1) for p in parts]
+    order = (~torch.cat(there, 1)).byte().argsort(dim=1, stable=True)
+    whole = None if whole is None else whole.gather(1, order.unsqueeze(-1).expand_as(whole))
+    return Committed(tokens.gather(1, order), whole, counts)

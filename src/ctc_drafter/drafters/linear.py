@@ -26,6 +26,8 @@ class LinearCTCConfig(CTCDrafterConfig):
         super().check()
         if self.copies:
             raise UserError("ctc-linear copies nothing; leave copies at 0, or train ctc")
+        if self.lookup_length:
+            raise UserError("ctc-linear copies nothing; leave lookup_length at 0, or train ctc")
 
 
 class FrameMaps(nn.Linear):

@@ -17,9 +17,10 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -54,35 +55,40 @@ class PromptLookup:
 
 
 class Text:
-    """A row's committed tokens, and where each of its n-grams ends."""
+    """A row's committed tokens, `int64` with room behind them. It is read whole at each draft: no index to keep."""
 
     def __init__(self, longest: int):
-        self.longest = longest
-        self.tokens: list[int] = []
-        self.ends: dict[tuple[int, ...], list[int]] = {}
+        self.longest, self.size = longest, 0
+        self.tokens = np.zeros(256, np.int64)
 
     def extend(self, tokens: Sequence[int]) -> None:
-        for token in tokens:
-            self.tokens.append(token)
-            end = len(self.tokens)
-            for size in range(1, min(self.longest, end) + 1):
-                self.ends.setdefault(tuple(self.tokens[end - size :]), []).append(end)
+        end = self.size + len(tokens)
+        if end >= len(self.tokens):  # the root needs a place, too
+            self.tokens = np.concatenate([self.tokens, np.zeros(end, np.int64)])
+        self.tokens[self.size : end] = tokens
+        self.size = end
 
     def matches(self, root: int) -> tuple[list[tuple[int, float]], int]:
         """Where n-grams like the text's end go on, newest first, with their weights; and the longest one's size."""
+        self.tokens[self.size] = root
+        text = self.tokens[: self.size + 1]
+        agrees, lengths = np.ones(self.size, np.bool_), np.zeros(self.size, np.int64)
+        for back in range(min(self.longest, self.size)):  # place p: do the tokens up to p read like the newest ones?
+            agrees[:back] = False
+            agrees[back:] &= text[: self.size - back] == text[self.size - back]
+            lengths += agrees
+        best = int(lengths.max(initial=0))
         weights: dict[int, float] = {}
-        recent, best = [*self.tokens[len(self.tokens) - self.longest + 1 :], root][-self.longest :], 0
-        for size in range(len(recent), 0, -1):
-            ends = self.ends.get(tuple(recent[-size:]), [])[-MATCHES:]
-            best = best or (size if ends else 0)
-            for age, end in enumerate(reversed(ends)):
-                weights.setdefault(end, RECENCY**age * SHORTER ** (best - size))
+        for size in range(best, 0, -1):
+            places = np.flatnonzero(lengths >= size)[-MATCHES:].tolist()
+            for age, place in enumerate(reversed(places)):
+                weights.setdefault(place + 1, RECENCY**age * SHORTER ** (best - size))
         return sorted(weights.items(), reverse=True), best
 
     def prefixes(self, root: int, count: int, depth: int, floor: float) -> list[Prefix]:
         """The `count` best prefixes of probability `floor` and more, best first and parents before children."""
         matches, length = self.matches(root)
-        tokens = [*self.tokens, root]
+        tokens = self.tokens[: self.size + 1]  # with the root, which `matches` has put there
         found: list[Prefix] = []
         waiting: list[tuple[float, int, int, int, int, list[tuple[int, float]]]] = []
         order = 0
@@ -92,7 +98,7 @@ class Text:
             branches: dict[int, list[tuple[int, float]]] = {}
             for place, weight in group:
                 if place < len(tokens):
-                    branches.setdefault(tokens[place], []).append((place + 1, weight))
+                    branches.setdefault(int(tokens[place]), []).append((place + 1, weight))
             total = sum(weight for branch in branches.values() for _, weight in branch) + PRIOR / (length + level)
             for token, branch in branches.items():  # the newest match stands first, and wins among equals
                 child = score + math.log(sum(weight for _, weight in branch) / total)
@@ -122,12 +128,12 @@ class LookupSession:
             row.extend(new[:count])
 
     def propose(self, root: torch.Tensor, nodes: int, floor: float = 0.0) -> Candidates:
-        return padded(self.prefixes(root, nodes, floor), root.device)
+        return padded(list(self.prefixes(root, nodes, floor)), root.device)
 
-    def prefixes(self, root: torch.Tensor, nodes: int, floor: float) -> list[list[Prefix]]:
+    def prefixes(self, root: torch.Tensor, nodes: int, floor: float) -> Iterator[list[Prefix]]:
         """`propose`, row by row and on the host."""
-        depth = self.drafter.draft_length
-        return [row.prefixes(token, nodes, depth, floor) for row, token in zip(self.rows, root.tolist(), strict=True)]
+        for row, token in zip(self.rows, root.tolist(), strict=True):
+            yield row.prefixes(token, nodes, self.drafter.draft_length, floor)
 
     def join(self, tokens: torch.Tensor, features: torch.Tensor | None, counts: torch.Tensor) -> None:
         new = LookupSession(self.drafter, [Text(self.drafter.longest) for _ in counts])

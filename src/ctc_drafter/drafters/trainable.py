@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ctc_drafter.drafters.base import DraftSession
+from ctc_drafter.drafters.base import Drafter, DraftSession
 from ctc_drafter.drafters.borrowed import Borrowed
 from ctc_drafter.drafters.sizes import DrafterConfig
 from ctc_drafter.types import Candidates, UserError
@@ -100,6 +100,10 @@ class TrainableDrafter(PreTrainedModel):
             found = self.likelihood(blocks, prefixes, embed, head)
         with torch.autocast(blocks.device.type, enabled=False):
             return objective(found, *self.labels(prefixes, valid))
+
+    def without_lookup(self) -> TrainableDrafter:
+        """The same weights where each draft asks the network (`drafters/hybrid.py`)."""
+        return self
 
     def copies(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """What drafters that copy would copy after the texts' own tokens, `int64 [B, A, ...]`; by default nothing.
@@ -231,3 +235,8 @@ class TrainableDrafter(PreTrainedModel):
             nn.init.zeros_(module.bias)
         if isinstance(module, nn.RMSNorm):
             nn.init.ones_(module.weight)
+
+
+def network_of(drafter: Drafter) -> Drafter:
+    """The drafter where each draft asks its network, if it has one: what its own drafts cost and are worth."""
+    return drafter.without_lookup() if isinstance(drafter, TrainableDrafter) else drafter

@@ -11,6 +11,7 @@ from ctc_drafter.decode.budget import Budget
 from ctc_drafter.decode.choose import ARGMAX, Chooser
 from ctc_drafter.decode.generate import Generation, generate, plain_generate
 from ctc_drafter.drafters.base import Drafter
+from ctc_drafter.drafters.trainable import network_of
 from ctc_drafter.evaluate.calibration import Calibration, Watched
 from ctc_drafter.evaluate.chain import POOL, Chained
 from ctc_drafter.evaluate.records import PLAIN, Key
@@ -80,9 +81,9 @@ class Decoding:
         return Contender(method, nodes, run)
 
     def of_size(self, method: str, drafter: Drafter, nodes: int | str, chooser: Chooser = ARGMAX) -> Contender:
-        """A chain, or trees of exactly so many nodes: without a floor, as far as the drafter has as many."""
+        """A chain of the drafter's network, or trees of so many nodes: without a floor, as far as it has as many."""
         if nodes == CHAIN:
-            return self.drafted(method, Chained(drafter), CHAIN, POOL, 0.0, chooser)
+            return self.drafted(method, Chained(network_of(drafter)), CHAIN, POOL, 0.0, chooser)
         return self.drafted(method, drafter, nodes, int(nodes), 0.0, chooser)
 
 

@@ -50,6 +50,8 @@ def parse_also(text: str, known: Sequence[str] = NAMES) -> tuple[str, ...]:
             raise UserError(f"--also {name}{equals}{place} is not known; give some of {','.join(known)}")
         if name == HF_ASSISTED and not place:
             raise UserError(f"--also {name} needs its assistant, a model of the target's tokenizer; write {name}=DIR")
+    if sum(name.startswith(HF_ASSISTED) for name in names) > 1:
+        raise UserError(f"--also takes one {HF_ASSISTED}; compare assistants in runs of their own")
     return names
 
 

@@ -30,8 +30,9 @@ WORDS = {
 }
 SAMPLED = 16  # numbers of a weight that its hash covers
 
-# Keys of a model config that say how it was loaded, not what it is.
+# Keys of a model config that say how it was loaded or is used, not what it is.
 VOLATILE = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures"}
+VOLATILE |= {"lookup_length"}
 
 
 def digest(value: str) -> str:
