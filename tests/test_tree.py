@@ -23,6 +23,12 @@ def candidates(*prefixes: tuple[str, float]) -> Candidates:
     )
 
 
+def stacked(first: Candidates, second: Candidates) -> Candidates:
+    """Two rows of one batch."""
+    parts = ("tokens", "parents", "depths", "scores")
+    return Candidates(*(torch.cat([getattr(first, part), getattr(second, part)]) for part in parts))
+
+
 EXAMPLE = candidates(("a", 0.6), ("b", 0.3), ("ab", 0.5), ("aba", 0.1))
 
 
@@ -50,7 +56,7 @@ def test_a_floor_leaves_unlikely_nodes_out():
     assert tree.valid.all()
     # In a batch the likeliest row sets the size, and the others are padded with nodes that are never accepted.
     unsure = candidates(("a", 0.3), ("b", 0.2), ("ab", 0.1), ("aba", 0.1))
-    both = Candidates(*(torch.cat(pair) for pair in zip(vars(EXAMPLE).values(), vars(unsure).values(), strict=True)))
+    both = stacked(EXAMPLE, unsure)
     tree = build_tree(ROOT.repeat(2), both, nodes=4, floor=0.4)
     assert tree.valid.tolist() == [[T, T, T], [T, F, F]]
     alone = build_tree(ROOT, unsure, nodes=4, floor=0.9)
@@ -68,7 +74,7 @@ def test_the_best_chain_maximises_the_sum_of_prefix_probabilities():
 def test_best_chains_of_different_lengths_are_padded():
     long = candidates(("a", 0.5), ("b", 0.4), ("ac", 0.1), ("bc", 0.35))
     short = candidates(("a", 0.9), ("b", 0.1), ("bc", 0.1), ("bd", 0.05))
-    both = Candidates(*(torch.cat(pair) for pair in zip(vars(long).values(), vars(short).values(), strict=True)))
+    both = stacked(long, short)
     chain = best_chain(both)
     assert chain.tokens[0].tolist() == [1, 2]
     assert chain.tokens[1, 0].item() == 0
