@@ -65,7 +65,7 @@ class Results:
     def place(self) -> str:
         """Where the figures come from, for captions."""
         meta, hardware = self.meta, self.meta["hardware"]
-        machine = hardware["gpu"] or f"{hardware['cpu']}, {meta['threads']} threads"
+        machine = hardware["gpu"] or f"{hardware['cpu']}, {meta['threads']} thread{'s' * (meta['threads'] > 1)}"
         unfinished = "" if meta["complete"] else ", unfinished run"
         return (
             f"results/{self.name}.json, commit {(meta['commit'] or 'unknown')[:9]}, {machine}, "
