@@ -37,7 +37,7 @@ TRAINING: dict[str, Any] = {
     "save_every": 80,
 }
 TASKS = "mt_bench,gsm8k"
-QUICK = BenchSettings(sizes=("chain", 16), limit=8, max_new_tokens=96)
+QUICK = BenchSettings(sizes=("chain", 16), limit=8, max_new_tokens=64, watched=1)
 
 
 @dataclass(frozen=True)
