@@ -28,8 +28,9 @@ import typer
 from prometheus_client.parser import text_string_to_metric_families
 
 from ctc_drafter.evaluate.clients import PATIENCE, Reply, ask_all
+from ctc_drafter.evaluate.command import run, write_figures
 from ctc_drafter.evaluate.environment import environment
-from ctc_drafter.evaluate.report import insert_figures, number
+from ctc_drafter.evaluate.report import number
 from ctc_drafter.evaluate.run import check_place, write_json
 from ctc_drafter.evaluate.serving import bodies_of
 from ctc_drafter.evaluate.tasks import read_tasks
@@ -199,16 +200,11 @@ def measure(
 @app.command()
 def report(page: Path, files: list[Path]) -> None:
     """Writes results into a page, between its markers."""
-    results = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(files)]
-    figures = markdown_engines(results)
-    page.write_text(insert_figures(page.read_text(encoding="utf-8"), figures, "vllm"), encoding="utf-8")
+    write_figures(page, files, markdown_engines, "vllm")
 
 
 def main() -> None:
-    try:
-        app()
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    run(app)
 
 
 if __name__ == "__main__":

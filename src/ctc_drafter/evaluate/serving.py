@@ -14,15 +14,15 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from json import loads
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from ctc_drafter.evaluate.clients import Reply, ask_all, served, totals
+from ctc_drafter.evaluate.command import run, write_figures
 from ctc_drafter.evaluate.environment import environment
-from ctc_drafter.evaluate.report import insert_figures, number
+from ctc_drafter.evaluate.report import number
 from ctc_drafter.evaluate.run import check_place, write_json
 from ctc_drafter.evaluate.tasks import Prompt, read_tasks
 from ctc_drafter.types import UserError
@@ -207,15 +207,11 @@ def measure(
 @app.command()
 def report(page: Path, files: list[Path]) -> None:
     """Writes results into a page, between its markers."""
-    results = [loads(file.read_text(encoding="utf-8")) for file in sorted(files)]
-    page.write_text(insert_figures(page.read_text(encoding="utf-8"), markdown_serving(results)), encoding="utf-8")
+    write_figures(page, files, markdown_serving)
 
 
 def main() -> None:
-    try:
-        app()
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    run(app)
 
 
 if __name__ == "__main__":

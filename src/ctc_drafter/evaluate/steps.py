@@ -13,7 +13,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
-from json import loads
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,9 +21,9 @@ import typer
 
 from ctc_drafter.evaluate.bench import parse_sizes
 from ctc_drafter.evaluate.cells import SHIPPED, Cell, measured
+from ctc_drafter.evaluate.command import run, write_figures
 from ctc_drafter.evaluate.environment import environment
 from ctc_drafter.evaluate.performance import markdown_steps
-from ctc_drafter.evaluate.report import insert_figures
 from ctc_drafter.evaluate.run import check_place, write_json
 from ctc_drafter.evaluate.timing import ROUNDS
 from ctc_drafter.load import chosen_device, keep_quiet
@@ -110,15 +109,11 @@ def meta(suite: str, device: str, compiled: bool, rounds: int) -> dict[str, Any]
 @app.command()
 def report(page: Path, files: Annotated[list[Path] | None, typer.Argument()] = None) -> None:
     """Writes results into a page, between its markers."""
-    results = [loads(file.read_text(encoding="utf-8")) for file in sorted(files or [])]
-    page.write_text(insert_figures(page.read_text(encoding="utf-8"), markdown_steps(results)), encoding="utf-8")
+    write_figures(page, files or [], markdown_steps)
 
 
 def main() -> None:
-    try:
-        app()
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    run(app)
 
 
 if __name__ == "__main__":
