@@ -160,6 +160,9 @@ def bench(
     work: Annotated[
         Path | None, typer.Option("--work", help="Folder for what they train.", show_default="in the user's cache")
     ] = None,
+    depths: Annotated[
+        str, typer.Option("--depths", help="Every drafter with drafts of at most so many tokens: 3,5,7.")
+    ] = "",
     limit: LimitOption = None,
     max_new_tokens: Annotated[
         int | None, typer.Option("--max-new-tokens", min=1, help="Longest answer, in tokens.", show_default="128")
@@ -182,6 +185,7 @@ def bench(
 
     from ctc_drafter.evaluate.bench import SIZES, BenchSettings, parse_drafters, parse_sizes
     from ctc_drafter.evaluate.bench import bench as measure
+    from ctc_drafter.evaluate.depths import at_depths, parse_depths
     from ctc_drafter.evaluate.named import chosen_entries
     from ctc_drafter.evaluate.quick import QUICK, TASKS, TrainedAlike
     from ctc_drafter.evaluate.report import results_table
@@ -191,7 +195,7 @@ def bench(
     from ctc_drafter.load import compiled_for, load_target
 
     check_place(json_out)
-    named, stock = parse_drafters(drafters or []), parse_also(also)
+    named, stock, shorter = parse_drafters(drafters or []), parse_also(also), parse_depths(depths)
     if quick and ablations:
         refuse("give either --quick or --ablations")
     alike = TrainedAlike("ablations" if ablations else "methods", tuple(only or ()), steps, work)
@@ -207,15 +211,19 @@ def bench(
     if threads:
         torch.set_num_threads(threads)
     lm, tokenizer = load_target(target, dtype, device)
-    entries = chosen_entries(
-        lm, tokenizer, alike if quick or ablations else named, lambda text: print(text, flush=True)
-    )
+    made = chosen_entries(lm, tokenizer, alike if quick or ablations else named, lambda text: print(text, flush=True))
+    entries = at_depths(made, shorter)
     if compiled:  # the graphs of trees are made in the warm-up
         lm = compiled_for(lm, next(iter(entries.values())).drafter, 0, 1)
     settings = BenchSettings(
         sizes, limit or usual.limit, max_new_tokens or usual.max_new_tokens, batch_size, seed, watched, stock
     )
-    about = {"command": meta(target, None)["command"], "target": target or "shipped", "ablations": ablations}
+    about = {
+        "command": meta(target, None)["command"],
+        "target": target or "shipped",
+        "ablations": ablations,
+        "depths": shorter,
+    }
     result = measure(lm, tokenizer, entries, chosen, settings, meta=about, out=json_out)
     Console().print(results_table(result))
     if not result["meta"]["complete"]:

@@ -33,8 +33,15 @@ def page(all_results: Sequence[Results]) -> str:
     """The whole page. It names the figures that `draw` writes."""
     parts = [HEAD]
     for results in all_results:
-        parts += ablation_parts(results) if results.meta.get("ablations") else bench_parts(results)
+        parts += parts_of(results)
     return "\n\n".join([*parts, "## The paper's", PAPER_NOTE, paper_table(), paper_time()]) + "\n"
+
+
+def parts_of(results: Results) -> Iterator[str]:
+    """The sections that suit what the file compares: methods, depths of their drafts, or variants."""
+    if results.meta.get("depths"):
+        return depth_parts(results)
+    return ablation_parts(results) if results.meta.get("ablations") else bench_parts(results)
 
 
 def bench_parts(results: Results) -> Iterator[str]:
@@ -86,9 +93,22 @@ def ablation_parts(results: Results) -> Iterator[str]:
     yield cost_table(results)
 
 
+def depth_parts(results: Results) -> Iterator[str]:
+    """What each drafter is worth at its best depth, and at every depth."""
+    yield f"## {results.name}"
+    yield (
+        f"From {results.place}; at most {results.meta['max_new_tokens']} new tokens. Every drafter with drafts of at "
+        "most so many tokens, on the same weights. The best depth is the one with the largest γ of the task."
+    )
+    yield f"### Each at its best depth, {figures.name_of(results.size)}"
+    yield best_depth_table(results, {task: Bootstrap(results, task) for task in results.tasks})
+    yield "### At every depth"
+    yield from (size_table(results, task) for task in results.tasks)
+
+
 def drawings(results: Results) -> Iterator[tuple[str, str, Figure]]:
     """Name, caption and figure of everything that can be drawn of a file."""
-    if results.meta.get("ablations"):
+    if results.meta.get("ablations") or results.meta.get("depths"):
         return
     at, largest = figures.name_of(results.size), figures.name_of(results.sizes[-1])
     wanted: list[tuple[str, str, Figure | None]] = [
@@ -175,6 +195,25 @@ def size_and_identity_table(results: Results, boots: dict[str, Bootstrap]) -> st
         same, compared = (sum(row[name] for row in rows) for name in ("identical", "compared"))
         cells = [shown(boots[task].beta((method, size))) for task, size in columns]
         lines.append([method, *cells, f"{same} of {compared}"])
+    return table(head, lines)
+
+
+def best_depth_table(results: Results, boots: dict[str, Bootstrap]) -> str:
+    """A line for each drafter, with its depth, γ and β in each task."""
+    known = results.meta["drafters"]
+    head = ["method", *(f"{task} {figure}" for task in results.tasks for figure in ("depth", "γ", "β"))]
+    lines = []
+    for name in dict.fromkeys(known[method]["of"] for method in results.methods):
+        cells = [name]
+        for task in results.tasks:
+            rows = (results.row(task, (each, results.size)) for each in results.methods if known[each]["of"] == name)
+            best = max((row for row in rows if row), key=lambda row: row["gamma"], default=None)
+            if best is None:
+                cells += ["-"] * 3
+                continue
+            key = (best["method"], best["nodes"])
+            cells += [str(known[key[0]]["draft_length"]), shown(boots[task].gamma(key)), shown(boots[task].beta(key))]
+        lines.append(cells)
     return table(head, lines)
 
 

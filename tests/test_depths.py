@@ -1,0 +1,80 @@
+"""Shorter drafts on the same weights: no prefix is longer, output stays, and the best depth is found."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from ctc_drafter.cli import main
+from ctc_drafter.decode.generate import generate, plain_generate
+from ctc_drafter.drafters.lookup import PromptLookup
+from ctc_drafter.drafters.silent import Silent
+from ctc_drafter.evaluate.bench import Entry
+from ctc_drafter.evaluate.depths import at_depths, parse_depths, shortened
+from ctc_drafter.evaluate.page import page
+from ctc_drafter.evaluate.results import read_results
+from ctc_drafter.methods import TRAINED, trained_method
+from ctc_drafter.target import Target
+from ctc_drafter.types import UserError
+from tiny_models import save_pair, tiny_drafter, tiny_llama
+
+SIZES = {"frames": 5, "draft_length": 5}
+PROMPTS = [[5, 9, 2, 7, 5, 9, 2], [3, 4]]
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_no_prefix_is_longer_and_output_stays(name: str) -> None:
+    target = Target.wrap(tiny_llama())
+    kind = trained_method(name).drafter
+    known = kind.config_class.__dataclass_fields__
+    sizes = {key: size for key, size in SIZES.items() if key in known}
+    torch.manual_seed(0)
+    drafter = kind.for_target(target.config, **sizes).eval()
+    plain = plain_generate(target, PROMPTS, max_new_tokens=12)
+    for depth in (1, 3, 5):
+        found = generate(target, shortened(drafter, depth), PROMPTS, max_new_tokens=12, nodes=12, floor=0.0)
+        assert found.tokens == plain.tokens
+        assert len(found.stats.accept_histogram) <= depth + 1
+    assert drafter.config.draft_length == 5
+    assert generate(target, drafter, PROMPTS, max_new_tokens=12, nodes=12, floor=0.0).tokens == plain.tokens
+
+
+def test_entries() -> None:
+    drafter = tiny_drafter(tiny_llama())
+    own = drafter.config.draft_length
+    entries = {"ours": Entry(drafter, {"method": "ctc"}), "prompt_lookup": Entry(PromptLookup(), {})}
+    found = at_depths(entries, (1, own, own + 1))
+    assert list(found) == [
+        "ours, depth 1", f"ours, depth {own}", *(f"prompt_lookup, depth {depth}" for depth in (1, own, own + 1))
+    ]  # fmt: skip
+    assert found["ours, depth 1"].facts == {"method": "ctc", "of": "ours", "draft_length": 1}
+    assert at_depths(entries, ()) == entries
+    with pytest.raises(UserError, match=f"ours drafts {own} tokens at most"):
+        at_depths(entries, (99,))
+    with pytest.raises(UserError, match="Silent has no depth"):
+        at_depths({"silent": Entry(Silent(), {})}, (1,))
+
+
+def test_parse() -> None:
+    assert parse_depths("3, 5,3") == (3, 5)
+    assert parse_depths("") == ()
+    for text in ("0", "x", "-1"):
+        with pytest.raises(UserError, match=f"--depths {text} is no depth"):
+            parse_depths(text)
+
+
+def test_command_and_page(tmp_path: Path) -> None:
+    target, drafter = save_pair(tmp_path)
+    prompts, out = tmp_path / "p.jsonl", tmp_path / "bench-depths.json"
+    prompts.write_text('{"prompt": "the cat"}\n{"prompt": "mat"}\n')
+    options = ["--target", str(target), "--drafter", f"ours={drafter}", "--drafter", "prompt_lookup"]
+    options += ["--tasks", str(prompts), "--nodes", "4", "--max-new-tokens", "8", "--depths", "1,2"]
+    assert main(["bench", *options, "--json", str(out)]) == 0
+    result = json.loads(out.read_text())
+    assert [row["method"] for row in result["rows"]][1:] == [
+        "ours, depth 1", "ours, depth 2", "prompt_lookup, depth 1", "prompt_lookup, depth 2"
+    ]  # fmt: skip
+    text = page(read_results([out]))
+    best = max((row for row in result["rows"] if row["method"].startswith("ours")), key=lambda row: row["gamma"])
+    assert f"| ours | {best['method'][-1]} | {best['gamma']:.2f} (" in text
