@@ -156,3 +156,21 @@ def test_command(tiny_quick: list[str], tmp_path: Path) -> None:
     text = page(read_results([out]))
     assert "| prefix, static tree | " in text
     assert "Typical acceptance changes the output" in text
+
+
+def test_targets_of_several_sizes(tiny_quick: list[str], tmp_path: Path) -> None:
+    """A target that is named with its own text: one table of all of them."""
+    options = ["bench", "--ablations", *tiny_quick, "--only", "prefix", "--nodes", "chain,4", "--data"]
+    options += [str(tmp_path / "answers"), "--target", str(tmp_path / "target")]
+    outs = [tmp_path / f"bench-{name}.json" for name in ("a", "b")]
+    for out in outs:
+        assert main([*options, "--work", str(tmp_path / "work"), "--json", str(out)]) == 0
+    larger = json.loads(outs[1].read_text())
+    size, larger["meta"]["target_parameters"] = larger["meta"]["target_parameters"], 7_000_000
+    outs[1].write_text(json.dumps(larger))
+    text = page(read_results(outs[::-1]))
+    assert f"{size / 1e6:.1f} M, chain | {size / 1e6:.1f} M, 4 | 7.0 M, chain | 7.0 M, 4 | identical" in text
+    (line,) = [line for line in text.splitlines() if line.startswith("| prefix |")]
+    assert line.count("(") == 4
+    assert line.endswith("| 4 of 4 |")
+    assert "## bench-a" not in text

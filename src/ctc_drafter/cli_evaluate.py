@@ -163,6 +163,10 @@ def bench(
     depths: Annotated[
         str, typer.Option("--depths", help="Every drafter with drafts of at most so many tokens: 3,5,7.")
     ] = "",
+    data: Annotated[
+        list[Path] | None,
+        typer.Option("--data", help="With --target: its distilled text, to train on; may be repeated."),
+    ] = None,
     limit: LimitOption = None,
     max_new_tokens: Annotated[
         int | None, typer.Option("--max-new-tokens", min=1, help="Longest answer, in tokens.", show_default="128")
@@ -198,12 +202,16 @@ def bench(
     named, stock, shorter = parse_drafters(drafters or []), parse_also(also), parse_depths(depths)
     if quick and ablations:
         refuse("give either --quick or --ablations")
-    alike = TrainedAlike("ablations" if ablations else "methods", tuple(only or ()), steps, work)
-    if (quick or ablations) and (target or named):
-        refuse("--quick and --ablations train drafters of the shipped target; leave out --target and --drafter")
-    if not (quick or ablations) and (only or steps or work):
-        refuse("--only, --steps and --work belong to --quick or --ablations")
-    if target and not named:
+    alike = TrainedAlike("ablations" if ablations else "methods", tuple(only or ()), steps, work, tuple(data or ()))
+    if (quick or ablations) and named:
+        refuse("--quick and --ablations train drafters of their own; leave out --drafter")
+    if (quick or ablations) and bool(target) != bool(data):
+        refuse("--quick and --ablations need --target and --data together: drafters learn from what their target wrote")
+    if (quick or ablations) and target and not work:
+        refuse("give --work as well: a folder for the drafters of this target")
+    if not (quick or ablations) and (only or steps or work or data):
+        refuse("--only, --steps, --work and --data belong to --quick or --ablations")
+    if target and not (named or data):
         refuse("give --drafter as well: the shipped drafter serves the shipped target only")
     usual = QUICK if quick or ablations else BenchSettings(SIZES)
     sizes = parse_sizes(nodes) if nodes is not None else usual.sizes

@@ -13,7 +13,6 @@ from ctc_drafter.evaluate.facts import facts
 from ctc_drafter.evaluate.quick import (
     TrainedAlike,
     recipes,
-    sample_rows,
     selected,
     train_entries,
     with_lookup,
@@ -49,7 +48,7 @@ def chosen_entries(
     if chosen.kind == "ablations":
         variants = chosen_variants(chosen.only)
         work = work_folder(chosen)
-        return ablation_entries(target, tokenizer, variants, sample_rows(), work, steps=chosen.steps, tell=tell)
+        return ablation_entries(target, tokenizer, variants, chosen.rows(), work, steps=chosen.steps, tell=tell)
     which = selected(recipes(), chosen.only)
-    trained = train_entries(target, tokenizer, which, sample_rows(), work_folder(chosen), steps=chosen.steps, tell=tell)
+    trained = train_entries(target, tokenizer, which, chosen.rows(), work_folder(chosen), steps=chosen.steps, tell=tell)
     return with_lookup(trained)

@@ -34,11 +34,14 @@ def page(all_results: Sequence[Results]) -> str:
     parts = [HEAD]
     for results in all_results:
         parts += parts_of(results)
+    parts += scaling_parts([results for results in all_results if of_another_target(results)])
     return "\n\n".join([*parts, "## The paper's", PAPER_NOTE, paper_table(), paper_time()]) + "\n"
 
 
 def parts_of(results: Results) -> Iterator[str]:
     """The sections that suit what the file compares: methods, depths of their drafts, or variants."""
+    if of_another_target(results):
+        return iter(())
     if results.meta.get("depths"):
         return depth_parts(results)
     return ablation_parts(results) if results.meta.get("ablations") else bench_parts(results)
@@ -81,7 +84,7 @@ def bench_parts(results: Results) -> Iterator[str]:
 
 
 def ablation_parts(results: Results) -> Iterator[str]:
-    """A table of variants; figures of so many would not be readable."""
+    """A table of variants."""
     boots = {task: Bootstrap(results, task) for task in results.tasks}
     yield f"## {results.name}"
     yield (
@@ -106,9 +109,40 @@ def depth_parts(results: Results) -> Iterator[str]:
     yield from (size_table(results, task) for task in results.tasks)
 
 
+def of_another_target(results: Results) -> bool:
+    """Variants for a target that was named: what they show is how β changes with the target."""
+    return bool(results.meta.get("ablations")) and results.meta.get("target", "shipped") != "shipped"
+
+
+def scaling_parts(found: Sequence[Results]) -> Iterator[str]:
+    """β of the same variants for targets of several sizes, a table for each task."""
+    if not found:
+        return
+    targets = sorted(found, key=lambda results: results.meta["target_parameters"])
+    yield "## Targets of several sizes"
+    yield (
+        "Drafters of the same sizes, trained by the same short run on what each target answered to the same prompts. "
+        f"At most {targets[0].meta['max_new_tokens']} new tokens. From {'; '.join(each.place for each in targets)}."
+    )
+    yield from (scaling_table(targets, task) for task in targets[0].tasks)
+
+
+def scaling_table(targets: Sequence[Results], task: str) -> str:
+    columns = [(results, size) for results in targets for size in results.sizes]
+    head = [f"{task}: β", *(f"{each.meta['target_parameters'] / 1e6:.1f} M, {size}" for each, size in columns)]
+    boots = {results.name: Bootstrap(results, task) for results in targets}
+    lines = []
+    for method in dict.fromkeys(method for results in targets for method in results.methods):
+        rows = [row for each in targets for row in each.rows if row["task"] == task and row["method"] == method]
+        same, compared = (sum(row[name] for row in rows) for name in ("identical", "compared"))
+        cells = [shown(boots[each.name].beta((method, size))) for each, size in columns]
+        lines.append([method, *cells, f"{same} of {compared}"])
+    return table([*head, "identical"], lines)
+
+
 def drawings(results: Results) -> Iterator[tuple[str, str, Figure]]:
     """Name, caption and figure of everything that can be drawn of a file."""
-    if results.meta.get("ablations") or results.meta.get("depths"):
+    if results.meta.get("ablations") or results.meta.get("depths"):  # figures of so many would not be readable
         return
     at, largest = figures.name_of(results.size), figures.name_of(results.sizes[-1])
     wanted: list[tuple[str, str, Figure | None]] = [

@@ -44,13 +44,18 @@ QUICK = BenchSettings(sizes=("chain", 16), limit=8, max_new_tokens=64, watched=1
 class TrainedAlike:
     """Which drafters to train. kind: every method, or the ablations. only: names of some; all if empty.
 
-    work: the folder that keeps them, None for one in the user's cache.
+    work: the folder that keeps them, None for one in the user's cache. data: distilled text to train them on, of the
+    target that is measured; the sample that ships with the package, of the shipped one, without.
     """
 
     kind: Literal["methods", "ablations"] = "methods"
     only: tuple[str, ...] = ()
     steps: int | None = None
     work: Path | None = None
+    data: tuple[Path, ...] = ()
+
+    def rows(self) -> DistilledDataset:
+        return DistilledDataset.load(self.data) if self.data else sample_rows()
 
 
 @dataclass(frozen=True)

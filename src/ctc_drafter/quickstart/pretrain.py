@@ -17,20 +17,33 @@ from transformers.trainer_utils import get_last_checkpoint
 from ctc_drafter.quickstart.corpus import MIX, mixed_records, pack, read_source, train_tokenizer
 
 VOCAB_SIZE = 8192
+HEAD_DIM = 64
 CONTEXT = 1024
 TOKENS_PER_STEP = 8192
 
 
-def target_config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
-    """14.5 M parameters: 8 layers of width 384, tied embeddings of an 8k vocabulary."""
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a Llama whose heads have 64 numbers, with tied embeddings."""
+
+    layers: int
+    width: int
+    inner: int
+    kv_heads: int = 2
+
+
+SHIPPED = Shape(layers=8, width=384, inner=896)  # 14.6 M parameters with an 8k vocabulary
+
+
+def target_config(tokenizer: PreTrainedTokenizerFast, shape: Shape = SHIPPED) -> LlamaConfig:
     return LlamaConfig(
         vocab_size=VOCAB_SIZE,
-        hidden_size=384,
-        intermediate_size=896,
-        num_hidden_layers=8,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        head_dim=64,
+        hidden_size=shape.width,
+        intermediate_size=shape.inner,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.width // HEAD_DIM,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=HEAD_DIM,
         max_position_embeddings=CONTEXT,
         tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id,
@@ -88,10 +101,12 @@ PHASES = (
 )
 
 
-def pretrain(corpus: Path, work: Path, phases: tuple[Phase, ...] = PHASES, seed: int = 0) -> Path:
+def pretrain(
+    corpus: Path, work: Path, phases: tuple[Phase, ...] = PHASES, seed: int = 0, shape: Shape = SHIPPED
+) -> Path:
     """Trains tokenizer and target into `work/target`; resumes from the newest checkpoint in `work`.
 
-    Returns the folder of the finished target.
+    A tokenizer that lies in `work/tokenizer` is used. Returns the folder of the finished target.
     """
     out = work / "target"
     records = mixed_records(corpus, seed)
@@ -101,7 +116,7 @@ def pretrain(corpus: Path, work: Path, phases: tuple[Phase, ...] = PHASES, seed:
     tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer_dir)
 
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(target_config(tokenizer))
+    model = LlamaForCausalLM(target_config(tokenizer, shape))
     for phase in phases:
         train_phase(model, PackedRows(pack(tokenizer, records, phase.length)), phase, work / phase.name, seed)
 
