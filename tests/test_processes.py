@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 from ctc_drafter.train import trainer as trainer_module
 from ctc_drafter.train.anchors import draw_anchors
 from ctc_drafter.train.data import NOTHING, DistilledDataset, LengthSampler
+from ctc_drafter.train.feature_files import FeatureFiles
 from ctc_drafter.train.processes import share_of
 from ctc_drafter.train.trainer import LogBeforeSave, Trained, train_drafter
 from ctc_drafter.types import UserError
@@ -22,8 +24,9 @@ from train_helpers import pair, settings, written_rows
 RUN = {"steps": 7, "accumulate": 2, "log_every": 1, "save_every": 3, "eval_every": 3, "eval_nodes": (4, 8)}
 
 
-def run(out: Path, shard_target: bool = False, stop_at: int | None = None) -> Trained:
+def run(out: Path, shard_target: bool = False, stop_at: int | None = None, features: str = "online") -> Trained:
     target, drafter = pair()
+    trainer_module.FeatureFiles = partial(FeatureFiles, shard_bytes=3000)  # several files for each process
     if stop_at:
 
         class Killed(LogBeforeSave):
@@ -34,7 +37,7 @@ def run(out: Path, shard_target: bool = False, stop_at: int | None = None) -> Tr
         trainer_module.LogBeforeSave = Killed
     rows = written_rows(target, 14).rows
     parts = DistilledDataset(rows[:9]), DistilledDataset(rows[9:])
-    return train_drafter(target, drafter, *parts, out, settings(**RUN), shard_target=shard_target)
+    return train_drafter(target, drafter, *parts, out, settings(**RUN, features=features), shard_target=shard_target)
 
 
 def launch(out: Path, arguments: str = "") -> None:
@@ -77,9 +80,11 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Trained]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arguments", ["", ", shard_target=True"], ids=["whole target", "sharded target"])
-def test_two_processes_learn_what_one_learns(tmp_path: Path, alone: tuple[Path, Trained], arguments: str) -> None:
-    launch(tmp_path, arguments)
+@pytest.mark.parametrize("way", ["", ", shard_target=True", ", features='cached'"], ids=["whole", "sharded", "cached"])
+def test_two_processes_learn_what_one_learns(tmp_path: Path, alone: tuple[Path, Trained], way: str) -> None:
+    launch(tmp_path, way)
+    if "cached" in way:
+        assert len(list((tmp_path / "features").glob("*.safetensors"))) > 3
     done = run(tmp_path)  # finished: what the two wrote is read
     assert len(done.history) == len(alone[1].history)
     for found, expected in zip(learnt(done), learnt(alone[1]), strict=True):
