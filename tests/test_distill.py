@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from ctc_drafter.decode.generate import plain_generate
 from ctc_drafter.target import Target
@@ -151,6 +152,45 @@ def test_folder_of_another_run(tmp_path: Path, unbroken: dict[str, str], change:
     with pytest.raises(UserError, match=f"holds another run: {named}.*use another output folder"):
         run(tmp_path, **change)
     assert contents(tmp_path) == unbroken
+
+
+def test_too_little_memory_names_a_batch_that_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unbroken: dict[str, str]
+) -> None:
+    real, calls = distill_module.plain_generate, []
+
+    def short(target: Target, prompts: list[list[int]], **options):
+        calls.append(len(prompts))
+        if len(calls) == 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(target, prompts, **options)
+
+    monkeypatch.setattr(distill_module, "plain_generate", short)
+    with pytest.raises(UserError, match="too little memory for 2 answers at a time; give --batch-size 1: finished"):
+        run(tmp_path)
+    assert run(tmp_path, batch_size=1).found == 4
+    shards = {name: text for name, text in unbroken.items() if name.startswith("shard")}
+    assert {name: text for name, text in contents(tmp_path).items() if name.startswith("shard")} == shards
+
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(distill_module, "plain_generate", broken)
+    with pytest.raises(RuntimeError, match="something else"):
+        run(tmp_path / "other")
+
+
+def test_folders_of_one_target_trained_on(tmp_path: Path) -> None:
+    """What was written before the target changed is not mixed with what it writes now."""
+    run(tmp_path / "a")
+    run(tmp_path / "b", seed=1)
+    with pytest.raises(UserError, match="come from different targets: weights was"):
+        DistilledDataset.load([tmp_path / "a", tmp_path / "b"])
+    manifest = json.loads((tmp_path / "b" / "manifest.json").read_text())
+    del manifest["weights"]
+    (tmp_path / "b" / "manifest.json").write_text(json.dumps(manifest))
+    for order in (["a", "b"], ["b", "a"]):  # a server's text does not say; the other's does
+        assert DistilledDataset.load([tmp_path / name for name in order]).manifest["weights"]
 
 
 def test_folder_with_strangers_shards(tmp_path: Path) -> None:

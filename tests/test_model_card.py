@@ -133,7 +133,7 @@ def test_who_cannot_push_hears_so_before_the_training(monkeypatch: pytest.Monkey
 
 def test_a_hub_that_refuses_keeps_what_was_trained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def refusing(*_: object, **__: object) -> None:
-        raise OSError("403 Forbidden\nmore")
+        raise RuntimeError("403 Forbidden\nmore")  # the client's errors are of many kinds
 
     monkeypatch.setattr(hub, "HfApi", lambda: SimpleNamespace(create_repo=refusing))
     with pytest.raises(UserError, match=r"could not push to a/b: 403 Forbidden; .* the same command tries again$"):

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
 
+from ctc_drafter.features import decoder_blocks
 from ctc_drafter.train import trainer as trainer_module
 from ctc_drafter.train.anchors import draw_anchors
 from ctc_drafter.train.data import NOTHING, DistilledDataset, LengthSampler
@@ -37,7 +39,11 @@ def run(out: Path, shard_target: bool = False, stop_at: int | None = None, featu
         trainer_module.LogBeforeSave = Killed
     rows = written_rows(target, 14).rows
     parts = DistilledDataset(rows[:9]), DistilledDataset(rows[9:])
-    return train_drafter(target, drafter, *parts, out, settings(**RUN, features=features), shard_target=shard_target)
+    done = train_drafter(target, drafter, *parts, out, settings(**RUN, features=features), shard_target=shard_target)
+    # No process holds more than its share between two blocks' turns.
+    whole = [p for block in decoder_blocks(target.model) for p in block.parameters() if not isinstance(p, DTensor)]
+    assert not (shard_target and whole)
+    return done
 
 
 def launch(out: Path, arguments: str = "") -> None:

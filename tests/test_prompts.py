@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ctc_drafter.train.data import read_prompts
+from ctc_drafter.train.data import DistilledDataset, read_prompts
 from ctc_drafter.types import UserError
 from tiny_models import tiny_tokenizer
 from train_helpers import write_jsonl
@@ -166,3 +166,36 @@ def test_a_template_that_opens_no_answer(tmp_path: Path) -> None:
         read_prompts(file, tiny_tokenizer(closed))
     llama2 = "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %} {{ m.content }}"
     assert read_prompts(file, tiny_tokenizer(llama2 + "<|end|>{% endif %}{% endfor %}")).prompts
+
+
+def test_what_is_no_unicode_is_counted(tmp_path: Path) -> None:
+    """Half an emoji in a plain text, or in an answer that is cut; brackets without end."""
+    half = '"the cat \\ud83d and the hat and the mat"'
+    talk = f'{{"messages": [{{"role": "user", "content": "cat"}}, {{"role": "assistant", "content": {half}}}]}}'
+    lines = [f'{{"text": {half}}}', talk, "[" * 100_000, '{"prompt": "hat"}']
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    found = read_prompts(tmp_path, tiny_tokenizer(), cuts=8)
+    assert found.counts["bad (not JSON)"] == 1
+    assert found.counts["bad (refused by template or tokenizer)"] >= 2
+    assert found.counts["used"] >= 2
+
+
+def test_cuts_of_a_row_share_its_source(tmp_path: Path) -> None:
+    """And so lie on one side of a split, whichever file they stand in."""
+    rows = [
+        {"messages": [{"role": "user", "content": f"cat {i}"}, TALK[3] | {"content": "the mat sat " * 9}]}
+        for i in range(30)
+    ]
+    write_jsonl(tmp_path / "a.jsonl", rows)
+    prompts = read_prompts(tmp_path, tiny_tokenizer(), cuts=4).prompts
+    assert len({prompt.source for prompt in prompts}) == 30 < len(prompts)
+    lines = [
+        json.dumps({"id": prompt.id, "source": prompt.source, "prompt_ids": prompt.ids, "answer_ids": [5, 6]})
+        for prompt in prompts
+    ]
+    folder = tmp_path / "answers"
+    folder.mkdir()
+    (folder / "shard-00000.jsonl").write_text("\n".join(lines))
+    sides = DistilledDataset.load([folder]).split(0.3)
+    assert all(len(side) for side in sides)
+    assert not {row.source for row in sides[0].rows} & {row.source for row in sides[1].rows}

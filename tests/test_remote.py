@@ -74,6 +74,14 @@ def test_goes_on_where_it_was_cut_off(server: Running, tmp_path: Path, monkeypat
     assert shards(tmp_path / "cut") == shards(tmp_path / "whole")
 
 
+def test_a_finished_folder_needs_no_server(server: Running, tmp_path: Path) -> None:
+    ask(server.url, tmp_path)
+    assert ask("http://127.0.0.1:9", tmp_path, retries=0).found == len(PROMPTS)
+    (tmp_path / "shard-00001.jsonl").unlink()
+    with pytest.raises(UserError, match="did not answer a completion"):
+        ask("http://127.0.0.1:9", tmp_path, retries=0)
+
+
 class Scripted(BaseHTTPRequestHandler):
     """Gives text alone; fails every second time, as a busy server does; refuses some prompts; garbles some texts."""
 

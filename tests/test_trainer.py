@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from ctc_drafter.drafters.ctc import CTCDrafter
 from ctc_drafter.train import trainer as trainer_module
 from ctc_drafter.train.data import DistilledDataset, DistilledRow, collate
-from ctc_drafter.train.manifest import config_hash, weights_hash
+from ctc_drafter.train.manifest import check_writer, config_hash, weights_hash
 from ctc_drafter.train.settings import TrainSettings
 from ctc_drafter.train.trainer import DrafterTrainer, Trained, train_drafter
 from ctc_drafter.types import UserError
@@ -163,8 +163,53 @@ def test_data_of_another_target(tmp_path: Path) -> None:
     strange = DistilledRow(torch.tensor([1, 2, 97], dtype=torch.int32), 1, 0)
     with pytest.raises(UserError, match="hold token 97, the target's vocabulary ends at 96"):
         train_drafter(target, drafter, DistilledDataset([strange]), None, tmp_path, settings(steps=1))
+    with pytest.raises(UserError, match="hold token 97"):
+        train_drafter(target, drafter, DistilledDataset(rows), DistilledDataset([strange]), tmp_path, settings(steps=1))
+    with pytest.raises(UserError, match="hold token 97"):
+        DistilledDataset([strange]).answer_counts(97)
     with pytest.raises(UserError, match="no training rows"):
         train_drafter(target, drafter, DistilledDataset([]), None, tmp_path, settings(steps=1))
+
+
+def test_a_run_that_came_to_nothing_may_be_mended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the message about memory advises; what has a checkpoint is still one run."""
+
+    def short(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(trainer_module, "draft_loss", short)
+    with pytest.raises(torch.OutOfMemoryError):
+        short_run(tmp_path, batch_size=4, accumulate=1)
+    monkeypatch.undo()
+    assert short_run(tmp_path, batch_size=2).steps == 9
+    with pytest.raises(UserError, match="batch_size was 2, is now 4"):
+        short_run(tmp_path, batch_size=4)
+    shutil.rmtree(tmp_path / "checkpoints")
+    with pytest.raises(UserError, match="batch_size was 2, is now 4"):
+        short_run(tmp_path, batch_size=4)
+
+
+def test_a_run_goes_on_with_the_same_target_only(tmp_path: Path) -> None:
+    """Text of a server does not name its weights."""
+    target, drafter = pair()
+    rows = written_rows(target, 4)
+    train_drafter(target, drafter, rows, None, tmp_path, settings(steps=1))
+    with torch.no_grad():
+        next(target.model.parameters()).mul_(1.5)
+    with pytest.raises(UserError, match="weights was"):
+        train_drafter(target, drafter, rows, None, tmp_path, settings(steps=1))
+
+
+def test_weights_in_float16_are_compared_with_their_like(caplog: pytest.LogCaptureFixture) -> None:
+    target, _ = pair()
+    written = {"weights": weights_hash(target.model.half()), "dtype": "float16"}
+    target.model.float()
+    check_writer(written, target.model)
+    with pytest.raises(UserError, match="the weights are not the same"):
+        check_writer({"weights": "x", "dtype": "bfloat16"}, target.model)
+    target.model.config._commit_hash = "b"
+    check_writer({"revision": "a"}, target.model)
+    assert "written by revision a of the target, this is b" in caplog.text
 
 
 def test_the_target_is_left_alone(unbroken: tuple[Path, Trained], tmp_path: Path) -> None:
@@ -225,5 +270,8 @@ def test_bf16_is_close_to_float32(tmp_path: Path) -> None:
 def test_settings_that_do_not_exist() -> None:
     with pytest.raises(UserError, match="unknown setting learning_rat; known are loss,"):
         TrainSettings.parse({"learning_rat": 1})
+    assert TrainSettings.parse({"report_to": "tensorboard"}).report_to == ("tensorboard",)
+    assert TrainSettings.parse({"eval_nodes": "16", "report_to": ""}).eval_nodes == (16,)
+    assert TrainSettings.parse({"eval_nodes": ["4", "16"]}).eval_nodes == (4, 16)
     with pytest.raises(UserError, match=r"setting anchors: .*greater than or equal to 1"):
         TrainSettings.parse({"anchors": 0})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,6 +21,8 @@ from ctc_drafter.options import (
     TemplateOption,
     refuse,
 )
+
+MANY_CUT = 0.9  # of all answers: seldom right
 
 FlopsOption = Annotated[
     float | None,
@@ -106,8 +109,8 @@ def distill(
         f"{out}: {done.rows} answers with {done.tokens} tokens in {done.seconds:.0f} s, {done.found} were there, "
         f"{done.too_long} prompts were too long{left_out}"
     )
-    if done.rows and done.cut == done.rows:
-        print(f"every answer was cut at {max_new_tokens} tokens: give --max-new-tokens more, or check the template")
+    if done.rows and done.cut > MANY_CUT * done.rows:
+        cut_warning(done.cut / done.rows)
 
 
 def train(
@@ -196,7 +199,6 @@ def train(
 ) -> None:
     """Trains a drafter for the target on its own answers."""
     import shlex
-    import sys
 
     import torch
 
@@ -248,6 +250,8 @@ def train(
         lm, tokenizer = load_target(target, dtype, "cpu" if shard_target else device)
         read_template(tokenizer, chat_template)
         check_writer(rows.manifest or {}, lm.model, tokenizer)
+        if rows.cut_share() > MANY_CUT:
+            cut_warning(rows.cut_share())
         draft = fresh_drafter(lm, tokenizer, seed, method, **sizes)
         choose_vocabulary(draft, rows.answer_counts(lm.vocab_size))
         if begin:
@@ -303,6 +307,15 @@ def recipe(
     for line in stages:
         print(shlex.join(["ctc-drafter", *line]), flush=True)
         app(args=[*line, "--device", device], prog_name="ctc-drafter", standalone_mode=False)
+
+
+def cut_warning(share: float) -> None:
+    """Of text whose answers hardly ever come to their end."""
+    print(
+        f"warning: {share:.0%} of the answers were cut before their end: a drafter learns little of how answers end, "
+        "and the target may not know where to stop; give distill --max-new-tokens more, or check the chat template",
+        file=sys.stderr,
+    )
 
 
 def pairs(settings: list[str]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
+from huggingface_hub.errors import LocalTokenNotFoundError
 
 from ctc_drafter.types import UserError
 
@@ -41,7 +41,7 @@ def _hub_errors(repository: str) -> Iterator[None]:
         yield
     except LocalTokenNotFoundError as error:
         raise UserError(f"nobody is logged in to push to {repository}; run hf auth login, or set HF_TOKEN") from error
-    except (OSError, HFValidationError) as error:  # the hub's own errors are among the first
+    except Exception as error:  # the hub's, the network's and its client's have no kind in common
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
             f"could not push to {repository}: {reason}; what was trained is kept: the same command tries again"

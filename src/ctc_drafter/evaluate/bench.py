@@ -75,6 +75,7 @@ def bench(
     work = Bench(target, tokenizer, contenders, settings.max_new_tokens, settings.batch_size, settings.watched)
     chosen = [Task(task.name, task.prompts[: settings.limit]) for task in tasks]
     about = {"seed": settings.seed, "nodes": list(settings.sizes), "floor": 0.0, "limit": settings.limit}
+    about["target_parameters"] = sum(weight.numel() for weight in target.model.parameters())
     about["drafters"] = {name: entry.facts for name, entry in entries.items()}
     result: dict[str, Any] = {"meta": head(work, about) | meta, "rows": []}
     journal = Journal(partial(out), identity(result["meta"], chosen, settings))
@@ -96,7 +97,7 @@ def partial(out: Path | None) -> Path | None:
 def identity(meta: dict[str, Any], tasks: Sequence[Task], settings: BenchSettings) -> dict[str, Any]:
     """What two runs must share for the one to go on with the other's figures."""
     prompts = {task.name: hashlib.sha256(repr(task.prompts).encode()).hexdigest()[:16] for task in tasks}
-    kept = ("target", "drafters", "dtype", "device", "threads", "compiled")
+    kept = ("commit", "versions", "hardware", "target", "drafters", "dtype", "device", "threads", "compiled")
     shared = {name: meta.get(name) for name in kept}
     return {**shared, **asdict(settings), "prompts": prompts}
 

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ctc_drafter.train.manifest import disk_errors, write_atomic
 from ctc_drafter.types import UserError
 
 PLAIN = "plain"
@@ -106,8 +107,8 @@ class Journal:
         for line in lines[1:]:
             self.records += [Record(**record) for record in line.get("records", ())]
             self.extras += [line["extra"]] if "extra" in line else []
-        with path.open("w", encoding="utf-8") as file:  # without a line that was cut off
-            file.writelines(json.dumps(line) + "\n" for line in lines or [settings])
+        with disk_errors(path):
+            write_atomic(path, map(json.dumps, lines or [settings]))  # without a line that was cut off
 
     def add(self, records: Sequence[Record]) -> None:
         """Keeps what belongs together, all of it or nothing."""

@@ -205,7 +205,6 @@ def head(bench: Bench, settings: dict[str, Any]) -> dict[str, Any]:
         **environment(),
         "dtype": str(target.dtype).removeprefix("torch."),
         "device": str(target.device),
-        "target_parameters": sum(weight.numel() for weight in target.model.parameters()),
         "threads": torch.get_num_threads(),
         "compiled": target.compiled,
         "batch_size": bench.batch_size,

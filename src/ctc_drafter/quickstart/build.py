@@ -18,7 +18,7 @@ from ctc_drafter.drafters.ctc import CTCDrafter
 from ctc_drafter.load import choose_vocabulary, fresh_drafter, keep_quiet, load_target
 from ctc_drafter.quickstart import MODEL_DIR
 from ctc_drafter.quickstart.card import write_card
-from ctc_drafter.quickstart.pretrain import pretrain
+from ctc_drafter.quickstart.pretrain import PERPLEXITY, pretrain
 from ctc_drafter.train.data import DistilledDataset, read_prompts
 from ctc_drafter.train.distill import distill
 from ctc_drafter.train.settings import TrainSettings
@@ -70,7 +70,7 @@ def build(
 ) -> None:
     """Trains the quickstart target and drafter from a folder of text and packages them."""
     target_dir = work / "target"
-    if not (target_dir / "model.safetensors").is_file():
+    if not (work / PERPLEXITY).is_file():
         pretrain(corpus, work)
     target, tokenizer = load_target(str(target_dir), "bfloat16", "auto")
     folders, known = [work / "distilled" / name for name in PROMPTS], set[str]()

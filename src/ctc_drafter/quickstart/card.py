@@ -15,7 +15,7 @@ from ctc_drafter.drafters.config import CTCDrafterConfig
 from ctc_drafter.drafters.ctc import CTCDrafter
 from ctc_drafter.load import load_drafter, load_target
 from ctc_drafter.quickstart.corpus import MIX, read_source
-from ctc_drafter.quickstart.pretrain import PHASES, TOKENS_PER_STEP
+from ctc_drafter.quickstart.pretrain import PERPLEXITY, PHASES, TOKENS_PER_STEP
 from ctc_drafter.target import Target
 from ctc_drafter.text import decode, encode_conversation, eos_ids
 from ctc_drafter.train.data import DistilledDataset
@@ -57,7 +57,7 @@ text that the target itself wrote. Both are stored in bfloat16.
 
 def write_card(corpus: Path, work: Path, out: Path, held_out: DistilledDataset) -> None:
     """Writes `out/README.md` from the run's own figures, the packaged drafter's β and ten samples of its target."""
-    perplexity = json.loads((work / "perplexity.json").read_text())
+    perplexity = json.loads((work / PERPLEXITY).read_text())
     log = [json.loads(line) for line in (work / "drafter" / "train_log.jsonl").read_text().splitlines()]
     sizes = {f"{part}_m": parameters(out / part / "model.safetensors") / 1e6 for part in ("target", "drafter")}
     target, tokenizer = load_target(str(out / "target"), "float32", "cpu")

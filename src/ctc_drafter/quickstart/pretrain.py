@@ -15,9 +15,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 from transformers.trainer_utils import get_last_checkpoint
 
 from ctc_drafter.quickstart.corpus import MIX, mixed_records, pack, read_source, train_tokenizer
+from ctc_drafter.train.manifest import write_atomic
 
 VOCAB_SIZE = 8192
 HEAD_DIM = 64
+PERPLEXITY = "perplexity.json"  # written last: with it a target is whole
 CONTEXT = 1024
 TOKENS_PER_STEP = 8192
 
@@ -123,7 +125,7 @@ def pretrain(
     model.to(torch.bfloat16).save_pretrained(out)
     tokenizer.save_pretrained(out)
     perplexity = validation_perplexity(model.float(), tokenizer, corpus)
-    (work / "perplexity.json").write_text(json.dumps(perplexity, indent=2) + "\n")
+    write_atomic(work / PERPLEXITY, [json.dumps(perplexity, indent=2)])
     return out
 
 

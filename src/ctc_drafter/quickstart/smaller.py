@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 from ctc_drafter.load import keep_quiet, load_target
 from ctc_drafter.quickstart import SAMPLE_DIR, TARGET_DIR
 from ctc_drafter.quickstart.build import ANSWER_TOKENS
-from ctc_drafter.quickstart.pretrain import PHASES, Phase, Shape, pretrain
+from ctc_drafter.quickstart.pretrain import PERPLEXITY, PHASES, Phase, Shape, pretrain
 from ctc_drafter.train.data import DistilledDataset, Prompt
 from ctc_drafter.train.distill import distill
 from ctc_drafter.types import UserError
@@ -32,7 +32,7 @@ def make(corpus: Path, work: Path, shape: Shape, name: str, phases: tuple[Phase,
 
     Raises `UserError` for a corpus without the sources of the shipped target.
     """
-    if not (work / "target" / "model.safetensors").is_file():
+    if not (work / PERPLEXITY).is_file():
         AutoTokenizer.from_pretrained(TARGET_DIR).save_pretrained(work / "tokenizer")
         pretrain(corpus, work, phases, shape=shape)
     target, tokenizer = load_target(str(work / "target"), "bfloat16", "auto")

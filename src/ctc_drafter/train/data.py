@@ -10,7 +10,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,18 +32,26 @@ STATES = ("features", "last")  # of the target, where they were computed beforeh
 
 @dataclass(frozen=True)
 class Prompt:
-    """Token ids that end where the target's answer begins. `id` is a hash of them."""
+    """Token ids that end where the target's answer begins. `id` is a hash of them.
+
+    source: a hash of the corpus's row that it was made of, as others may be; empty if that is not known.
+    """
 
     id: str
     ids: list[int]
+    source: str = ""
 
 
 @dataclass(frozen=True)
 class Opening:
-    """A conversation that waits for an answer, of which `begun` may already stand there; plain text has no messages."""
+    """A conversation that waits for an answer, of which `begun` may already stand there; plain text has no messages.
+
+    source: a hash of the row that it is of.
+    """
 
     messages: Messages
     begun: str = ""
+    source: str = ""
 
 
 @dataclass(frozen=True)
@@ -85,7 +93,7 @@ def read_prompts(
     counts: Counter[str] = Counter()
     openings: list[Opening] = []
     for name, rows in read_corpus(source, pattern):
-        openings += _openings(rows, f"{seed}:{name}", per_file, cuts, counts)
+        openings += _openings(rows, name, seed, per_file, cuts, counts)
     random.Random(f"{seed}:order").shuffle(openings)
 
     prompts: dict[str, Prompt] = {}
@@ -94,7 +102,7 @@ def read_prompts(
             counts["over the limit"] += len(openings) - index
             break
         ids = encode_opening(tokenizer, opening)
-        prompt = Prompt(hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16], ids)
+        prompt = Prompt(hashed(json.dumps(ids)), ids, opening.source)
         if not ids:
             counts["bad (refused by template or tokenizer)"] += 1
         elif max_prompt_tokens is not None and len(ids) > max_prompt_tokens:
@@ -111,44 +119,59 @@ def read_prompts(
     return found
 
 
-def _openings(rows: Iterable[Row], seed: str, cap: int | None, cuts: int, counts: Counter[str]) -> list[Opening]:
+def _openings(
+    rows: Iterable[Row], name: str, seed: int, cap: int | None, cuts: int, counts: Counter[str]
+) -> list[Opening]:
     """Each usable row up to one of its user turns, and cuts through what follows, all drawn per row."""
     found: list[Opening] = []
     for number, row in enumerate(rows):
         if isinstance(row, BadRow):
             counts[f"bad ({row})"] += 1
             continue
-        rng = random.Random(f"{seed}:{number}")
+        rng, source = random.Random(f"{seed}:{name}:{number}"), hashed(json.dumps(row))
         if isinstance(row, str):
             if not cuts:
                 counts["plain text"] += 1
-            found += _cut([], row, cuts, rng)
+            found += _cut(Opening([], source=source), row, cuts, rng)
             continue
         end = rng.choice([i + 1 for i, message in enumerate(row) if message["role"] == "user"])
-        found.append(Opening(row[:end]))
+        found.append(Opening(row[:end], source=source))
         if end < len(row) and row[end]["role"] == "assistant":
-            found += _cut(row[:end], row[end]["content"], cuts, rng)
-    random.Random(seed).shuffle(found)
+            found += _cut(found[-1], row[end]["content"], cuts, rng)
+    random.Random(f"{seed}:{name}").shuffle(found)
     if cap is not None and len(found) > cap:
         counts["over the cap of a file"] += len(found) - cap
         found = found[:cap]
     return found
 
 
-def _cut(messages: Messages, text: str, cuts: int, rng: random.Random) -> list[Opening]:
-    """Openings that end before a space of the text, at up to `cuts` places."""
+def _cut(opening: Opening, text: str, cuts: int, rng: random.Random) -> list[Opening]:
+    """The opening with the text's beginning, up to a space, at up to `cuts` places."""
     places = [match.start() for match in re.finditer(r"(?<=\S)\s", text)]
-    return [Opening(messages, text[:place]) for place in rng.sample(places, min(cuts, len(places)))]
+    return [replace(opening, begun=text[:place]) for place in rng.sample(places, min(cuts, len(places)))]
+
+
+def hashed(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def encode_opening(tokenizer: PreTrainedTokenizerBase, opening: Opening) -> list[int]:
     """Ids that end where the target goes on; empty if template or tokenizer refuse the conversation."""
     if not opening.messages:
-        return list(tokenizer((tokenizer.bos_token or "") + opening.begun, add_special_tokens=False).input_ids)
+        return encode_text(tokenizer, (tokenizer.bos_token or "") + opening.begun)
     ids = encode_messages(tokenizer, opening.messages)
     if not ids or not opening.begun:
         return ids
-    return ids + list(tokenizer(opening.begun, add_special_tokens=False).input_ids)
+    begun = encode_text(tokenizer, opening.begun)
+    return ids + begun if begun else []
+
+
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Ids of a text as it stands; empty for one that is no Unicode, such as half an emoji."""
+    try:
+        return list(tokenizer(text, add_special_tokens=False).input_ids)
+    except (TypeError, ValueError):  # tokenizers' word for lone surrogates
+        return []
 
 
 def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -189,11 +212,15 @@ def encode_messages(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> l
 
 @dataclass(frozen=True)
 class DistilledRow:
-    """An answered prompt: ids `int32 [T]`, the index of the answer's first token, a number made of the row's id."""
+    """An answered prompt: ids `int32 [T]`, the index of the answer's first token, a number made of the row's id.
+
+    source: a number made of the corpus's row, which other prompts may share; None if that is not known.
+    """
 
     ids: torch.Tensor
     answer_start: int
     key: int
+    source: int | None = None
 
 
 class DistilledDataset(Dataset[dict[str, Any]]):
@@ -217,7 +244,8 @@ class DistilledDataset(Dataset[dict[str, Any]]):
             for row in _shard_rows(folder):
                 ids = torch.tensor((row["prompt_ids"] + row["answer_ids"])[:max_length], dtype=torch.int32)
                 if 0 < len(row["prompt_ids"]) < len(ids):
-                    rows.append(DistilledRow(ids, len(row["prompt_ids"]), row_key(row["id"])))
+                    source = row_key(row["source"]) if "source" in row else None
+                    rows.append(DistilledRow(ids, len(row["prompt_ids"]), row_key(row["id"]), source))
         if not rows:
             raise UserError(f"{', '.join(map(str, folders))}: no answers to train on; run distill first")
         return cls(rows, manifest)
@@ -232,18 +260,38 @@ class DistilledDataset(Dataset[dict[str, Any]]):
         row = self.rows[index]
         return {"input_ids": row.ids.long(), "answer_start": row.answer_start, "key": row.key}
 
+    def check_vocabulary(self, size: int) -> None:
+        """Raises `UserError` if a row holds a token that a vocabulary of this size does not have."""
+        largest = max((int(row.ids.max()) for row in self.rows), default=0)
+        if largest >= size:
+            raise UserError(
+                f"the training rows hold token {largest}, the target's vocabulary ends at {size - 1}; "
+                "distill again with this target"
+            )
+
+    def cut_share(self) -> float:
+        """The share of answers that end with none of the tokens which the manifest says end one; 0 if it does not."""
+        ends = (self.manifest or {}).get("settings", {}).get("eos", ())
+        return sum(int(row.ids[-1]) not in ends for row in self.rows) / len(self.rows) if ends and self.rows else 0.0
+
     def answer_counts(self, vocab_size: int) -> torch.Tensor:
-        """How often each token stands in the answers, `int64 [vocab_size]`."""
+        """How often each token stands in the answers, `int64 [vocab_size]`. Raises `UserError` for other tokens."""
+        self.check_vocabulary(vocab_size)
         counts = torch.zeros(vocab_size, dtype=torch.long)
         for row in self.rows:
             counts += torch.bincount(row.ids[row.answer_start :], minlength=vocab_size)
         return counts
 
     def split(self, held_out: float) -> tuple[DistilledDataset, DistilledDataset]:
-        """Training rows, and about a share `held_out` of all rows. A row's side depends on its id alone."""
+        """Training rows, and about a share `held_out` of all rows.
+
+        A row's side depends on the row of the corpus that it was made of, so that no text is on both; where that is not
+        known, on its id.
+        """
         parts: tuple[list[DistilledRow], list[DistilledRow]] = ([], [])
         for row in self.rows:
-            parts[row.key % 10_000 < held_out * 10_000].append(row)
+            side = row.key if row.source is None else row.source
+            parts[side % 10_000 < held_out * 10_000].append(row)
         return DistilledDataset(parts[0], self.manifest), DistilledDataset(parts[1], self.manifest)
 
 
@@ -322,16 +370,18 @@ def _shard_text(shard: Path) -> str:
 
 
 def _common_manifest(folders: Sequence[Path]) -> dict[str, Any] | None:
-    """The first folder's manifest; the others must name the same target, tokenizer and template."""
+    """What the folders' manifests say together; all must name the same target, tokenizer and template."""
     first: dict[str, Any] | None = None
     for folder in folders:
         manifest = read_manifest(folder / MANIFEST)
         if manifest is None:
             continue
         first = first or manifest
-        for key in ("config", "tokenizer", "template"):
-            if manifest.get(key) != first.get(key):
+        for key in ("config", "tokenizer", "template", "weights"):
+            unsaid = key == "weights" and not (manifest.get(key) and first.get(key))
+            if not unsaid and manifest.get(key) != first.get(key):
                 raise UserError(
                     f"{folder} and {folders[0]} come from different targets: {different(key, first, manifest)}"
                 )
+        first = {**manifest, **{key: value for key, value in first.items() if value}}
     return first

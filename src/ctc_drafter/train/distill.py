@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from ctc_drafter.decode.noise import row_seeds
 from ctc_drafter.target import Target
 from ctc_drafter.text import eos_ids
 from ctc_drafter.train.data import Prompt
+from ctc_drafter.train.footprint import lacks_memory
 from ctc_drafter.train.manifest import digest, weights_hash
 from ctc_drafter.train.shards import Distilled, Shards, fitting, origin
 from ctc_drafter.types import UserError
@@ -58,7 +60,7 @@ def distill(
 
     The same call may be killed and repeated at any time: it goes on after the last finished shard. `name`, and `source`
     of the prompts, are kept in the manifest; prompts that leave no room for `max_new_tokens` are left out. Raises
-    `UserError` for a folder of another run and for a full disk.
+    `UserError` for a folder of another run, for a full disk and for too little memory: a smaller `batch_size` goes on.
     """
     chosen = fitting(prompts, max_new_tokens, target.context)
     eos = eos_ids(target.model, tokenizer) if eos is None else tuple(sorted(eos))
@@ -71,7 +73,7 @@ def distill(
         "ids": "written",
     }
     manifest = about | origin(target.model.config, tokenizer, chosen) | {"settings": settings, "source": source or {}}
-    with Shards(out, chosen, shard_size, manifest, progress) as shards:
+    with batch_errors(batch_size), Shards(out, chosen, shard_size, manifest, progress) as shards:
         for index in shards.missing:
             shard = shards.of(index)
             answers: list[list[int]] = [[]] * len(shard)
@@ -88,6 +90,21 @@ def distill(
                     shards.count(answer, cut=len(answer) == max_new_tokens and answer[-1] not in eos)
             shards.write(index, answers)
         return shards.summary(too_long=len(prompts) - len(chosen))
+
+
+@contextmanager
+def batch_errors(batch_size: int) -> Iterator[None]:
+    """Turns a lack of memory into one line that says what lowers it."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not lacks_memory(error):
+            raise
+        advice = f"--batch-size {batch_size // 2}" if batch_size > 1 else "a smaller --dtype, or a --server"
+        raise UserError(
+            f"too little memory for {batch_size} answers at a time; give {advice}: finished shards are kept, and the "
+            "same command goes on"
+        ) from error
 
 
 def chooser(prompts: Sequence[Prompt], sampling: Sampling) -> Chooser:

@@ -22,7 +22,7 @@ from ctc_drafter.drafters.trainable import TrainableDrafter
 from ctc_drafter.features import captured, concatenate
 from ctc_drafter.train.anchors import chunked_losses, usual_chunk
 from ctc_drafter.train.data import DistilledDataset
-from ctc_drafter.train.footprint import PeakMemory
+from ctc_drafter.train.footprint import PeakMemory, lacks_memory
 from ctc_drafter.train.settings import TrainSettings
 from ctc_drafter.types import UserError
 
@@ -245,9 +245,8 @@ def memory_errors(plan: Callable[[], Plan]) -> Iterator[None]:
     """Turns a lack of memory into one line that says which option lowers it, and by how much."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        short = isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error)
-        if not short:
+    except (MemoryError, RuntimeError) as error:
+        if not lacks_memory(error):
             raise
         failed = plan()
         options = ", ".join(f"{option} saves {saved / GB:.2f} GB" for option, saved in savings(failed))

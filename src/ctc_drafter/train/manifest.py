@@ -164,9 +164,21 @@ def check_writer(
 ) -> None:
     """Raises `UserError` that says what differs if another target, tokenizer or template wrote the text.
 
-    Text whose manifest does not say is taken as it is.
+    Text whose manifest does not say is taken as it is. Weights in float16 have a hash of their own: they are compared
+    with their like only.
     """
     own = {"config": config_hash(model.config), "weights": weights_hash(model)}
+    dtypes = {str(manifest.get("dtype")), str(model.dtype).removeprefix("torch.")}
+    if "float16" in dtypes and len(dtypes) > 1:
+        del own["weights"]
+    revision = getattr(model.config, "_commit_hash", None)
+    if not manifest.get("weights") and revision and manifest.get("revision") not in (None, "", revision):
+        logger.warning(
+            "the training rows were written by revision %s of the target, this is %s: if its weights changed in "
+            "between, distill again",
+            manifest["revision"],
+            revision,
+        )
     if tokenizer is not None:
         own |= {"tokenizer": fingerprint(tokenizer), "template": template_hash(tokenizer)}
     for key, value in own.items():

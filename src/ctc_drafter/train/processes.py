@@ -51,5 +51,5 @@ def shard_layers(model: PreTrainedModel) -> None:
     device = "cuda" if has_cuda() else "cpu"
     mesh = init_device_mesh(device, (torch.distributed.get_world_size(),))
     for block in decoder_blocks(model):
-        fully_shard(block, mesh=mesh)
+        fully_shard(block, mesh=mesh, reshard_after_forward=True)  # a block that nothing wraps would stay whole
     model.to(device)  # what is whole; layers are there already

@@ -71,7 +71,7 @@ def describe_corpus(source: str | Path) -> dict[str, str]:
     try:
         card = HfApi().dataset_info(named, timeout=10).card_data
         licence = card.get("license") if card else None
-    except (OSError, ValueError):  # a corpus that was loaded from a cache needs no network
+    except Exception:  # a corpus that was loaded from a cache needs no network, whose errors are of many kinds
         licence = None
     return {"name": str(source), **({"licence": str(licence)} if licence else {})}
 
@@ -153,7 +153,7 @@ def parse_line(line: bytes) -> Row:
     """The row of a line of JSON."""
     try:
         return parse_row(json.loads(line))
-    except ValueError:  # bad UTF-8 too
+    except (ValueError, RecursionError):  # bad UTF-8, brackets without end
         return BadRow("not JSON")
 
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from ctc_drafter.text import REPLACEMENT, decode
 from ctc_drafter.train.data import Prompt
 from ctc_drafter.train.distill import GREEDY, Sampling
-from ctc_drafter.train.shards import Distilled, Shards, fitting, origin
+from ctc_drafter.train.shards import Distilled, Shards, fitting, known_ids, origin
 from ctc_drafter.types import UserError
 
 if TYPE_CHECKING:
@@ -77,7 +77,8 @@ def distill_remotely(
     """
     text = config.get_text_config(decoder=True)
     chosen = fitting(prompts, max_new_tokens, getattr(text, "max_position_embeddings", None) or 1 << 30)
-    gives_ids = asyncio.run(_probe(server, chosen[0]))
+    known = known_ids(out, chosen, shard_size)  # a finished folder needs no server
+    gives_ids = known == "written" if known else asyncio.run(_probe(server, chosen[0]))
     asked = Asked(server, tokenizer, max_new_tokens, sampling, frozenset(eos), gives_ids)
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "shard_size": shard_size, "eos": sorted(eos)}
     settings |= {"sampling": asdict(sampling), "served_as": server.model}

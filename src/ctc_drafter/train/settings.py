@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from ctc_drafter.types import UserError
 
@@ -72,6 +72,13 @@ class TrainSettings(BaseModel):
     keep_checkpoints: int = Field(2, ge=2, description="checkpoints that are kept")
     report_to: tuple[str, ...] = Field((), description="transformers' reporting integrations, e.g. tensorboard")
     progress: bool = Field(True, description="show a progress bar")
+
+    @field_validator("eval_nodes", "report_to", mode="before")
+    @classmethod
+    def listed(cls, value: Any) -> Any:
+        """One, as a command line gives it, is a list of one."""
+        parts = value.split(",") if isinstance(value, str) else value
+        return [part for part in parts if part != ""] if isinstance(parts, list) else parts
 
     @classmethod
     def parse(cls, values: dict[str, Any]) -> TrainSettings:

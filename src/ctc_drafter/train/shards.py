@@ -23,6 +23,7 @@ from ctc_drafter.train.manifest import (
     config_hash,
     digest,
     disk_errors,
+    read_manifest,
     template_hash,
     versions,
     write_atomic,
@@ -54,9 +55,9 @@ class Distilled:
 class Shards:
     """The output folder of a distillation: `shard-00000.jsonl` and on, `size` prompts each.
 
-    A row is `{"id", "prompt_ids", "answer_ids"}`, in the order of the prompts, the end token included where it was
-    written. Use it as a context: progress is shown while it is open. Raises `UserError` for a folder of another run
-    and for a full disk.
+    A row is `{"id", "source", "prompt_ids", "answer_ids"}`, in the order of the prompts, the end token included where
+    it was written. Use it as a context: progress is shown while it is open. Raises `UserError` for a folder of another
+    run and for a full disk.
     """
 
     def __init__(self, out: Path, prompts: Sequence[Prompt], size: int, manifest: dict[str, Any], progress: bool):
@@ -67,7 +68,7 @@ class Shards:
         with disk_errors(out):
             _open_folder(out, manifest)
         shards = range(-(-len(prompts) // size))
-        self.missing = [index for index in shards if not self._path(index).exists()]
+        self.missing = [index for index in shards if not shard_path(out, index).exists()]
         self.found = len(prompts) - sum(len(self.of(index)) for index in self.missing)
         self._bar = _progress(progress)
         self._task = self._bar.add_task("distill", total=len(prompts), completed=self.found, tokens=0)
@@ -97,18 +98,25 @@ class Shards:
         """A whole shard; None where there is no answer."""
         answered = [(p, a) for p, a in zip(self.of(index), answers, strict=True) if a is not None]
         with disk_errors(self.out):
-            write_atomic(self._path(index), (_line(prompt, answer) for prompt, answer in answered))
+            write_atomic(shard_path(self.out, index), (_line(prompt, answer) for prompt, answer in answered))
 
     def summary(self, too_long: int) -> Distilled:
         seconds = time.perf_counter() - self.started
         return Distilled(self.rows, self.tokens, self.found, too_long, seconds, self.cut, dict(self.left_out))
 
-    def _path(self, index: int) -> Path:
-        return self.out / f"shard-{index:05d}.jsonl"
-
     def _show(self) -> None:
         done = self.found + self.rows + self.left_out.total()
         self._bar.update(self._task, completed=done, tokens=self.tokens)
+
+
+def shard_path(out: Path, index: int) -> Path:
+    return out / f"shard-{index:05d}.jsonl"
+
+
+def known_ids(out: Path, prompts: Sequence[Prompt], size: int) -> str | None:
+    """`ids` of the manifest of a folder that has all its shards; None for others."""
+    whole = all(shard_path(out, index).exists() for index in range(-(-len(prompts) // size)))
+    return (read_manifest(out / MANIFEST) or {}).get("ids", OLDER["ids"]) if whole else None
 
 
 def fitting(prompts: Sequence[Prompt], max_new_tokens: int, context: int) -> list[Prompt]:
@@ -133,7 +141,8 @@ def origin(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, prompts
 
 
 def _line(prompt: Prompt, answer: list[int]) -> str:
-    return json.dumps({"id": prompt.id, "prompt_ids": prompt.ids, "answer_ids": answer})
+    source = {"source": prompt.source} if prompt.source else {}
+    return json.dumps({"id": prompt.id, **source, "prompt_ids": prompt.ids, "answer_ids": answer})
 
 
 def _open_folder(out: Path, manifest: dict[str, Any]) -> None:
@@ -141,7 +150,8 @@ def _open_folder(out: Path, manifest: dict[str, Any]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     if not (out / MANIFEST).exists() and any(out.glob("shard-*")):
         raise UserError(f"{out} holds shards but no {MANIFEST}; use another output folder")
-    claim(out / MANIFEST, manifest, OLDER, {"source"})  # the prompts' hash says what they are
+    # The prompts' hash says what they are, and any batch size gives the same answers.
+    claim(out / MANIFEST, manifest, OLDER, {"source", "batch_size"})
     for temporary in out.glob(".shard-*.tmp"):
         temporary.unlink()
 

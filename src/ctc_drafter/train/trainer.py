@@ -21,7 +21,7 @@ from ctc_drafter.drafters.trainable import TrainableDrafter
 from ctc_drafter.target import Target
 from ctc_drafter.train.anchors import anchor_counts, draft_loss, draw_anchors, label_anchors
 from ctc_drafter.train.checkpoints import latest_checkpoint, seal, trainer_state
-from ctc_drafter.train.data import DistilledDataset, LengthSampler, collate
+from ctc_drafter.train.data import NOTHING, DistilledDataset, LengthSampler, collate
 from ctc_drafter.train.feature_files import FeatureFiles, WithFeatures
 from ctc_drafter.train.manifest import (
     check_writer,
@@ -30,6 +30,7 @@ from ctc_drafter.train.manifest import (
     digest,
     disk_errors,
     versions,
+    weights_hash,
     write_atomic,
 )
 from ctc_drafter.train.processes import join_processes, shard_layers, share_of
@@ -72,7 +73,7 @@ def train_drafter(
     target, a folder of another run, damaged checkpoints, checkpoints that `resume=False` would overwrite, and forward
     passes that the processes cannot share evenly.
     """
-    _check_data(target, drafter, dataset)
+    _check_data(target, drafter, dataset, held_out)
     if settings.loss == "teacher":
         _check_teacher(target, dataset)
     held_out = held_out if held_out is not None and len(held_out) else None
@@ -81,10 +82,12 @@ def train_drafter(
     processes = join_processes(target.device.type)
     with processes.main_process_first(), disk_errors(out):
         out.mkdir(parents=True, exist_ok=True)
-        # Settings that are newer than a folder had the value then that is their default now.
-        older = {"settings": TrainSettings.parse({}).learnt_from(), "start": ""}
-        claim(out / RUN_FILE, _manifest(target, drafter, dataset, settings) | {"start": start}, older, FREE)
         checkpoint = latest_checkpoint(out / "checkpoints")
+        if processes.is_main_process and checkpoint is None and not (out / "model.safetensors").exists():
+            (out / RUN_FILE).unlink(missing_ok=True)  # of a run that came to nothing: its settings may be mended
+        # Settings that are newer than a folder had the value then that is their default now.
+        older = {"settings": TrainSettings.parse({}).learnt_from(), "start": "", "weights": None, "dtype": None}
+        claim(out / RUN_FILE, _manifest(target, drafter, dataset, settings) | {"start": start}, older, FREE)
     if checkpoint is not None and not resume:
         raise UserError(f"{out} holds checkpoints; resume them, or use another output folder")
 
@@ -218,14 +221,19 @@ class DrafterTrainer(Trainer):
 
     @torch.no_grad()
     def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        """The held-out loss, and β by tree size. Processes share the losses; each finds β by itself."""
+        """The held-out loss, and β by tree size. Processes share the losses; each finds β by itself.
+
+        All make the same number of forward passes: a sharded target's weights are gathered in each.
+        """
         prefix = kwargs.get("metric_key_prefix", "eval")
         model = self.accelerator.unwrap_model(self.model)
         model.eval()
         total = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         rows, size = self.eval_dataset, self.settings.eval_batch_size
-        for at in range(size * self.accelerator.process_index, len(rows), size * self.accelerator.num_processes):
-            batch = collate([rows[index] for index in range(at, min(at + size, len(rows)))])
+        mine = size * self.accelerator.process_index
+        for start in range(0, len(rows), size * self.accelerator.num_processes):
+            chosen = range(start + mine, min(start + mine + size, len(rows)))
+            batch = collate([rows[index] for index in chosen or [NOTHING]])
             loss, count = self.anchor_losses(model, self._prepare_inputs(batch))
             total += torch.tensor([float(loss), count], device=total.device)
         loss, count = self.accelerator.gather(total[None]).sum(0).tolist()
@@ -327,17 +335,15 @@ def _with_features(
     return WithFeatures(files)
 
 
-def _check_data(target: Target, drafter: TrainableDrafter, dataset: DistilledDataset) -> None:
+def _check_data(
+    target: Target, drafter: TrainableDrafter, dataset: DistilledDataset, held_out: DistilledDataset | None
+) -> None:
     drafter.check_target(target.model.config)
     if not len(dataset):
         raise UserError("there are no training rows; distill more, or hold out fewer")
     check_writer(dataset.manifest or {}, target.model)
-    largest = max(int(row.ids.max()) for row in dataset.rows)
-    if largest >= target.vocab_size:
-        raise UserError(
-            f"the training rows hold token {largest}, the target's vocabulary ends at {target.vocab_size - 1}; "
-            "distill again with this target"
-        )
+    for rows in (dataset, held_out) if held_out is not None else (dataset,):
+        rows.check_vocabulary(target.vocab_size)
 
 
 def _check_teacher(target: Target, dataset: DistilledDataset) -> None:
@@ -356,6 +362,8 @@ def _manifest(
     rows = digest(" ".join(f"{row.key}:{len(row.ids)}" for row in dataset.rows))
     return {
         "target": config_hash(target.model.config),
+        "weights": weights_hash(target.model),
+        "dtype": str(target.dtype).removeprefix("torch."),
         "drafter": config_hash(drafter.config),
         "rows": {"count": len(dataset), "hash": rows},
         "settings": settings.learnt_from(),
