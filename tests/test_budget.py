@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 import torch
 
+from ctc_drafter.decode import budget as budget_file
 from ctc_drafter.decode.accept import follow
 from ctc_drafter.decode.budget import REST, START, Budget, Pace, StepTimes
 from ctc_drafter.decode.generate import generate, plain_generate
 from ctc_drafter.decode.prefill import prefill
 from ctc_drafter.decode.tree import build_tree
 from ctc_drafter.drafters.lazy import LazySession
+from ctc_drafter.drafters.trainable import network_of
 from ctc_drafter.profile import CACHE, measure, step_times
 from ctc_drafter.types import Candidates
 from helpers import ScriptedDrafter, tiny_drafter, tiny_target
@@ -193,3 +195,19 @@ def test_measured_once(tmp_path, monkeypatch):
 def test_measures_fit_into_the_context():
     target = tiny_target()  # of 128 tokens
     assert measure(target, tiny_drafter(target), batches=(1,), sizes=(1, 2)).contexts == (100,)
+
+
+def test_copies_go_on_while_the_network_rests(monkeypatch):
+    """Drafting never pays by these times; a text that runs in a circle is still copied, for nothing."""
+    target = tiny_target()
+    for name, weight in target.model.named_parameters():
+        if "o_proj" in name or "down_proj" in name:  # the next token then follows from the newest alone
+            weight.data.zero_()
+    monkeypatch.setattr(budget_file, "REST", 64)
+    drafter = tiny_drafter(target, copies=4, lookup_length=8)
+    plain = plain_generate(target, PROMPTS[:1], max_new_tokens=60)
+    dear = Budget(times(draft=9.0, whole=(13.2, 13.3, 13.4)), 4)
+    options = {"max_new_tokens": 60, "budget": dear, "nodes": 4}
+    found, rested = (generate(target, each, PROMPTS[:1], **options) for each in (drafter, network_of(drafter)))
+    assert found.tokens == rested.tokens == plain.tokens
+    assert found.stats.steps < 0.7 * rested.stats.steps

@@ -52,6 +52,15 @@ def test_generate_returns_what_it_always_returned(batch):
     assert torch.equal(model.generate(**inputs, **options, eos_token_id=eos, custom_generate=speculate(drafter)), plain)
 
 
+def test_without_a_pad_rows_end_in_the_first_end_token():
+    model, drafter = model_and_drafter()
+    plain = model.generate(**padded(), max_new_tokens=20, do_sample=False, pad_token_id=0)
+    options = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": [int(plain[0, 12]), 0]}
+    expected = model.generate(**padded(), **options)
+    assert torch.equal(model.generate(**padded(), **options, custom_generate=speculate(drafter)), expected)
+    assert expected[0, -1] == plain[0, 12] > 0
+
+
 def test_a_dictionary_when_asked_for():
     model, drafter = model_and_drafter()
     options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "return_dict_in_generate": True}

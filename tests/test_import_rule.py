@@ -30,7 +30,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "graphs": {"types", "features", "layout"},
     "compiled_target": {"types", "target", "static_cache", "selftest", "graphs"},
     "drafters": {"types", "ctc"},
-    "decode": {"types", "target", "drafters.base", "drafters.lazy"},
+    "decode": {"types", "layout", "target", "drafters.base", "drafters.lazy"},
     "train": {"types", "text", "features", "ctc", "target", "drafters", "decode"},
     "methods": {"types", "drafters"},
     "warm_start": {"types", "drafters", "methods", "train"},

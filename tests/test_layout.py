@@ -4,6 +4,7 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import Cache, DynamicCache
 
+from ctc_drafter.decode.join import join
 from ctc_drafter.layout import GROWTH, GrowingLayer, columns_first
 
 
@@ -59,3 +60,25 @@ def test_appending_does_not_move_what_is_there():
     first, _ = layer.update(torch.randn(1, 1, 5, 2), torch.randn(1, 1, 5, 2))
     second, _ = layer.update(torch.randn(1, 1, 4, 2), torch.randn(1, 1, 4, 2))
     assert second.data_ptr() == first.data_ptr()
+
+
+def test_rows_that_are_gone_hold_no_memory() -> None:
+    """What a cache layer lets go of, or exchanges, is not kept elsewhere; and it still grows in place."""
+    layer = GrowingLayer()
+    layer.update(torch.randn(4, 1, 300, 8), torch.randn(4, 1, 300, 8))
+    kept = layer.keys[1:3, :, :300].clone()
+    layer.batch_select_indices(torch.tensor([1, 2]))
+    assert {room.shape[0] for room in layer.rooms} == {2}
+    assert torch.equal(layer.keys, kept)
+    other = GrowingLayer()
+    other.update(torch.randn(1, 1, 20, 8), torch.randn(1, 1, 20, 8))
+    cache, new = DynamicCache(), DynamicCache()
+    cache.layers, new.layers = [layer], [other]
+    join(cache, new)
+    assert [room.data_ptr() for room in layer.rooms] == [layer.keys.data_ptr(), layer.values.data_ptr()]
+    more = torch.randn(3, 1, 2, 8)
+    layer.update(more, more)
+    place = layer.keys.data_ptr()
+    layer.update(more, more)
+    assert layer.keys.data_ptr() == place
+    assert torch.equal(layer.keys[:2, :, :300], kept)

@@ -71,7 +71,7 @@ def test_nothing_in_nothing_out():
     ("prompts", "options", "message"),
     [
         ([[1]], {"in_flight": 0}, "in_flight"),
-        ([[1], []], {}, "empty"),
+        ([[1], [2], [3], []], {"in_flight": 1}, "prompt 3 is empty"),
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens"),
     ],
 )

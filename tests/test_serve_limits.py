@@ -10,6 +10,7 @@ import httpx2 as httpx
 import openai
 import pytest
 
+from ctc_drafter.serve.service import Service
 from serve_helpers import KEY, NAME, blocked_service, plain_texts, running, text_of, tiny_service, wait_until
 
 BODY = {"model": NAME, "prompt": [5, 9, 2], "max_tokens": 12, "temperature": 0}
@@ -50,6 +51,8 @@ def start(at, **changes):
         (b'{"prompt": [1, 5000]}', 400),
         (b'{"prompt": [-1]}', 400),
         (b'{"prompt": ""}', 400),
+        (b'{"prompt": [' + b"{}," * 6000 + b"{}]}", 400),
+        (b'{"prompt": [' + b'"a",' * 4000 + b'"a"]}', 400),
         (b'{"prompt": "' + b"a" * 19_000 + b'"}', 400),
         (b'{"prompt": "' + b"a" * 20_000 + b'"}', 413),
     ],
@@ -171,6 +174,61 @@ def test_a_failing_step_fails_its_answers_and_no_others(caplog):
         lane.step = step
         assert post(at).json()["choices"][0]["text"] == plain_texts(service, BODY["prompt"], 12)[0]
     assert "ZeroDivisionError" in caplog.text
+
+
+def test_a_batch_that_cannot_let_a_row_go_fails_and_the_server_goes_on(caplog):
+    service, turnstile = blocked_service()
+    lane = service.engine.lanes["draft"]
+    with running(service) as at:
+        turnstile.open()
+        drop, lane.drop = lane.drop, lambda: 1 // 0
+        assert post(at).status_code == 500
+        lane.drop = drop
+        assert post(at).json()["choices"][0]["text"] == plain_texts(service, BODY["prompt"], 12)[0]
+    assert "ZeroDivisionError" in caplog.text
+
+
+def test_jobs_that_are_being_prefilled_count_and_may_be_turned_away(monkeypatch):
+    """Of two that join together the second one waits for the first one's prefill, and hears of a shutdown."""
+    service, turnstile = blocked_service(batch_size=2, queue=2, grace=20)
+    lane, prefills, go = service.engine.lanes["draft"], [], threading.Event()
+    admit = lane.admit
+
+    def slow(job):
+        prefills.append(job)
+        assert go.wait(20)
+        admit(job)
+
+    monkeypatch.setattr(lane, "admit", slow)
+    with running(service) as at:
+        replies, threads = [], []
+        turnstile.open()
+        for content in (json.dumps(BODY | {"n": 2}), json.dumps(BODY)):
+            threads.append(threading.Thread(target=lambda text=content: replies.append(post(at, text).status_code)))
+            threads[-1].start()
+            wait_until(lambda: prefills)
+        wait_until(lambda: service.engine.load().waiting == 1)
+        assert service.engine.load().running == 2
+        at.server.should_exit = True
+        wait_until(lambda: not service.engine.load().open)
+        go.set()
+        for thread in threads:
+            thread.join()
+    assert len(prefills) == 1
+    assert replies == [503, 503]
+
+
+def test_what_fails_unexpectedly_is_counted_as_our_fault(monkeypatch):
+    service = tiny_service()
+
+    def broken(*_):
+        raise TypeError("not foreseen")
+
+    monkeypatch.setattr(Service, "check_prompt", broken)
+    with running(service) as at:
+        assert post(at).status_code == 500
+        text = httpx.get(f"{at.url}/metrics").text
+    assert 'ctc_drafter_requests_total{path="/v1/completions",status="500"} 1.0' in text
 
 
 def test_a_slow_reader_keeps_nobody_waiting(server):

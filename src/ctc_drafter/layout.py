@@ -55,6 +55,16 @@ class GrowingLayer(DynamicLayer):
         self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
         self.rooms = [self.keys, self.values]
 
+    def hold(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Takes these in place of its own, which are let go at once."""
+        self.keys, self.values = keys, values
+        self.rooms = [keys, values]
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        super().batch_select_indices(indices)
+        if self.is_initialized:
+            self.hold(self.keys, self.values)
+
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_args: Any, **_kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -75,11 +75,11 @@ class Batch:
     def enter(self, rows: Sequence[Row]) -> tuple[torch.Tensor, torch.Tensor]:
         """`admit`, as tensors: the first token `int64 [R]` of each new row, chosen from these logits `[R, V]`.
 
-        A row that cannot be decoded raises before anything of the batch has changed.
+        A row that cannot be prefilled raises before anything of the batch has changed.
         """
         target, drafter, chooser = self.method.target, self.method.drafter, self.method.chooser
         with self.clock("prefill"):
-            state = prefill(target, [row.prompt for row in rows], drafter.feature_layers)
+            state = prefill(target, [row.prompt for row in rows], drafter.feature_layers, rows[0].index)
             chooser.check(rows[0], state.logits[:1])
             root = chooser.next(state.logits, rows)
             if self.rows:
@@ -141,10 +141,9 @@ class Batch:
     def _draft_what_pays(self, pace: Pace) -> TokenTree:
         slots, rows = self.cache.get_seq_length(), len(self.rows)
         with self.clock("draft"):
-            if pace.drafts():
-                candidates = self.session.propose(self.root, pace.budget.nodes, pace.floor(rows, slots))
-            else:
-                candidates = Candidates.nothing(self.root)
+            draft = self.session.propose if pace.drafts() else self.session.copied  # copies cost nothing
+            found = draft(self.root, pace.budget.nodes, pace.floor(rows, slots))
+            candidates = Candidates.nothing(self.root) if found is None else found
         with self.clock("tree"):
             return build_tree(self.root, candidates, pace.size(candidates, slots))
 

@@ -72,8 +72,7 @@ def speculate(
         generation = run(Method(target, drafter, nodes, floor, chooser), rows, remaining(stopping_criteria), told)
         if streamer is not None:
             streamer.end()
-        pad = generation_config.pad_token_id
-        filler = pad if pad is not None else min(rows[0].eos, default=0)
+        filler = filler_of(generation_config.pad_token_id, stopping_criteria)
         width = max(map(len, generation.tokens))
         new = [row + [filler] * (width - len(row)) for row in generation.tokens]
         sequences = torch.cat([input_ids, torch.tensor(new, device=input_ids.device)], 1)
@@ -82,6 +81,12 @@ def speculate(
         return sequences
 
     return decode
+
+
+def filler_of(pad: int | None, criteria: StoppingCriteriaList) -> int:
+    """What rows that ended are filled up with: as in `generate`, the first of several end tokens if there is no pad."""
+    ends = (each.eos_token_id.flatten().tolist() for each in criteria if type(each) is EosTokenCriteria)
+    return pad if pad is not None else next(ends, [0])[0]
 
 
 def chooser_of(

@@ -7,6 +7,7 @@ from torch.nn.functional import pad
 from transformers import Cache
 from transformers.cache_utils import StaticLayer
 
+from ctc_drafter.layout import GrowingLayer
 from ctc_drafter.types import UserError
 
 
@@ -17,8 +18,11 @@ def join(cache: Cache, new: Cache) -> None:
             continue
         if layer.is_sliding:  # its slots are no positions
             raise UserError(f"rows cannot join a cache with a {type(layer).__name__}; decode them in batches instead")
-        layer.keys = stacked(layer.keys, other.keys)
-        layer.values = stacked(layer.values, other.values)
+        keys, values = stacked(layer.keys, other.keys), stacked(layer.values, other.values)
+        if isinstance(layer, GrowingLayer):
+            layer.hold(keys, values)
+        else:
+            layer.keys, layer.values = keys, values
         if isinstance(layer, StaticLayer):
             layer.max_cache_len = layer.keys.shape[2]
             layer.cumulative_length.copy_(torch.maximum(layer.cumulative_length, other.cumulative_length))

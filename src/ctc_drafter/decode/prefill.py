@@ -34,14 +34,16 @@ class Prefill:
         return self.logits.argmax(-1)
 
 
-def prefill(target: Target, prompts: Sequence[Sequence[int]], layers: Sequence[int] = ()) -> Prefill:
+def prefill(target: Target, prompts: Sequence[Sequence[int]], layers: Sequence[int] = (), first: int = 0) -> Prefill:
     """Raises `UserError` for an empty prompt, an unknown token, or a prompt that fills the context.
+
+    first: the number that errors give the first prompt.
 
     Rows are padded on the right: causal attention keeps the padding from everything before it, and later
     masks hide its slots. Long prompts go through in chunks, so that no mask and no attention matrix is as wide
     as the prompt in both directions.
     """
-    check_prompts(target, prompts)
+    check_prompts(target, prompts, first)
     width = max(len(prompt) for prompt in prompts)
     rows = [list(prompt) + [0] * (width - len(prompt)) for prompt in prompts]
     tokens = torch.tensor(rows, device=target.device)
@@ -66,10 +68,11 @@ def prefill(target: Target, prompts: Sequence[Sequence[int]], layers: Sequence[i
     )
 
 
-def check_prompts(target: Target, prompts: Sequence[Sequence[int]]) -> None:
+def check_prompts(target: Target, prompts: Sequence[Sequence[int]], first: int = 0) -> None:
+    """Raises `UserError` for prompts that cannot be decoded; `first` is the number of the first one."""
     if not prompts:
         raise UserError("there are no prompts; give at least one")
-    for row, prompt in enumerate(prompts):
+    for row, prompt in enumerate(prompts, first):
         if not prompt:
             raise UserError(f"prompt {row} is empty; give at least one token")
         if len(prompt) >= target.context:

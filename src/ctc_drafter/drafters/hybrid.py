@@ -34,10 +34,13 @@ class HybridSession:
         self.trained.extend(tokens, features, counts)
 
     def propose(self, root: torch.Tensor, nodes: int, floor: float = 0.0) -> Candidates:
-        copied = list(takewhile(sure, self.lookup.prefixes(root, nodes, floor)))
-        if len(copied) == len(root):
-            return replace(padded(copied, root.device), free=True)
-        return self.trained.propose(root, nodes, floor)
+        copied = self.copied(root, nodes, floor)
+        return self.trained.propose(root, nodes, floor) if copied is None else copied
+
+    def copied(self, root: torch.Tensor, nodes: int, floor: float = 0.0) -> Candidates | None:
+        """The copies alone; None where they promise too little in some row."""
+        found = list(takewhile(sure, self.lookup.prefixes(root, nodes, floor)))
+        return replace(padded(found, root.device), free=True) if len(found) == len(root) else None
 
     def join(self, tokens: torch.Tensor, features: torch.Tensor | None, counts: torch.Tensor) -> None:
         self.lookup.join(tokens, features, counts)

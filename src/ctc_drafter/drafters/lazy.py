@@ -48,6 +48,15 @@ class LazySession:
         self.catch_up()
         return self.session.propose(root, nodes, floor)
 
+    def copied(self, root: torch.Tensor, nodes: int, floor: float = 0.0) -> Candidates | None:
+        """What the session drafts for nothing, see `HybridSession`; None if it never does."""
+        free = getattr(self.session, "copied", None)
+        if free is None:
+            return None
+        self.catch_up()
+        found: Candidates | None = free(root, nodes, floor)
+        return found
+
     def join(self, tokens: torch.Tensor, features: torch.Tensor | None, counts: torch.Tensor) -> None:
         self.catch_up()
         self.session.join(tokens, features, counts)

@@ -60,6 +60,7 @@ class Engine:
         self.lanes = {name: Lane(method) for name, method in lanes.items()}
         self.batch_size, self.queue, self.speedup = batch_size, queue, speedup
         self._waiting: deque[Job] = deque()
+        self._joining: deque[Job] = deque()  # taken from the queue, and not in a batch yet
         self._wake = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._stop_at: float | None = None  # from then on nothing is decoded
@@ -93,7 +94,8 @@ class Engine:
         return self._thread.is_alive() and self._stop_at is None
 
     def load(self) -> Load:
-        return Load(sum(len(lane.jobs) for lane in self.lanes.values()), len(self._waiting), self.alive)
+        running = len(self._joining) + sum(len(lane.jobs) for lane in self.lanes.values())
+        return Load(running, len(self._waiting), self.alive)
 
     @property
     def most(self) -> int:
@@ -120,28 +122,32 @@ class Engine:
             with self._wake:
                 while not (self._waiting or self.load().running or self._stop_at is not None):
                     self._wake.wait()
-                arriving, stop_at = self._arriving(), self._stop_at
+                self._take()
+                stop_at = self._stop_at
             if stop_at is not None and (time.monotonic() >= stop_at or not self.load().running):
                 self._end(SHUTDOWN)
                 return
             begin = time.perf_counter()
-            for job in arriving:
-                self._admit(job)
+            while self._joining:
+                if self._wanted(self._joining[0]):
+                    self._admit(self._joining[0])
+                self._joining.popleft()
             for lane in self.lanes.values():
                 self._step(lane)
             self._busy_seconds += time.perf_counter() - begin
 
-    def _arriving(self) -> list[Job]:
-        """The jobs that join now; those that nobody waits for, or that waited too long, are let go."""
-        arriving: list[Job] = []
-        running, staying = self.load().running, deque[Job]()
+    def _take(self) -> None:
+        """Takes the jobs from the queue that join now, and lets those go that nobody waits for."""
+        staying = deque[Job]()
         while self._waiting:
             job = self._waiting.popleft()
-            if job.cancelled or self._late(job) or self._turned_away(job):
-                continue
-            (arriving if running + len(arriving) < self.batch_size else staying).append(job)
+            if self._wanted(job):
+                (self._joining if self.load().running < self.batch_size else staying).append(job)
         self._waiting = staying
-        return arriving
+
+    def _wanted(self, job: Job) -> bool:
+        """Whether somebody still waits for it, in time, from a server that goes on."""
+        return not (job.cancelled or self._late(job) or self._turned_away(job))
 
     def _turned_away(self, job: Job) -> bool:
         if self._stop_at is not None:
@@ -164,13 +170,14 @@ class Engine:
             job.deliver(ERROR)
 
     def _step(self, lane: Lane) -> None:
-        for job in lane.jobs:
-            self._late(job)
-        lane.drop()
-        if not lane.jobs:
-            return
         rows, begin = len(lane.jobs), time.perf_counter()
         try:
+            for job in lane.jobs:
+                self._late(job)
+            lane.drop()
+            if not lane.jobs:
+                return
+            rows, begin = len(lane.jobs), time.perf_counter()
             tokens = lane.step()
         except Exception:
             LOG.exception("a step of %d rows failed", rows)

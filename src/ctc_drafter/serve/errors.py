@@ -18,6 +18,7 @@ from ctc_drafter.types import UserError
 
 LOG = logging.getLogger(__name__)
 RETRY_AFTER_SHUTDOWN = "5"
+CLIENT_GONE = 499  # nobody reads it
 
 
 class APIError(Exception):

@@ -10,7 +10,7 @@ from http import HTTPStatus
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ctc_drafter.serve.errors import APIError, respond
+from ctc_drafter.serve.errors import CLIENT_GONE, APIError, respond
 from ctc_drafter.serve.metrics import Metrics
 
 PROTECTED = "/v1/"
@@ -54,8 +54,12 @@ class Gate:
             if not status:
                 late = APIError(408, "the request took too long", code="timeout")
                 await respond(late)(scope, receive, noted)
+        except Exception:  # answered further out, with a 500
+            status = status or 500
+            raise
         finally:
-            self.metrics.count(scope["path"], status, time.perf_counter() - begin)
+            # Nobody reads the answer to a client that has gone.
+            self.metrics.count(scope["path"], 0 if status == CLIENT_GONE else status, time.perf_counter() - begin)
 
     def _refusal(self, scope: Scope) -> APIError | None:
         headers = dict(reversed(scope["headers"]))

@@ -34,7 +34,7 @@ class Lane:
         self.batch = Batch(self.method, self.clock)
 
     def admit(self, job: Job) -> None:
-        """Prefills a row and tells its first token. If that fails, the rows at work are as they were."""
+        """Prefills a row and tells its first token. If the prefill fails, the rows at work are as they were."""
         job.begin = time.perf_counter()
         roots, logits = self.batch.enter([job])
         self.jobs.append(job)

@@ -52,6 +52,7 @@ def openai_router(service: Service) -> APIRouter:
     async def completion(body: CompletionRequest, request: Request) -> Response:
         """The continuation of a text, or of several; without max_tokens 16 tokens of it."""
         service.check_model(body.model)
+        service.check_choices(len(body.prompts) * body.n)
         prompts = await run_in_threadpool(encode_all, service, body.prompts)
         limit = body.max_tokens or SHORT
         jobs = service.jobs(prompts, body, limit, n=body.n, stop=body.stops, top=body.logprobs)
@@ -65,7 +66,8 @@ def openai_router(service: Service) -> APIRouter:
 
 def encode_all(service: Service, prompts: Sequence[str | list[int]]) -> list[list[int]]:
     return [
-        service.encode_text(prompt) if isinstance(prompt, str) else service.check_prompt(prompt) for prompt in prompts
+        service.encode_text(prompt, place) if isinstance(prompt, str) else service.check_prompt(prompt, place)
+        for place, prompt in enumerate(prompts)
     ]
 
 
@@ -77,7 +79,11 @@ async def answer(service: Service, body: Streamed, request: Request, jobs: list[
         answers = await unless_gone(request, exchange.collect())
     finally:
         exchange.cancel()
-    return Response(form.whole(answers, usage_of(jobs, body.n)).model_dump_json(), media_type="application/json")
+
+    def written() -> str:
+        return form.whole(answers, usage_of(jobs, body.n)).model_dump_json()
+
+    return Response(await run_in_threadpool(written), media_type="application/json")  # thousands of likelihoods
 
 
 async def stream(exchange: Exchange, form: Form, body: Streamed) -> AsyncIterator[str]:

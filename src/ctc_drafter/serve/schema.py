@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -36,6 +36,10 @@ ASKS_NOTHING: dict[str, Any] = {
 Text = Annotated[str, Field(min_length=1)]
 StopText = Annotated[str, Field(min_length=1, max_length=256)]
 
+Item = TypeVar("Item")
+# A megabyte of bad items would have as many errors, of which one is told.
+Several = Annotated[list[Item], Field(fail_fast=True)]
+
 
 class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -48,7 +52,7 @@ class TextPart(Strict):
 
 class Message(Strict):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: str | Several[TextPart]
     name: str | None = None
 
     @property
@@ -96,7 +100,7 @@ class Streamed(Sampling):
     """What both kinds of requests share."""
 
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] = 1
-    stop: StopText | Annotated[list[StopText], Field(max_length=16)] | None = None
+    stop: StopText | Annotated[Several[StopText], Field(max_length=16)] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
 
@@ -116,7 +120,7 @@ class Streamed(Sampling):
 
 
 class ChatRequest(Streamed):
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[Several[Message], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1, le=2**31)] | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_LIKELY)] | None = None
@@ -137,7 +141,7 @@ class ChatRequest(Streamed):
 
 
 class CompletionRequest(Streamed):
-    prompt: Text | Annotated[list[Text] | list[int] | list[list[int]], Field(min_length=1)]
+    prompt: Text | Annotated[Several[Text] | Several[int] | Several[Several[int]], Field(min_length=1)]
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
     return_token_ids: bool = False
 
@@ -159,5 +163,5 @@ class CompletionRequest(Streamed):
 class TraceRequest(Sampling):
     """For `/v1/ctc/stream`. plain: decode without the drafter."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[Several[Message], Field(min_length=1)]
     plain: bool = False

@@ -74,18 +74,27 @@ class Service:
             ) from None
         return self.check_prompt(list(ids))
 
-    def encode_text(self, text: str) -> list[int]:
+    def encode_text(self, text: str, place: int = 0) -> list[int]:
         check_text([text])
-        return self.check_prompt(list(self.tokenizer(text).input_ids))
+        return self.check_prompt(list(self.tokenizer(text).input_ids), place)
 
-    def check_prompt(self, ids: list[int]) -> list[int]:
-        """The same ids. Raises `APIError` for a prompt that is too long, empty or unknown to the target."""
+    def check_prompt(self, ids: list[int], place: int = 0) -> list[int]:
+        """The same ids. Raises `APIError` for a prompt that is too long, empty or unknown to the target.
+
+        place: its number among the prompts of a request.
+        """
         most = min(self.limits.max_prompt or self.target.context, self.target.context - 1)
         if len(ids) > most:
             message = f"the prompt has {len(ids)} tokens and may have {most}; shorten it"
             raise APIError(400, message, code="context_length_exceeded")
-        check_prompts(self.target, [ids])
+        check_prompts(self.target, [ids], place)
         return ids
+
+    def check_choices(self, count: int) -> None:
+        """Raises `APIError` for more answers than go together."""
+        most = min(MOST_CHOICES, self.engine.most)
+        if count > most:
+            raise APIError(400, f"{count} answers are asked for; at most {most} go together", param="n")
 
     def jobs(
         self,
@@ -100,9 +109,7 @@ class Service:
         trace: bool = False,
     ) -> list[Job]:
         """n choices for each prompt, in order."""
-        most = min(MOST_CHOICES, self.engine.most)
-        if len(prompts) * n > most:
-            raise APIError(400, f"{len(prompts) * n} answers are asked for; at most {most} go together", param="n")
+        self.check_choices(len(prompts) * n)
         eos = frozenset(eos_ids(self.target.model, self.tokenizer))
         chooser = chooser_of(request)
         deadline = time.monotonic() + self.limits.timeout
