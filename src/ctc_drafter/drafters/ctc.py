@@ -176,7 +176,7 @@ class CTCDrafter(FramesModel):
         blocks = self.blocks(features, tokens, anchors, borrowed.embed)[used]
         rows = used.nonzero()[:, 0]
         for part, row, end in zip(blocks.split(chunk), rows.split(chunk), anchors[used].split(chunk), strict=True):
-            text = Text(tokens[row], end)
+            text = Text(tokens[row], end) if self.config.copies else None
             yield self.candidates(part, tokens[row, end], borrowed, nodes, text=text)
 
     def begin(self, embed: nn.Module, head: nn.Module, batch_size: int) -> DraftSession:

@@ -1,6 +1,7 @@
 """The whole recipe of the shipped model: `python -m ctc_drafter.quickstart.build CORPUS`.
 
-pretrain the target -> let it answer training prompts -> train the drafter on those answers -> package both.
+pretrain the target -> let it answer training prompts -> train the drafter on those answers -> train it on, half of the
+time without copies -> package both.
 Every step resumes where it was killed.
 """
 
@@ -21,6 +22,7 @@ from ctc_drafter.quickstart.card import write_card
 from ctc_drafter.quickstart.pretrain import PERPLEXITY, pretrain
 from ctc_drafter.train.data import DistilledDataset, read_prompts
 from ctc_drafter.train.distill import distill
+from ctc_drafter.train.manifest import tensors_hash
 from ctc_drafter.train.settings import TrainSettings
 from ctc_drafter.train.trainer import train_drafter
 from ctc_drafter.types import UserError
@@ -61,6 +63,9 @@ TRAINING = TrainSettings.parse(
         "eval_positions": 512,
     }
 )
+# Engines that do not know the text draft without copies, so half of what it learns now is to do without.
+MIXED = TRAINING.model_copy(update={"steps": 2500, "learning_rate": 1e-3, "copy_dropout": 0.5, "seed": 1})
+FINISHED = "drafter-mixed"
 
 
 def build(
@@ -83,6 +88,8 @@ def build(
     drafter = fresh_drafter(target, tokenizer, seed=0, **DRAFTER)
     choose_vocabulary(drafter, train_rows.answer_counts(target.vocab_size))
     train_drafter(target, drafter, train_rows, held_out, work / "drafter", TRAINING)
+    start = tensors_hash(drafter.state_dict().items())
+    train_drafter(target, drafter, train_rows, held_out, work / FINISHED, MIXED, start=start)
     package(corpus, work, out)
 
 
@@ -91,8 +98,8 @@ def package(corpus: Path, work: Path, out: Path) -> None:
     _, held_out = DistilledDataset.load([work / "distilled" / name for name in PROMPTS]).split(HELD_OUT)
     AutoModelForCausalLM.from_pretrained(work / "target", dtype=torch.bfloat16).save_pretrained(out / "target")
     AutoTokenizer.from_pretrained(work / "target").save_pretrained(out / "target")
-    CTCDrafter.from_pretrained(work / "drafter").to(torch.bfloat16).save_pretrained(out / "drafter")
-    write_card(corpus, work, out, held_out)
+    CTCDrafter.from_pretrained(work / FINISHED).to(torch.bfloat16).save_pretrained(out / "drafter")
+    write_card(corpus, work, out, [work / "drafter", work / FINISHED], held_out)
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     print(f"{out}: {size / 1e6:.1f} MB")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
@@ -44,6 +45,10 @@ SOURCES = {
 SAMPLE_TOKENS = 96
 BETA_POSITIONS = 3000
 
+SIBLINGS = """
+These answers were held out one by one: other parts of some of the texts that they carry on were trained on.
+"""
+
 HEAD = """# Quickstart target and drafter
 
 Trained from random weights by `make quickstart CORPUS=folder`; no other model's weights are in them. `target/` is a
@@ -55,15 +60,25 @@ text that the target itself wrote. Both are stored in bfloat16.
 """
 
 
-def write_card(corpus: Path, work: Path, out: Path, held_out: DistilledDataset) -> None:
-    """Writes `out/README.md` from the run's own figures, the packaged drafter's β and ten samples of its target."""
+def write_card(corpus: Path, work: Path, out: Path, trainings: Sequence[Path], held_out: DistilledDataset) -> None:
+    """Writes `out/README.md` from the run's own figures, the packaged drafter's β and ten samples of its target.
+
+    trainings: folders of the drafter's, the one going on where the other ended.
+    """
     perplexity = json.loads((work / PERPLEXITY).read_text())
-    log = [json.loads(line) for line in (work / "drafter" / "train_log.jsonl").read_text().splitlines()]
+    logs = ((folder / "train_log.jsonl").read_text().splitlines() for folder in trainings)
+    steps = [json.loads(log[-1])["step"] for log in logs]
     sizes = {f"{part}_m": parameters(out / part / "model.safetensors") / 1e6 for part in ("target", "drafter")}
     target, tokenizer = load_target(str(out / "target"), "float32", "cpu")
     drafter = cast(CTCDrafter, load_drafter(str(out / "drafter"), target, tokenizer))
-    beta = offline_beta(target, drafter, held_out, max_positions=BETA_POSITIONS, max_rows=len(held_out))
-    drafted = beta_table(log[-1]["step"], drafter.config, beta)
+    alone = cast(CTCDrafter, load_drafter(str(out / "drafter"), target, tokenizer))
+    alone.config.copies = 0
+    beta = {
+        copies: offline_beta(target, each, held_out, max_positions=BETA_POSITIONS, max_rows=len(held_out))
+        for copies, each in (("yes", drafter), ("no", alone))
+    }
+    siblings = any(row.source is None for row in held_out.rows)
+    drafted = beta_table(steps, drafter.config, beta) + (SIBLINGS if siblings else "")
     parts = [HEAD.format(**sizes), data_table(perplexity), drafted, *samples(corpus, target, tokenizer)]
     (out / "README.md").write_text("\n".join(parts), encoding="utf-8")
 
@@ -84,18 +99,27 @@ def data_table(perplexity: dict[str, float]) -> str:
     return "\n".join([*rows, "in float32.\n"])
 
 
-def beta_table(steps: int, config: CTCDrafterConfig, figures: dict[str, float]) -> str:
-    beta = {name.removeprefix("beta_"): value for name, value in figures.items() if name.startswith("beta_")}
+def beta_table(steps: Sequence[int], config: CTCDrafterConfig, figures: dict[str, dict[str, float]]) -> str:
+    """figures: whether it copies -> what `offline_beta` found."""
+    beta = {
+        copies: {name.removeprefix("beta_"): value for name, value in found.items() if name.startswith("beta_")}
+        for copies, found in figures.items()
+    }
+    sizes = next(iter(beta.values()))
     rows = [
-        f"## The drafter after {steps} steps\n",
+        f"## The drafter after {' and '.join(f'{count:,}' for count in steps)} steps\n",
         f"It drafts {config.draft_vocab_size:,} of the {config.vocab_size:,} tokens, the most frequent in the answers",
-        f"that it learnt from, and knows where the text agrees with up to {config.copies} of the newest tokens. Tokens",
+        f"that it learnt from, and knows where the text agrees with up to {config.copies} of the newest tokens. The",
+        "second training left that out at half of its places, for engines that do not know the text. Tokens",
         f"per verification at {BETA_POSITIONS:,} places of held-out answers of the target, by nodes of the tree:\n",
-        "| " + " | ".join(beta) + " |",
-        "|---" * len(beta) + "|",
-        "| " + " | ".join(f"{value:.2f}" for value in beta.values()) + " |\n",
+        "| with copies | " + " | ".join(sizes) + " |",
+        "|---" * (1 + len(sizes)) + "|",
+        *(
+            f"| {copies} | " + " | ".join(f"{found[name]:.2f}" for name in sizes) + " |"
+            for copies, found in beta.items()
+        ),
     ]
-    return "\n".join(rows)
+    return "\n".join(rows) + "\n"
 
 
 def samples(corpus: Path, target: Target, tokenizer: PreTrainedTokenizerBase) -> list[str]:
