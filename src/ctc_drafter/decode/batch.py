@@ -79,7 +79,8 @@ class Batch:
         """
         target, drafter, chooser = self.method.target, self.method.drafter, self.method.chooser
         with self.clock("prefill"):
-            state = prefill(target, [row.prompt for row in rows], drafter.feature_layers, rows[0].index)
+            first = rows[0].index if rows else 0
+            state = prefill(target, [row.prompt for row in rows], drafter.feature_layers, first)
             chooser.check(rows[0], state.logits[:1])
             root = chooser.next(state.logits, rows)
             if self.rows:
