@@ -8,6 +8,8 @@ import torch
 
 from ctc_drafter.cli import main
 from ctc_drafter.decode.generate import generate, plain_generate
+from ctc_drafter.decode.prefill import prefill
+from ctc_drafter.drafters.base import Drafter
 from ctc_drafter.drafters.lookup import PromptLookup
 from ctc_drafter.drafters.silent import Silent
 from ctc_drafter.evaluate.bench import Entry
@@ -23,6 +25,15 @@ SIZES = {"frames": 5, "draft_length": 5}
 PROMPTS = [[5, 9, 2, 7, 5, 9, 2], [3, 4]]
 
 
+@torch.inference_mode()
+def deepest(target: Target, drafter: Drafter) -> int:
+    """The longest of more prefixes than there are of one token."""
+    state = prefill(target, PROMPTS, drafter.feature_layers)
+    session = drafter.begin(target.embed, target.head, len(PROMPTS))
+    session.extend(state.tokens, state.features, state.lengths)
+    return int(session.propose(state.root, 400, 0.0).depths.max())
+
+
 @pytest.mark.parametrize("name", TRAINED)
 def test_no_prefix_is_longer_and_output_stays(name: str) -> None:
     target = Target.wrap(tiny_llama())
@@ -32,10 +43,12 @@ def test_no_prefix_is_longer_and_output_stays(name: str) -> None:
     torch.manual_seed(0)
     drafter = kind.for_target(target.config, **sizes).eval()
     plain = plain_generate(target, PROMPTS, max_new_tokens=12)
+    assert deepest(target, drafter) > 1
     for depth in (1, 3, 5):
-        found = generate(target, shortened(drafter, depth), PROMPTS, max_new_tokens=12, nodes=12, floor=0.0)
+        shorter = shortened(drafter, depth)
+        assert deepest(target, shorter) <= depth
+        found = generate(target, shorter, PROMPTS, max_new_tokens=12, nodes=12, floor=0.0)
         assert found.tokens == plain.tokens
-        assert len(found.stats.accept_histogram) <= depth + 1
     assert drafter.config.draft_length == 5
     assert generate(target, drafter, PROMPTS, max_new_tokens=12, nodes=12, floor=0.0).tokens == plain.tokens
 
