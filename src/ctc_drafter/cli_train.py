@@ -250,8 +250,8 @@ def train(
         lm, tokenizer = load_target(target, dtype, "cpu" if shard_target else device)
         read_template(tokenizer, chat_template)
         check_writer(rows.manifest or {}, lm.model, tokenizer)
-        if rows.cut_share() > MANY_CUT:
-            cut_warning(rows.cut_share())
+        if (cut := rows.cut_share()) > MANY_CUT:
+            cut_warning(cut)
         draft = fresh_drafter(lm, tokenizer, seed, method, **sizes)
         choose_vocabulary(draft, rows.answer_counts(lm.vocab_size))
         if begin:

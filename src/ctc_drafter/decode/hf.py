@@ -85,8 +85,13 @@ def speculate(
 
 def filler_of(pad: int | None, criteria: StoppingCriteriaList) -> int:
     """What rows that ended are filled up with: as in `generate`, the first of several end tokens if there is no pad."""
-    ends = (each.eos_token_id.flatten().tolist() for each in criteria if type(each) is EosTokenCriteria)
-    return pad if pad is not None else next(ends, [0])[0]
+    return pad if pad is not None else next(iter(end_tokens(criteria)), 0)
+
+
+def end_tokens(criteria: StoppingCriteriaList) -> list[int]:
+    """In the order in which they were given."""
+    found = (each.eos_token_id.flatten().tolist() for each in criteria if type(each) is EosTokenCriteria)
+    return [token for tokens in found for token in tokens]
 
 
 def chooser_of(
@@ -110,8 +115,7 @@ def rows_of(
     """Rows of `int64 [B, T]`, read without the padding that a 2-D mask marks, with their ends."""
     lengths = [each.max_length for each in criteria if type(each) is MaxLengthCriteria]
     room = min(lengths, default=context) - input_ids.shape[1]
-    ends = [each.eos_token_id.flatten().tolist() for each in criteria if type(each) is EosTokenCriteria]
-    eos = frozenset(token for tokens in ends for token in tokens)
+    eos = frozenset(end_tokens(criteria))
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     rows = []
     for index, (given, keep) in enumerate(zip(input_ids, mask, strict=True)):

@@ -7,7 +7,6 @@ Every step resumes where it was killed.
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +15,7 @@ import typer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ctc_drafter.drafters.ctc import CTCDrafter
-from ctc_drafter.load import choose_vocabulary, fresh_drafter, keep_quiet, load_target
+from ctc_drafter.load import choose_vocabulary, fresh_drafter, load_target, run_alone
 from ctc_drafter.quickstart import MODEL_DIR
 from ctc_drafter.quickstart.card import write_card
 from ctc_drafter.quickstart.pretrain import PERPLEXITY, pretrain
@@ -25,7 +24,6 @@ from ctc_drafter.train.distill import distill
 from ctc_drafter.train.manifest import tensors_hash
 from ctc_drafter.train.settings import TrainSettings
 from ctc_drafter.train.trainer import train_drafter
-from ctc_drafter.types import UserError
 
 # What the target answers: folder -> rows of the corpus. Reasoning and long prose are hard to draft and need more
 # text than small talk, so they are also carried on from inside their answers.
@@ -105,9 +103,4 @@ def package(corpus: Path, work: Path, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    keep_quiet()
-    try:
-        typer.run(build)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_alone(build)

@@ -6,20 +6,18 @@ the target: same text, same tokenizer, same prompts to answer as those of the sa
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from transformers import AutoTokenizer
 
-from ctc_drafter.load import keep_quiet, load_target
+from ctc_drafter.load import load_target, run_alone
 from ctc_drafter.quickstart import SAMPLE_DIR, TARGET_DIR
 from ctc_drafter.quickstart.build import ANSWER_TOKENS
 from ctc_drafter.quickstart.pretrain import PERPLEXITY, PHASES, Phase, Shape, pretrain
 from ctc_drafter.train.data import DistilledDataset, Prompt
 from ctc_drafter.train.distill import distill
-from ctc_drafter.types import UserError
 
 SHAPES = {
     "small": Shape(layers=4, width=256, inner=640),  # 4.9 M parameters
@@ -51,9 +49,4 @@ def main(
 
 
 if __name__ == "__main__":
-    keep_quiet()
-    try:
-        typer.run(main)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_alone(main)

@@ -170,7 +170,6 @@ class Engine:
             job.deliver(ERROR)
 
     def _step(self, lane: Lane) -> None:
-        rows, begin = len(lane.jobs), time.perf_counter()
         try:
             for job in lane.jobs:
                 self._late(job)
@@ -180,7 +179,7 @@ class Engine:
             rows, begin = len(lane.jobs), time.perf_counter()
             tokens = lane.step()
         except Exception:
-            LOG.exception("a step of %d rows failed", rows)
+            LOG.exception("a step of %d rows failed", len(lane.jobs))
             for job in lane.clear():
                 job.deliver(ERROR)
             return

@@ -19,7 +19,7 @@ from jinja2 import TemplateError
 from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedTokenizerBase
 
-from ctc_drafter.train.manifest import MANIFEST, different, read_manifest
+from ctc_drafter.train.manifest import MANIFEST, different, digest, read_manifest
 from ctc_drafter.train.records import EXPECTED, BadRow, Messages, Row, read_corpus
 from ctc_drafter.types import UserError
 
@@ -102,7 +102,7 @@ def read_prompts(
             counts["over the limit"] += len(openings) - index
             break
         ids = encode_opening(tokenizer, opening)
-        prompt = Prompt(hashed(json.dumps(ids)), ids, opening.source)
+        prompt = Prompt(digest(json.dumps(ids)), ids, opening.source)
         if not ids:
             counts["bad (refused by template or tokenizer)"] += 1
         elif max_prompt_tokens is not None and len(ids) > max_prompt_tokens:
@@ -128,7 +128,7 @@ def _openings(
         if isinstance(row, BadRow):
             counts[f"bad ({row})"] += 1
             continue
-        rng, source = random.Random(f"{seed}:{name}:{number}"), hashed(json.dumps(row))
+        rng, source = random.Random(f"{seed}:{name}:{number}"), digest(json.dumps(row))
         if isinstance(row, str):
             if not cuts:
                 counts["plain text"] += 1
@@ -149,10 +149,6 @@ def _cut(opening: Opening, text: str, cuts: int, rng: random.Random) -> list[Ope
     """The opening with the text's beginning, up to a space, at up to `cuts` places."""
     places = [match.start() for match in re.finditer(r"(?<=\S)\s", text)]
     return [replace(opening, begun=text[:place]) for place in rng.sample(places, min(cuts, len(places)))]
-
-
-def hashed(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def encode_opening(tokenizer: PreTrainedTokenizerBase, opening: Opening) -> list[int]:
