@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from ctc_drafter.evaluate.published import SOURCES
-from ctc_drafter.evaluate.tasks import read_prompts, read_tasks
+from ctc_drafter.evaluate.tasks import Prompt, Task, read_prompts, read_tasks
 from ctc_drafter.types import UserError
 
 
@@ -113,3 +113,11 @@ def test_downloads_that_fail(monkeypatch: pytest.MonkeyPatch) -> None:
         read_tasks(None, ["gsm8k"])
     with pytest.raises(UserError, match="task mine has no file"):
         read_tasks(None, ["mine"])
+
+
+@pytest.mark.parametrize(
+    ("limit", "chosen"), [(None, "abcdefgh"), (9, "abcdefgh"), (8, "abcdefgh"), (4, "aceg"), (3, "acf"), (1, "a")]
+)
+def test_a_limit_takes_prompts_from_all_of_the_file(limit: int | None, chosen: str) -> None:
+    task = Task("sorted", tuple(Prompt(id=name, category="x", turns=(name,)) for name in "abcdefgh"))
+    assert "".join(prompt.id for prompt in task.some(limit).prompts) == chosen

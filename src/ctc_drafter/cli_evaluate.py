@@ -17,10 +17,10 @@ from ctc_drafter.options import (
     DtypeOption,
     FloorOption,
     JsonOption,
-    LimitOption,
     NewTokensOption,
     NodesOption,
     SeedOption,
+    SomeOption,
     TargetOption,
     ThreadsOption,
     meta,
@@ -65,7 +65,7 @@ def evaluate(
     tasks_path: Annotated[Path, typer.Option("--tasks-path", help="Folder with a <task>.jsonl for each.")],
     target: TargetOption = None,
     drafter: DrafterOption = None,
-    limit: LimitOption = None,
+    limit: SomeOption = None,
     max_new_tokens: NewTokensOption = 128,
     batch_size: BatchOption = 1,
     nodes: NodesOption = None,
@@ -167,7 +167,7 @@ def bench(
         list[Path] | None,
         typer.Option("--data", help="With --target: its distilled text, to train on; may be repeated."),
     ] = None,
-    limit: LimitOption = None,
+    limit: SomeOption = None,
     max_new_tokens: Annotated[
         int | None, typer.Option("--max-new-tokens", min=1, help="Longest answer, in tokens.", show_default="128")
     ] = None,
@@ -266,7 +266,7 @@ def exactness(
         Path | None, typer.Option("--tasks-path", help="Folder with a <task>.jsonl for each.", show_default="demo's")
     ] = None,
     tasks: Annotated[str, typer.Option("--tasks", help="Names of tasks, with commas between them.")] = "",
-    limit: LimitOption = None,
+    limit: SomeOption = None,
     max_new_tokens: NewTokensOption = 128,
     batch_size: BatchOption = 4,
     nodes: NodesOption = None,

@@ -47,6 +47,10 @@ TemplateOption = Annotated[
 ]
 JsonOption = Annotated[Path | None, typer.Option("--json", help="Write the results to this file.")]
 LimitOption = Annotated[int | None, typer.Option("--limit", min=1, help="First prompts only.", show_default="all")]
+SomeOption = Annotated[
+    int | None,
+    typer.Option("--limit", min=1, help="Prompts of each task, evenly from all of its file.", show_default="all"),
+]
 SeedOption = Annotated[int, typer.Option("--seed", help="Seed of everything random.")]
 
 

@@ -73,7 +73,7 @@ def bench(
         contenders += [made.of_size(name, entry.drafter, size, entry.chooser) for size in sizes]
     contenders += stock_contenders(made, settings.also)
     work = Bench(target, tokenizer, contenders, settings.max_new_tokens, settings.batch_size, settings.watched)
-    chosen = [Task(task.name, task.prompts[: settings.limit]) for task in tasks]
+    chosen = [task.some(settings.limit) for task in tasks]
     about = {"seed": settings.seed, "nodes": list(settings.sizes), "floor": 0.0, "limit": settings.limit}
     about["target_parameters"] = sum(weight.numel() for weight in target.model.parameters())
     about["drafters"] = {name: entry.facts for name, entry in entries.items()}

@@ -164,7 +164,9 @@ def measure(
     tasks: Annotated[str, typer.Option("--tasks", help="Names of tasks, or JSONL files, with commas between.")],
     out: Annotated[Path, typer.Option("--json", help="Where the results go.")],
     tasks_path: Annotated[Path | None, typer.Option("--tasks-path", help="Folder of the task files.")] = None,
-    limit: Annotated[int, typer.Option("--limit", min=1, help="Prompts of each task.")] = 16,
+    limit: Annotated[
+        int, typer.Option("--limit", min=1, help="Prompts of each task, evenly from all of its file.")
+    ] = 16,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=2, help="Longest answer.")] = 128,
     port: Annotated[int, typer.Option("--port", min=1, max=65535, help="Free port for the servers.")] = 18764,
     serve: Annotated[list[str] | None, typer.Argument(help="After --: options of vllm serve.")] = None,
@@ -173,7 +175,7 @@ def measure(
     check_place(out)
     length, ways = ways_of(drafter)
     engine, chosen = vllm_version(), read_tasks(tasks_path, tasks.split(","))
-    bodies = {task.name: bodies_of(task.prompts[:limit], max_new_tokens) for task in chosen}
+    bodies = {task.name: bodies_of(task.some(limit).prompts, max_new_tokens) for task in chosen}
     plain: dict[str, list[Reply]] = {}
     rows = []
     for way, arguments in ways.items():

@@ -174,14 +174,14 @@ def exactness(
     nodes: int = 8,
     meta: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Compares outputs with greedy plain decoding, one prompt at a time, of the first `limit` prompts of each task.
+    """Compares outputs with greedy plain decoding, one prompt at a time, of `limit` prompts of each task.
 
     Returns `{"meta", "rows"}`, a row per way of decoding: `outputs`, how many are `different`, their `share`, the
     `tokens` that were compared (up to the first difference of each output), `median_margin` and `largest_margin` of
     the first differences in logits, and each of them in `differences`.
     """
     runner = Runner(target, drafter, tuple(eos_ids(target.model, tokenizer)), max_new_tokens, nodes)
-    cases = [case for task in tasks for case in plain_cases(runner, tokenizer, Task(task.name, task.prompts[:limit]))]
+    cases = [case for task in tasks for case in plain_cases(runner, tokenizer, task.some(limit))]
     rows = []
     for name, run in ways(runner, batch_size):
         try:

@@ -7,6 +7,7 @@ import time
 from typing import cast
 
 import torch
+from transformers import PreTrainedConfig
 
 from ctc_drafter.target import Target
 
@@ -21,10 +22,15 @@ def step_bytes(target: Target, rows: int, context: int) -> int:
     embedding = cast(torch.Tensor, target.embed.weight)
     if embedding is not target.head.weight:
         weights[id(embedding)] = rows * embedding.shape[1] * embedding.element_size()
+    return sum(weights.values()) + rows * context * cached_bytes(config, target.dtype)
+
+
+def cached_bytes(config: PreTrainedConfig, dtype: torch.dtype) -> int:
+    """Bytes of one token's keys and values in all layers."""
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    per_token = 2 * config.num_hidden_layers * heads * head_dim * torch.empty(0, dtype=target.dtype).element_size()
-    return sum(weights.values()) + rows * context * per_token
+    per_token: int = 2 * config.num_hidden_layers * heads * head_dim * dtype.itemsize
+    return per_token
 
 
 def read_bandwidth(device: torch.device) -> float:

@@ -178,7 +178,7 @@ def evaluate(
     save: Callable[[dict[str, Any]], None] | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Measures plain and drafted decoding on the first `limit` prompts of each task.
+    """Measures plain and drafted decoding on `limit` prompts of each task.
 
     All run in turn on each batch, the order alternating, after a warm-up; with a `budget` trees of its choice
     too, `also` prompt lookup in trees of the same size, and transformers' own ways, see `stock.py`.
@@ -194,7 +194,7 @@ def evaluate(
     bench = Bench(target, tokenizer, contenders, max_new_tokens, batch_size)
     settings = {"seed": seed, "nodes": nodes, "floor": floor, "limit": limit}
     result = {"meta": head(bench, settings) | (meta or {}), "rows": []}
-    measure_all(bench, [Task(task.name, task.prompts[:limit]) for task in tasks], result, save=save, console=console)
+    measure_all(bench, [task.some(limit) for task in tasks], result, save=save, console=console)
     return result
 
 

@@ -185,7 +185,9 @@ def measure(
     tasks: Annotated[str, typer.Option("--tasks", help="Names of tasks, or JSONL files, with commas between.")],
     out: Annotated[Path, typer.Option("--json", help="Where the results go.")],
     tasks_path: Annotated[Path | None, typer.Option("--tasks-path", help="Folder of the task files.")] = None,
-    limit: Annotated[int, typer.Option("--limit", min=1, help="Prompts of each task.")] = 16,
+    limit: Annotated[
+        int, typer.Option("--limit", min=1, help="Prompts of each task, evenly from all of its file.")
+    ] = 16,
     clients: Annotated[str, typer.Option("--clients", help="Numbers of clients, with commas between.")] = "1,4,16",
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="Times that everything is measured.")] = 3,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=2, help="Longest answer.")] = 128,
@@ -193,7 +195,7 @@ def measure(
 ) -> None:
     """Measures servers with the drafter and without."""
     check_place(out)
-    prompts = [prompt for task in read_tasks(tasks_path, tasks.split(",")) for prompt in task.prompts[:limit]]
+    prompts = [prompt for task in read_tasks(tasks_path, tasks.split(",")) for prompt in task.some(limit).prompts]
     try:
         counts = [int(count) for count in clients.split(",")]
     except ValueError as error:

@@ -31,6 +31,13 @@ class Task:
     name: str
     prompts: tuple[Prompt, ...]
 
+    def some(self, limit: int | None) -> Task:
+        """The task with `limit` of its prompts, evenly from all of the file: files are sorted by category."""
+        count = len(self.prompts)
+        if limit is None or limit >= count:
+            return self
+        return Task(self.name, tuple(self.prompts[place * count // limit] for place in range(limit)))
+
 
 def read_tasks(folder: Path | None, names: Sequence[str]) -> list[Task]:
     """`FOLDER/<name>.jsonl` for each name, in this project's or the published format; `x.jsonl` is a file of its own.
