@@ -166,20 +166,26 @@ def serve(
     from ctc_drafter.serve.run import make_engine
     from ctc_drafter.serve.run import serve as run_server
     from ctc_drafter.serve.service import Limits, Service
+    from ctc_drafter.serve.worker import Worker
 
     limits = Limits(max_new_tokens, max_prompt, max_body, timeout, grace)
     if threads:
         torch.set_num_threads(threads)
     names = (target, None) if plain and target else pair(target, drafter)
-    lm, tokenizer = load_target(names[0], dtype, device)
-    draft = None if plain else load_drafter(names[1], lm, tokenizer)
     chosen = (nodes or DEFAULT_NODES, DEFAULT_FLOOR if floor is None else floor)
-    if compiled:
-        lm = compiled_for(lm, draft, chosen[0], batch_size)
-    pays = budget_for(lm, draft, chosen[0], batch_size) if budget and draft is not None else None
-    engine = make_engine(lm, draft, *chosen, batch_size, queue, pays)
     public = name or (Path(target).name if target and Path(target).is_dir() else target) or "ctc-drafter-quickstart"
-    run_server(Service(engine, lm, tokenizer, public, limits), api_key, host, port)
+    worker = Worker("engine")
+
+    def ready() -> Service:
+        lm, tokenizer = load_target(names[0], dtype, device)
+        draft = None if plain else load_drafter(names[1], lm, tokenizer)
+        if compiled:
+            lm = compiled_for(lm, draft, chosen[0], batch_size)
+        pays = budget_for(lm, draft, chosen[0], batch_size) if budget and draft is not None else None
+        engine = make_engine(lm, draft, *chosen, batch_size, queue, pays, worker)
+        return Service(engine, lm, tokenizer, public, limits)
+
+    run_server(worker.do(ready), api_key, host, port)
 
 
 def bad_input(error: Exception) -> str | None:

@@ -1,4 +1,4 @@
-"""The thread that decodes: requests wait in a bounded queue, join a batch between its steps, and leave when done."""
+"""The loop that decodes: requests wait in a bounded queue, join a batch between its steps, and leave when done."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -16,6 +17,7 @@ from ctc_drafter.decode.batch import Method
 from ctc_drafter.serve.jobs import Failure, Job
 from ctc_drafter.serve.lane import Lane
 from ctc_drafter.serve.speedup import Speedup
+from ctc_drafter.serve.worker import Worker
 from ctc_drafter.types import UserError
 
 LOG = logging.getLogger(__name__)
@@ -48,11 +50,17 @@ class Load:
 class Engine:
     """Decodes jobs on a thread of its own, at most `batch_size` at a time, with up to `queue` more waiting.
 
-    lanes: the methods by name; the first one is the default. Use it as a context, or call `start` and `close`.
+    lanes: the methods by name; the first one is the default. worker: the one that loaded what they run; a new one
+    without, and closed with the engine either way. Use it as a context, or call `start` and `close`.
     """
 
     def __init__(
-        self, lanes: Mapping[str, Method], batch_size: int = 8, queue: int = 64, speedup: Speedup | None = None
+        self,
+        lanes: Mapping[str, Method],
+        batch_size: int = 8,
+        queue: int = 64,
+        speedup: Speedup | None = None,
+        worker: Worker | None = None,
     ):
         for name, value in {"batch size": batch_size, "queue": queue}.items():
             if value < 1:
@@ -62,7 +70,8 @@ class Engine:
         self._waiting: deque[Job] = deque()
         self._joining: deque[Job] = deque()  # taken from the queue, and not in a batch yet
         self._wake = threading.Condition()
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._worker = worker or Worker("engine")
+        self._running: Future[None] | None = None
         self._stop_at: float | None = None  # from then on nothing is decoded
         self._served, self._busy_seconds = 0, 0.0
 
@@ -74,7 +83,8 @@ class Engine:
         self.close()
 
     def start(self) -> None:
-        self._thread.start()
+        self._running = self._worker.begin(self._run)
+        self._running.add_done_callback(tell_of_failure)
 
     def drain(self, grace: float) -> None:
         """Takes no more requests and turns away those that wait; rows at work have `grace` seconds left."""
@@ -86,12 +96,11 @@ class Engine:
     def close(self) -> None:
         """Ends what is at work, and the thread."""
         self.drain(0.0)
-        if self._thread.is_alive():
-            self._thread.join()
+        self._worker.close()
 
     @property
     def alive(self) -> bool:
-        return self._thread.is_alive() and self._stop_at is None
+        return self._running is not None and not self._running.done() and self._stop_at is None
 
     def load(self) -> Load:
         running = len(self._joining) + sum(len(lane.jobs) for lane in self.lanes.values())
@@ -190,3 +199,9 @@ class Engine:
         for lane in self.lanes.values():
             for job in lane.clear():
                 job.deliver(why)
+
+
+def tell_of_failure(running: Future[None]) -> None:
+    """A loop that ended by an error leaves a server that refuses everything; its log says why."""
+    if (error := running.exception()) is not None:
+        LOG.critical("the engine stopped", exc_info=error)

@@ -19,6 +19,7 @@ from ctc_drafter.serve.engine import Engine
 from ctc_drafter.serve.service import Service
 from ctc_drafter.serve.speedup import Speedup, time_plain_steps
 from ctc_drafter.serve.trace import PLAIN
+from ctc_drafter.serve.worker import Worker
 from ctc_drafter.target import Target
 from ctc_drafter.types import UserError
 
@@ -36,8 +37,12 @@ def make_engine(
     batch_size: int,
     queue: int,
     budget: Budget | None = None,
+    worker: Worker | None = None,
 ) -> Engine:
-    """Not started yet. Both lanes are tried first, so that the first request finds everything compiled."""
+    """Not started yet, and to be called on its worker.
+
+    Both lanes are tried first, so that the first request finds everything compiled.
+    """
     plain = plain_method(target)
     lanes = (
         {PLAIN: plain}
@@ -46,7 +51,7 @@ def make_engine(
     )
     if drafter is not None:
         generate(target, drafter, [[0, 0]], max_new_tokens=8, nodes=nodes, floor=floor)
-    return Engine(lanes, batch_size, queue, Speedup(time_plain_steps(target, batch_size)))
+    return Engine(lanes, batch_size, queue, Speedup(time_plain_steps(target, batch_size)), worker)
 
 
 class Server(uvicorn.Server):
