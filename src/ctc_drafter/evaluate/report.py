@@ -49,7 +49,8 @@ def markdown_figures(results: Sequence[dict[str, Any]]) -> str:
         meta = result["meta"]
         for row in result["rows"]:
             method = row["method"] + (", budget" if row["nodes"] == BUDGET else "")
-            cells = [row["task"], meta["dtype"], str(meta["threads"]), str(meta["batch_size"]), method]
+            kind = meta["dtype"] + (", compiled" if meta.get("compiled") else "")
+            cells = [row["task"], kind, str(meta["threads"]), str(meta["batch_size"]), method]
             cells += [number(row["tokens_per_s"], 0), number(row["gamma"], 2), number(row["beta"], 2)]
             lines.append(f"| {' | '.join(cells)} | {row['identical']} of {row['compared']} |")
     places = {
