@@ -15,8 +15,9 @@ from ctc_drafter.decode.generate import plain_generate
 from ctc_drafter.target import Target
 from ctc_drafter.train import distill as distill_module
 from ctc_drafter.train import manifest as manifest_module
-from ctc_drafter.train.data import DistilledDataset, Prompt
+from ctc_drafter.train.data import DistilledDataset
 from ctc_drafter.train.distill import Sampling, distill
+from ctc_drafter.train.prompts import Prompt
 from ctc_drafter.train.shards import Distilled
 from ctc_drafter.types import UserError
 from tiny_models import tiny_llama, tiny_tokenizer

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 import test_distill
 import test_trainer
-from ctc_drafter.train.data import Prompt
+from ctc_drafter.train.prompts import Prompt
 
 HERE = Path(__file__).parent
 KILLS = 20

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from ctc_drafter.train.data import DistilledDataset, read_prompts
+from ctc_drafter.train.data import DistilledDataset
+from ctc_drafter.train.prompts import read_prompts
 from ctc_drafter.types import UserError
 from tiny_models import tiny_tokenizer
 from train_helpers import write_jsonl

@@ -11,8 +11,9 @@ import pytest
 from ctc_drafter.cli import main
 from ctc_drafter.text import decode
 from ctc_drafter.train import remote
-from ctc_drafter.train.data import DistilledDataset, Prompt
+from ctc_drafter.train.data import DistilledDataset
 from ctc_drafter.train.distill import GREEDY, Sampling, distill
+from ctc_drafter.train.prompts import Prompt
 from ctc_drafter.train.remote import Server, distill_remotely
 from ctc_drafter.train.shards import Distilled
 from ctc_drafter.types import UserError

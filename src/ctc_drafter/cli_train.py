@@ -71,9 +71,9 @@ def distill(
 ) -> None:
     """Lets the target answer prompts: the text that a drafter is trained on."""
     from ctc_drafter.load import load_config, load_target, read_template
-    from ctc_drafter.train.data import read_prompts
     from ctc_drafter.train.distill import Sampling
     from ctc_drafter.train.distill import distill as run_distill
+    from ctc_drafter.train.prompts import read_prompts
     from ctc_drafter.train.records import describe_corpus
     from ctc_drafter.train.remote import Server, distill_remotely
 

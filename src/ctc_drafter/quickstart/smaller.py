@@ -16,8 +16,9 @@ from ctc_drafter.load import load_target, run_alone
 from ctc_drafter.quickstart import SAMPLE_DIR, TARGET_DIR
 from ctc_drafter.quickstart.build import ANSWER_TOKENS
 from ctc_drafter.quickstart.pretrain import PERPLEXITY, PHASES, Phase, Shape, pretrain
-from ctc_drafter.train.data import DistilledDataset, Prompt
+from ctc_drafter.train.data import DistilledDataset
 from ctc_drafter.train.distill import distill
+from ctc_drafter.train.prompts import Prompt
 
 SHAPES = {
     "small": Shape(layers=4, width=256, inner=640),  # 4.9 M parameters

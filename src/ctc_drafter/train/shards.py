@@ -16,7 +16,6 @@ from rich.text import Text
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from ctc_drafter.text import fingerprint
-from ctc_drafter.train.data import Prompt
 from ctc_drafter.train.manifest import (
     MANIFEST,
     claim,
@@ -28,6 +27,7 @@ from ctc_drafter.train.manifest import (
     versions,
     write_atomic,
 )
+from ctc_drafter.train.prompts import Prompt
 from ctc_drafter.types import UserError
 
 # What the first versions did, whose manifests do not say it.

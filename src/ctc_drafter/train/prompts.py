@@ -1,0 +1,197 @@
+"""Prompts for the target to answer, read from files of conversations and encoded."""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from ctc_drafter.train.manifest import digest
+from ctc_drafter.train.records import EXPECTED, BadRow, Messages, Row, read_corpus
+from ctc_drafter.types import UserError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Token ids that end where the target's answer begins. `id` is a hash of them.
+
+    source: a hash of the corpus's row that it was made of, as others may be; empty if that is not known.
+    """
+
+    id: str
+    ids: list[int]
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Opening:
+    """A conversation that waits for an answer, of which `begun` may already stand there; plain text has no messages.
+
+    source: a hash of the row that it is of.
+    """
+
+    messages: Messages
+    begun: str = ""
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """Prompts, and what became of every row: reason -> rows, `used` among them."""
+
+    prompts: list[Prompt]
+    counts: dict[str, int]
+
+    def __str__(self) -> str:
+        left_out = ", ".join(f"{n} {reason}" for reason, n in self.counts.items() if reason != "used")
+        return f"{len(self.prompts)} prompts" + (f"; rows left out: {left_out}" if left_out else "")
+
+
+def read_prompts(
+    source: str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    pattern: str = "*",
+    limit: int | None = None,
+    per_file: int | None = None,
+    max_prompt_tokens: int | None = None,
+    cuts: int = 0,
+    seed: int = 0,
+) -> PromptSet:
+    """Prompts of a file, a folder of files or a data set of the hub (`records.read_corpus`), in an order that `seed`
+    fixes.
+
+    Rows are `{"messages": ...}`, `{"prompt": ...}`, `{"turns": ...}` (the first one), ShareGPT's
+    `{"conversations": ...}` and a few more. Of a conversation one user turn is drawn; what was said before is its
+    history.
+    With `cuts` set, that many more prompts end at random places inside its answer, or inside a plain text, for
+    the target to carry on: few prompts then give much and varied text.
+    `per_file` caps the prompts of each file, `limit` all of them; `pattern` filters file names.
+    Bad rows, text without a conversation, longer prompts and repeated ones are left out, counted and logged.
+    Raises `UserError` if nothing is left, and for a chat template that opens no answer.
+    """
+    check_template(tokenizer)
+    counts: Counter[str] = Counter()
+    openings: list[Opening] = []
+    for name, rows in read_corpus(source, pattern):
+        openings += _openings(rows, name, seed, per_file, cuts, counts)
+    random.Random(f"{seed}:order").shuffle(openings)
+
+    prompts: dict[str, Prompt] = {}
+    for index, opening in enumerate(openings):
+        if limit is not None and len(prompts) >= limit:
+            counts["over the limit"] += len(openings) - index
+            break
+        ids = encode_opening(tokenizer, opening)
+        prompt = Prompt(digest(json.dumps(ids)), ids, opening.source)
+        if not ids:
+            counts["bad (refused by template or tokenizer)"] += 1
+        elif max_prompt_tokens is not None and len(ids) > max_prompt_tokens:
+            counts[f"longer than {max_prompt_tokens} tokens"] += 1
+        elif prompt.id in prompts:
+            counts["repeated"] += 1
+        else:
+            prompts[prompt.id] = prompt
+            counts["used"] += 1
+    found = PromptSet(list(prompts.values()), dict(counts))
+    if not prompts:
+        raise UserError(f"{source} has no usable rows ({found}); {EXPECTED}")
+    logger.log(logging.WARNING if any("bad" in reason for reason in counts) else logging.INFO, "%s: %s", source, found)
+    return found
+
+
+def _openings(
+    rows: Iterable[Row], name: str, seed: int, cap: int | None, cuts: int, counts: Counter[str]
+) -> list[Opening]:
+    """Each usable row up to one of its user turns, and cuts through what follows, all drawn per row."""
+    found: list[Opening] = []
+    for number, row in enumerate(rows):
+        if isinstance(row, BadRow):
+            counts[f"bad ({row})"] += 1
+            continue
+        rng, source = random.Random(f"{seed}:{name}:{number}"), digest(json.dumps(row))
+        if isinstance(row, str):
+            if not cuts:
+                counts["plain text"] += 1
+            found += _cut(Opening([], source=source), row, cuts, rng)
+            continue
+        end = rng.choice([i + 1 for i, message in enumerate(row) if message["role"] == "user"])
+        found.append(Opening(row[:end], source=source))
+        if end < len(row) and row[end]["role"] == "assistant":
+            found += _cut(found[-1], row[end]["content"], cuts, rng)
+    random.Random(f"{seed}:{name}").shuffle(found)
+    if cap is not None and len(found) > cap:
+        counts["over the cap of a file"] += len(found) - cap
+        found = found[:cap]
+    return found
+
+
+def _cut(opening: Opening, text: str, cuts: int, rng: random.Random) -> list[Opening]:
+    """The opening with the text's beginning, up to a space, at up to `cuts` places."""
+    places = [match.start() for match in re.finditer(r"(?<=\S)\s", text)]
+    return [replace(opening, begun=text[:place]) for place in rng.sample(places, min(cuts, len(places)))]
+
+
+def encode_opening(tokenizer: PreTrainedTokenizerBase, opening: Opening) -> list[int]:
+    """Ids that end where the target goes on; empty if template or tokenizer refuse the conversation."""
+    if not opening.messages:
+        return encode_text(tokenizer, (tokenizer.bos_token or "") + opening.begun)
+    ids = encode_messages(tokenizer, opening.messages)
+    if not ids or not opening.begun:
+        return ids
+    begun = encode_text(tokenizer, opening.begun)
+    return ids + begun if begun else []
+
+
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Ids of a text as it stands; empty for one that is no Unicode, such as half an emoji."""
+    try:
+        return list(tokenizer(text, add_special_tokens=False).input_ids)
+    except (TypeError, ValueError):  # tokenizers' word for lone surrogates
+        return []
+
+
+def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises `UserError` for a chat template that puts something before an answer, but not at the end of a prompt.
+
+    The answer would then be written in the user's turn.
+    """
+    if not tokenizer.chat_template:
+        return
+    asked = [{"role": "user", "content": "Why?"}]
+    try:
+        with_opening, without = (
+            tokenizer.apply_chat_template(asked, add_generation_prompt=opening, tokenize=False)
+            for opening in (True, False)
+        )
+        answered = str(
+            tokenizer.apply_chat_template([*asked, {"role": "assistant", "content": "@answer"}], tokenize=False)
+        )
+    except (TemplateError, TypeError, ValueError):
+        return  # rows that it refuses are counted
+    missing = answered.partition("@answer")[0].removeprefix(str(without)).strip()
+    if with_opening == without and missing and answered.startswith(str(without)):
+        raise UserError(
+            f"the chat template has no generation prompt ({missing!r} must stand at the end of a prompt); "
+            "give one that has: --chat-template FILE"
+        )
+
+
+def encode_messages(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[int]:
+    """Ids of a conversation that waits for its answer; empty if template or tokenizer refuse it."""
+    try:
+        if not tokenizer.chat_template:
+            return list(tokenizer("\n".join(message["content"] for message in messages)).input_ids)
+        return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+    except (TemplateError, TypeError, ValueError):
+        return []
