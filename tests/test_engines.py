@@ -8,8 +8,8 @@ import pytest
 
 from ctc_drafter.evaluate import engines
 from ctc_drafter.evaluate.clients import Reply
+from ctc_drafter.evaluate.command import insert_figures
 from ctc_drafter.evaluate.engines import Counts, counters, markdown_engines, row_of, ways_of
-from ctc_drafter.evaluate.report import insert_figures
 from ctc_drafter.types import UserError
 
 ROOT = Path(__file__).parents[1]

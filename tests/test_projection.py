@@ -6,12 +6,14 @@ import pytest
 
 from ctc_drafter.drafters.ctc import CTCDrafter
 from ctc_drafter.evaluate.projection import (
+    PASSES,
     Card,
     Work,
     all_projected,
-    draft_work,
     markdown_projection,
+    network_work,
     projected,
+    search_work,
     verify_work,
     weightless_drafter,
     weightless_target,
@@ -40,31 +42,54 @@ def test_work_of_a_verification():
     assert work.operations == 2 * 5 * (2 * (every - embedding) + attention)
 
 
-def test_work_of_a_draft():
+def test_work_of_the_network():
+    """The drafter's layers, matrix by matrix: features of 64, an MLP of 96, heads of 16."""
     config = tiny_target().config
     drafter = CTCDrafter.for_target(config)
-    sizes, rank = drafter.config, drafter.config.predictor_rank
-    layers = sum(p.numel() for p in drafter.parameters()) - 2 * 97 * rank  # the predictor's two tables
-    cached = 2 * sizes.num_hidden_layers * sizes.num_key_value_heads * sizes.head_dim
-    work = draft_work(drafter, rows=3, context=10)
-    assert work.bytes == 4 * (layers + 97 * 64 + sizes.draft_length * 97 * rank + 3 * 10 * cached)
-    assert work.operations == 2 * 3 * ((1 + drafter.frames) * layers + drafter.frames * 97 * 64)
+    sizes = drafter.config
+    hidden, heads, kv, inner = 64, sizes.num_attention_heads * 16, sizes.num_key_value_heads * 16, 96
+    norms = 2 * hidden + 2 * 16  # of the layer, of queries and of keys
+    layer = hidden * (heads + 2 * kv) + heads * hidden + 3 * hidden * inner + norms
+    shared = hidden * hidden * len(sizes.target_layer_ids) + 2 * hidden + (hidden + 1)  # fc, two norms, blank head
+    width, rank = sizes.predictor_width, sizes.predictor_rank
+    predictor = 3 * hidden * width + width + width * rank
+    numbers = sizes.num_hidden_layers * layer + shared + predictor
+    work = network_work(drafter, rows=3, context=10)
+    cached = 2 * sizes.num_hidden_layers * kv
+    assert work.bytes == 4 * (numbers + 97 * 64 + 3 * 10 * cached)
+    assert work.operations == 2 * 3 * ((1 + drafter.frames) * numbers + drafter.frames * 97 * 64)
+
+
+def test_work_of_the_search():
+    drafter = CTCDrafter.for_target(tiny_target().config)
+    levels, rank = drafter.config.draft_length, drafter.config.predictor_rank
+    work = search_work(drafter, rows=2, nodes=5)
+    scores = 2 * (1 + (levels - 1) * 5) * 97  # the root alone, then five prefixes a level
+    assert work.bytes == 4 * (levels * 97 * rank + PASSES * scores)
+    assert work.operations == 2 * scores * (rank + 2 * drafter.frames)
 
 
 def test_a_pruned_vocabulary_is_read_in_part():
     target = weightless_target(named_shape("tiny").config(64))
-    whole, part = (draft_work(weightless_drafter(target, size), 1, 8) for size in (0, 128))
-    config = weightless_drafter(target, 0).config
-    assert whole.bytes - part.bytes == 2 * (512 - 128) * (64 + config.draft_length * config.predictor_rank)
+    whole, part = (weightless_drafter(target, size) for size in (0, 128))
+    assert network_work(whole, 1, 8).bytes - network_work(part, 1, 8).bytes == 2 * (512 - 128) * 64
+    assert search_work(part, 1, 8).bytes == search_work(whole, 1, 8).bytes / 4
 
 
-def test_where_arithmetic_is_free_a_tree_costs_its_draft_and_its_keys():
+def test_the_drafter_is_the_one_that_training_makes():
+    drafter = weightless_drafter(weightless_target(named_shape("tiny").config(64)), 0)
+    assert drafter.config.carry
+    assert drafter.config.copies
+
+
+def test_where_arithmetic_is_free_a_verification_costs_its_keys_more():
     target = weightless_target(named_shape("tiny").config(64))
     drafter = weightless_drafter(target, 0)
-    plain, tree, draft = projected(Card("reads", 1e9, 1e30), target, drafter, 1, 64, context=8)
+    plain, tree, network, search = projected(Card("reads", 1e9, 1e30), target, drafter, 1, 64, context=8)
     keys = 2 * 2 * 2 * 16 * 2  # two layers of two heads of 16, in two bytes
     assert tree - plain == pytest.approx(64 * keys / 1e9)
-    assert draft == pytest.approx(draft_work(drafter, 1, 8).bytes / 1e9)
+    assert network == pytest.approx(network_work(drafter, 1, 8).bytes / 1e9)
+    assert search == pytest.approx(search_work(drafter, 1, 64).bytes / 1e9)
 
 
 def test_the_page_has_what_the_module_says():

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from ctc_drafter.evaluate.report import insert_figures, markdown_figures
+from ctc_drafter.evaluate.command import insert_figures
+from ctc_drafter.evaluate.report import markdown_figures
 from ctc_drafter.quickstart import DRAFTER_DIR, TARGET_DIR
 from ctc_drafter.types import UserError
 

@@ -8,7 +8,7 @@ import pytest
 
 from ctc_drafter.evaluate import clients, serving
 from ctc_drafter.evaluate.clients import Reply, ask, ask_all, totals
-from ctc_drafter.evaluate.report import insert_figures
+from ctc_drafter.evaluate.command import insert_figures
 from ctc_drafter.evaluate.serving import Measured, markdown_serving, measure_all, rows_of
 from ctc_drafter.types import UserError
 from serve_helpers import plain_texts, running, tiny_service

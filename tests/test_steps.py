@@ -9,8 +9,8 @@ import torch
 
 from ctc_drafter.evaluate import roofline, steps
 from ctc_drafter.evaluate.cells import Cell
+from ctc_drafter.evaluate.command import insert_figures
 from ctc_drafter.evaluate.performance import markdown_steps, shares
-from ctc_drafter.evaluate.report import insert_figures
 from ctc_drafter.evaluate.roofline import step_bytes
 from ctc_drafter.evaluate.shapes import SHAPES, named_shape
 from ctc_drafter.evaluate.timing import median_of

@@ -3,31 +3,37 @@
 python -m ctc_drafter.evaluate.projection docs/performance.md
 
 A forward takes as long as reading what it must read, or calculating what it must calculate, whichever is longer (the
-roofline model of Williams, Waterman and Patterson, CACM 2009). Launches, search, tree and acceptance are not in it. So
-a measured step is slower than this; its ratio to a measured plain step can be on either side.
+roofline model of Williams, Waterman and Patterson, CACM 2009); the search as it is written, level by level over the
+whole vocabulary. Launches, tree and acceptance are not in it. So a measured step is slower than this; its ratio to a
+measured plain step can be on either side.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Annotated, cast
 
 import torch
+import typer
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from ctc_drafter.drafters.ctc import CTCDrafter
+from ctc_drafter.evaluate.command import write_figures
 from ctc_drafter.evaluate.page import table
-from ctc_drafter.evaluate.report import insert_figures
 from ctc_drafter.evaluate.roofline import cached_bytes, step_bytes
 from ctc_drafter.evaluate.shapes import named_shape
+from ctc_drafter.load import blank_drafter, run_alone
 from ctc_drafter.target import Target
 
 MODELS = ("vicuna-7b", "vicuna-13b", "vicuna-33b", "llama-3.1-8b")
 CONTEXT, ROWS, NODES = 512, (1, 4, 16), (16, 64)
 PRUNED = 32768  # draft vocabulary, where it is smaller than the target's
+# How often `ctc/search.py` reads or writes a level's float32 numbers for every prefix and token: the bias (made, and
+# read for its maximum), shifted (2), its exponential (2), the normalisers (1), the scores (made, and multiplied: 4),
+# topk (1 and more). Counted by reading.
+PASSES = 12
 
 
 @dataclass(frozen=True)
@@ -55,7 +61,7 @@ CARDS = (Card("A100 80GB SXM", 2.039e12, 312e12), Card("H100 SXM", 3.35e12, 989e
 
 @dataclass(frozen=True)
 class Projected:
-    """Milliseconds of a plain step, of a tree of `nodes`, and the share of the latter that is the draft."""
+    """Milliseconds of a plain step, and of the parts of a step with a tree of `nodes`: target, network, search."""
 
     card: str
     model: str
@@ -63,12 +69,17 @@ class Projected:
     rows: int
     nodes: int
     plain_ms: float
-    tree_ms: float
-    draft: float
+    verify_ms: float
+    network_ms: float
+    search_ms: float
+
+    @property
+    def ms(self) -> float:
+        return self.verify_ms + self.network_ms + self.search_ms
 
     @property
     def ratio(self) -> float:
-        return self.tree_ms / self.plain_ms
+        return self.ms / self.plain_ms
 
 
 def verify_work(target: Target, rows: int, context: int, tokens: int) -> Work:
@@ -84,19 +95,27 @@ def verify_work(target: Target, rows: int, context: int, tokens: int) -> Work:
     )
 
 
-def draft_work(drafter: CTCDrafter, rows: int, context: int) -> Work:
-    """One block of each row: the drafter's weights, the head's columns that are drafted, and the cached context.
-
-    The predictor's output is read again for each drafted token; its table is looked up only.
-    """
-    config, size = drafter.config, drafter.dtype.itemsize
-    assert drafter.predictor is not None
-    output = drafter.predictor.output.weight.numel()
+def network_work(drafter: CTCDrafter, rows: int, context: int) -> Work:
+    """One block of each row: the layers, the head's columns that are drafted, and the cached context."""
+    config, predictor = drafter.config, drafter.predictor
+    assert predictor is not None
+    apart = predictor.table.weight.numel() + predictor.output.weight.numel()  # looked up; the search's
+    layers = sum(p.numel() for p in drafter.parameters()) - apart
     columns = (config.draft_vocab_size or config.vocab_size) * config.hidden_size
-    layers = sum(p.numel() for p in drafter.parameters()) - drafter.predictor.table.weight.numel() - output
     cached = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * context
-    read = layers + columns + config.draft_length * output + rows * cached
-    return Work(size * read, 2.0 * rows * ((1 + drafter.frames) * layers + drafter.frames * columns))
+    return Work(
+        drafter.dtype.itemsize * (layers + columns + rows * cached),
+        2.0 * rows * ((1 + drafter.frames) * layers + drafter.frames * columns),
+    )
+
+
+def search_work(drafter: CTCDrafter, rows: int, nodes: int) -> Work:
+    """The root's level, then `nodes` prefixes a level: the predictor's products, and `PASSES` over all scores."""
+    assert drafter.predictor is not None
+    output, levels = drafter.predictor.output.weight, drafter.config.draft_length
+    numbers = rows * (1 + (levels - 1) * nodes) * len(output)
+    products = output.shape[1] + 2 * drafter.frames  # the bias; what normalises it, and the scores
+    return Work(levels * output.numel() * drafter.dtype.itemsize + PASSES * 4 * numbers, 2.0 * numbers * products)
 
 
 def weights_of(target: Target) -> int:
@@ -108,10 +127,11 @@ def weights_of(target: Target) -> int:
 
 def projected(
     card: Card, target: Target, drafter: CTCDrafter, rows: int, nodes: int, context: int = CONTEXT
-) -> tuple[float, float, float]:
-    """Seconds of a plain step, a verification of `nodes` and the root, and a draft."""
+) -> tuple[float, float, float, float]:
+    """Seconds of a plain step; of a verification of `nodes` and the root, the drafter's network, and its search."""
     plain, tree = (card.seconds(verify_work(target, rows, context, tokens)) for tokens in (1, 1 + nodes))
-    return plain, tree, card.seconds(draft_work(drafter, rows, context))
+    network, search = network_work(drafter, rows, context), search_work(drafter, rows, nodes)
+    return plain, tree, card.seconds(network), card.seconds(search)
 
 
 def all_projected(models: Sequence[str] = MODELS) -> Iterator[Projected]:
@@ -122,17 +142,8 @@ def all_projected(models: Sequence[str] = MODELS) -> Iterator[Projected]:
                 drafter = weightless_drafter(target, pruned)
                 for rows in ROWS:
                     for nodes in NODES:
-                        plain, tree, draft = projected(card, target, drafter, rows, nodes)
-                        yield Projected(
-                            card.name,
-                            name,
-                            pruned or target.vocab_size,
-                            rows,
-                            nodes,
-                            plain * 1e3,
-                            (tree + draft) * 1e3,
-                            draft / (tree + draft),
-                        )
+                        ms = [1e3 * seconds for seconds in projected(card, target, drafter, rows, nodes)]
+                        yield Projected(card.name, name, pruned or target.vocab_size, rows, nodes, *ms)
 
 
 def weightless_target(config: PreTrainedConfig) -> Target:
@@ -142,33 +153,29 @@ def weightless_target(config: PreTrainedConfig) -> Target:
 
 
 def weightless_drafter(target: Target, pruned: int) -> CTCDrafter:
+    """Of the sizes that a fresh one has, with so many tokens to draft; 0 for all."""
     with torch.device("meta"):
-        drafter: CTCDrafter = CTCDrafter.for_target(target.config, draft_vocab_size=pruned)
+        drafter = blank_drafter("ctc", draft_vocab_size=pruned)(target.config)
+    assert isinstance(drafter, CTCDrafter)
     return drafter.to(target.dtype)
 
 
 def markdown_projection(found: Sequence[Projected]) -> str:
     """One line for each card, model, draft vocabulary and batch; tree sizes side by side."""
     head = ["card", "model", "draft vocabulary", "rows", "plain ms"]
-    head += [f"{nodes} nodes" for nodes in NODES] + [f"draft's share at {nodes}" for nodes in NODES]
-    lines: dict[tuple[str, ...], list[Projected]] = {}
+    head += [f"{nodes} nodes: {what}" for nodes in NODES for what in ("ms", "network", "search")]
+    lines: dict[tuple[str, ...], list[str]] = {}
     for each in found:
         key = (each.card, each.model, str(each.vocab), str(each.rows), f"{each.plain_ms:.2f}")
-        lines.setdefault(key, []).append(each)
-    return table(
-        head,
-        [
-            [*key, *(f"{each.ratio:.2f}x" for each in sizes), *(f"{each.draft:.1%}" for each in sizes)]
-            for key, sizes in lines.items()
-        ],
-    )
+        shares = [f"{part / each.ms:.1%}" for part in (each.network_ms, each.search_ms)]
+        lines.setdefault(key, []).extend([f"{each.ms:.2f} ({each.ratio:.2f}x)", *shares])
+    return table(head, [[*key, *cells] for key, cells in lines.items()])
 
 
-def main(page: Path) -> None:
+def main(page: Annotated[Path, typer.Argument(help="The page with the markers.")]) -> None:
     """Writes the projection into a page."""
-    text = page.read_text(encoding="utf-8")
-    page.write_text(insert_figures(text, markdown_projection(list(all_projected())), "projection"), encoding="utf-8")
+    write_figures(page, [], lambda _: markdown_projection(list(all_projected())), "projection")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    run_alone(main)

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich import box
 from rich.table import Table
 
+from ctc_drafter.evaluate.command import write_figures
 from ctc_drafter.evaluate.contenders import BUDGET
-from ctc_drafter.types import UserError
-
-END = "<!-- end of figures -->"
+from ctc_drafter.load import run_alone
 
 
 def results_table(result: dict[str, Any]) -> Table:
@@ -62,21 +60,13 @@ def markdown_figures(results: Sequence[dict[str, Any]]) -> str:
     return "\n".join([*lines, "", *(f"Measured on: {place}." for place in sorted(places))])
 
 
-def insert_figures(page: str, figures: str, name: str = "results") -> str:
-    """`page` with the part between the two markers of that name replaced. Raises `UserError` when they are missing."""
-    marker = f"<!-- figures: {name} -->"
-    before, start, rest = page.partition(marker)
-    _, end, after = rest.partition(END)
-    if not start or not end:
-        raise UserError(f"the page has no {marker} and {END} to put figures between")
-    return f"{before}{start}\n{figures}\n{end}{after}"
-
-
-def main(page: Path, files: Sequence[Path]) -> None:
-    """Writes the figures of results files into a page: `python -m ctc_drafter.evaluate.report PAGE FILE...`."""
-    results = [json.loads(file.read_text(encoding="utf-8")) for file in files]
-    page.write_text(insert_figures(page.read_text(encoding="utf-8"), markdown_figures(results)), encoding="utf-8")
+def main(
+    page: Annotated[Path, typer.Argument(help="The page with the markers.")],
+    files: Annotated[list[Path], typer.Argument(help="Results of eval.")],
+) -> None:
+    """Writes the figures of results files into a page."""
+    write_figures(page, files, markdown_figures)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), [Path(name) for name in sys.argv[2:]])
+    run_alone(main)

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from ctc_drafter.drafters.ctc import CTCDrafter
 from ctc_drafter.layout import columns_first
+from ctc_drafter.load import blank_drafter
 from ctc_drafter.target import Target
 from ctc_drafter.types import UserError
 
@@ -71,9 +72,10 @@ def random_target(shape: LlamaShape, context: int, dtype: torch.dtype, device: s
 
 
 def random_drafter(target: Target) -> CTCDrafter:
-    """Of the usual sizes for this target."""
+    """Of the sizes that a fresh one has: `ctc-drafter train` without options."""
     with torch.device(target.device):
-        drafter = CTCDrafter.for_target(target.config)
+        drafter = blank_drafter("ctc")(target.config)
+    assert isinstance(drafter, CTCDrafter)
     made: CTCDrafter = drafter.to(target.dtype).eval()
     columns_first(made)
     return made
