@@ -170,7 +170,11 @@ def test_targets_of_several_sizes(tiny_quick: list[str], tmp_path: Path) -> None
     outs[1].write_text(json.dumps(larger))
     text = page(read_results(outs[::-1]))
     assert f"{size / 1e6:.1f} M, chain | {size / 1e6:.1f} M, 4 | 7.0 M, chain | 7.0 M, 4 | identical" in text
-    (line,) = [line for line in text.splitlines() if line.startswith("| prefix |")]
+    (line,) = [line for line in text.splitlines() if line.startswith("| prefix |") and line.endswith("| 4 of 4 |")]
     assert line.count("(") == 4
-    assert line.endswith("| 4 of 4 |")
+    assert "### Drafters for 7.0 M" in text
     assert "## bench-a" not in text
+    larger["meta"]["max_new_tokens"] += 1
+    outs[1].write_text(json.dumps(larger))
+    with pytest.raises(UserError, match="bench-a and bench-b differ"):
+        page(read_results(outs))

@@ -121,3 +121,13 @@ def test_downloads_that_fail(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_limit_takes_prompts_from_all_of_the_file(limit: int | None, chosen: str) -> None:
     task = Task("sorted", tuple(Prompt(id=name, category="x", turns=(name,)) for name in "abcdefgh"))
     assert "".join(prompt.id for prompt in task.some(limit).prompts) == chosen
+
+
+def test_tasks_of_one_name_are_refused(tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "test.jsonl").write_text('{"prompt": "x"}\n')
+    with pytest.raises(UserError, match="2 tasks are called test"):
+        read_tasks(None, [str(tmp_path / "a/test.jsonl"), str(tmp_path / "b/test.jsonl")])
+    with pytest.raises(UserError, match="2 tasks are called test"):
+        read_tasks(tmp_path / "a", ["test", "test"])

@@ -173,7 +173,10 @@ def bench(
     ] = None,
     batch_size: BatchOption = 1,
     watched: Annotated[
-        int, typer.Option("--watched", min=0, help="Prompts of a task that run once more for the calibration curve.")
+        int | None,
+        typer.Option(
+            "--watched", min=0, help="Prompts of a task that run once more for the calibration curve.", show_default="4"
+        ),
     ] = 4,
     dtype: DtypeOption = "float32",
     device: DeviceOption = "auto",
@@ -187,6 +190,7 @@ def bench(
     import torch
     from rich.console import Console
 
+    from ctc_drafter.drafters.lookup import PromptLookup
     from ctc_drafter.evaluate.bench import SIZES, BenchSettings, parse_drafters, parse_sizes
     from ctc_drafter.evaluate.bench import bench as measure
     from ctc_drafter.evaluate.depths import at_depths, parse_depths
@@ -196,7 +200,7 @@ def bench(
     from ctc_drafter.evaluate.run import check_place
     from ctc_drafter.evaluate.stock import parse_also
     from ctc_drafter.evaluate.tasks import read_tasks
-    from ctc_drafter.load import compiled_for, load_target
+    from ctc_drafter.load import compiled_for_all, load_target
 
     check_place(json_out)
     named, stock, shorter = parse_drafters(drafters or []), parse_also(also), parse_depths(depths)
@@ -221,10 +225,17 @@ def bench(
     lm, tokenizer = load_target(target, dtype, device)
     made = chosen_entries(lm, tokenizer, alike if quick or ablations else named, lambda text: print(text, flush=True))
     entries = at_depths(made, shorter)
-    if compiled:  # the graphs of trees are made in the warm-up
-        lm = compiled_for(lm, next(iter(entries.values())).drafter, 0, 1)
+    if compiled:
+        largest = max([PromptLookup().draft_length, *(size for size in sizes if isinstance(size, int))])
+        lm = compiled_for_all(lm, [entry.drafter for entry in entries.values()], largest, batch_size)
     settings = BenchSettings(
-        sizes, limit or usual.limit, max_new_tokens or usual.max_new_tokens, batch_size, seed, watched, stock
+        sizes,
+        limit or usual.limit,
+        max_new_tokens or usual.max_new_tokens,
+        batch_size,
+        seed,
+        usual.watched if watched is None else watched,
+        stock,
     )
     about = {
         "command": meta(target, None)["command"],

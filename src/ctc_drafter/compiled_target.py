@@ -80,14 +80,15 @@ class CompiledTarget(Target):
             layer.cumulative_length.fill_(start + count)
         return Verification(logits[:, :count], features[:, :count] if layers and features is not None else None)
 
-    def prepare(self, nodes: int, rows: int) -> None:
-        """Makes the graphs of trees of up to `nodes` nodes, for one row and for up to `rows` rows."""
+    def prepare(self, nodes: int, rows: int, layers: Sequence[int] = ()) -> None:
+        """Makes the graphs of trees of up to `nodes` nodes, for one row and for up to `rows` rows; layers: in place of
+        `self.layers`."""
         for count in sorted({1, rows}):
             for size in (size for size in SIZES if size <= size_for(nodes + 1)):
                 cache, zeros = self.new_cache(1), torch.zeros(count, size, dtype=torch.long, device=self.device)
                 self.forward(zeros[:, :1], zeros[:, :1], cache, keep=zeros[0, :1])
                 allowed = torch.ones(count, size, 1 + size, dtype=torch.bool, device=self.device)
-                self.forward(zeros, zeros, cache, allowed, pad(zeros, (0, 1)), self.layers)
+                self.forward(zeros, zeros, cache, allowed, pad(zeros, (0, 1)), tuple(layers) or self.layers)
 
     def _rows(self, rows: int) -> int:
         """Rows of a graph's shape. A single row is apart: what is known of it makes its graph faster."""

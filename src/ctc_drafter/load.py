@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +119,17 @@ def compiled_for(target: Target, drafter: Drafter | None, nodes: int, rows: int)
 
     made = compile_target(target, drafter.feature_layers if drafter else ())
     made.prepare(nodes if drafter else 0, rows)
+    return made
+
+
+def compiled_for_all(target: Target, drafters: Sequence[Drafter], nodes: int, rows: int) -> Target:
+    """As `compiled_for`, for several drafters, which may ask for features of other layers."""
+    from ctc_drafter.compiled_target import compile_target
+
+    layers = list(dict.fromkeys(tuple(drafter.feature_layers) for drafter in drafters))
+    made = compile_target(target, layers[0])
+    for each in layers:
+        made.prepare(nodes, rows, each)
     return made
 
 

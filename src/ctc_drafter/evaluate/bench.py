@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from ctc_drafter.decode.choose import ARGMAX, Chooser
 from ctc_drafter.drafters.base import Drafter
 from ctc_drafter.evaluate.contenders import CHAIN, decoding
+from ctc_drafter.evaluate.environment import source_hash
 from ctc_drafter.evaluate.records import PLAIN, Journal
 from ctc_drafter.evaluate.run import Bench, head, measure_all, write_json
 from ctc_drafter.evaluate.stock import stock_contenders
@@ -97,9 +98,9 @@ def partial(out: Path | None) -> Path | None:
 def identity(meta: dict[str, Any], tasks: Sequence[Task], settings: BenchSettings) -> dict[str, Any]:
     """What two runs must share for the one to go on with the other's figures."""
     prompts = {task.name: hashlib.sha256(repr(task.prompts).encode()).hexdigest()[:16] for task in tasks}
-    kept = ("commit", "versions", "hardware", "target", "drafters", "dtype", "device", "threads", "compiled")
+    kept = ("versions", "hardware", "target", "drafters", "dtype", "device", "threads", "compiled")
     shared = {name: meta.get(name) for name in kept}
-    return {**shared, **asdict(settings), "prompts": prompts}
+    return {"source": source_hash(), **shared, **asdict(settings), "prompts": prompts}
 
 
 def parse_sizes(text: str) -> tuple[int | str, ...]:

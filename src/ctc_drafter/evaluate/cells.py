@@ -45,14 +45,13 @@ class Cell:
 
 @dataclass(frozen=True)
 class Pair:
-    """A target and its drafter at work on one machine, and how fast that reads memory, in bytes per second."""
+    """A target and its drafter."""
 
     target: Target
     drafter: Drafter
-    bandwidth: float
 
 
-def pair_for(cell: Cell, device: str, compiled: bool, bandwidth: float, rounds: int) -> Pair:
+def pair_for(cell: Cell, device: str, compiled: bool, rounds: int) -> Pair:
     """Raises `UserError` for an unknown model."""
     if cell.model == SHIPPED:
         target, tokenizer = load_target(None, cell.dtype, device)
@@ -65,12 +64,11 @@ def pair_for(cell: Cell, device: str, compiled: bool, bandwidth: float, rounds: 
         drafter = random_drafter(target)
     if compiled:
         target = compiled_for(target, drafter, max(cell.nodes), cell.rows)
-    return Pair(target, drafter, bandwidth)
+    return Pair(target, drafter)
 
 
 def measured(cells: Sequence[Cell], device: str, compiled: bool, rounds: int) -> Iterator[dict[str, Any]]:
     """A result of each cell, see `result_of`. Neighbours that differ in batch and context alone share a model."""
-    bandwidth = read_bandwidth(torch.device(device))
     pair, made_for = None, None
     for cell in cells:
         wanted = replace(cell, rows=1, context=0)
@@ -79,7 +77,7 @@ def measured(cells: Sequence[Cell], device: str, compiled: bool, rounds: int) ->
                 pair = None  # frees the last one first
                 longest = [each for each in cells if replace(each, rows=1, context=0) == wanted]
                 roomy = replace(cell, context=max(c.context for c in longest), rows=max(c.rows for c in longest))
-                pair, made_for = pair_for(roomy, device, compiled, bandwidth, rounds), wanted
+                pair, made_for = pair_for(roomy, device, compiled, rounds), wanted
             yield result_of(cell, pair, rounds)
         except torch.OutOfMemoryError:
             yield asdict(cell) | {"failed": "out of memory"}
@@ -92,7 +90,7 @@ def result_of(cell: Cell, pair: Pair, rounds: int) -> dict[str, Any]:
     context = fitting(target, cell.context, max(sizes), rounds)
     trees = [Method(target, pair.drafter, size, 0.0, ARGMAX) for size in sizes]
     plain, *found = time_steps([plain_method(target), *trees], cell.rows, context, rounds)
-    least = step_bytes(target, cell.rows, context) / pair.bandwidth * 1e3
+    least = step_bytes(target, cell.rows, context) / read_bandwidth(target.device) * 1e3
     return asdict(cell) | {
         "context": context,
         "vocab": target.vocab_size,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
@@ -17,6 +18,14 @@ PACKAGES = ("ctc-drafter", "torch", "transformers", "tokenizers")
 def environment() -> dict[str, Any]:
     """`commit`, `versions` and `hardware` of a results file. Names no host, user or path."""
     return {"commit": _commit(), "versions": _versions(), "hardware": _hardware()}
+
+
+def source_hash() -> str:
+    """Of the package's code, whatever commit it is of, or none."""
+    package = Path(__file__).parents[1]
+    files = sorted(package.rglob("*.py"))
+    parts = [f"{file.relative_to(package)}\n{file.read_text(encoding='utf-8')}" for file in files]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
 def _commit() -> str | None:

@@ -13,6 +13,7 @@ from ctc_drafter.evaluate.bootstrap import Bootstrap, Estimate
 from ctc_drafter.evaluate.paper_table import MODELS, TABLE, TIME
 from ctc_drafter.evaluate.plots import save
 from ctc_drafter.evaluate.results import PLAIN_KEY, Results
+from ctc_drafter.types import UserError
 
 HEAD = """# Results
 
@@ -94,6 +95,7 @@ def ablation_parts(results: Results) -> Iterator[str]:
     )
     yield size_and_identity_table(results, boots)
     yield cost_table(results)
+    yield COST_NOTE
 
 
 def depth_parts(results: Results) -> Iterator[str]:
@@ -101,7 +103,8 @@ def depth_parts(results: Results) -> Iterator[str]:
     yield f"## {results.name}"
     yield (
         f"From {results.place}; at most {results.meta['max_new_tokens']} new tokens. Every drafter with drafts of at "
-        "most so many tokens, on the same weights. The best depth is the one with the largest γ of the task."
+        "most so many tokens, on the same weights. The best depth is the one with the largest γ of the task, among "
+        "those that were tried and on these very prompts, so that its γ is a little flattered."
     )
     yield f"### Each at its best depth, {figures.name_of(results.size)}"
     yield best_depth_table(results, {task: Bootstrap(results, task) for task in results.tasks})
@@ -111,20 +114,36 @@ def depth_parts(results: Results) -> Iterator[str]:
 
 def of_another_target(results: Results) -> bool:
     """Variants for a target that was named: what they show is how β changes with the target."""
-    return bool(results.meta.get("ablations")) and results.meta.get("target", "shipped") != "shipped"
+    meta = results.meta
+    return bool(meta.get("ablations") and meta.get("target_parameters")) and meta.get("target", "shipped") != "shipped"
 
 
 def scaling_parts(found: Sequence[Results]) -> Iterator[str]:
-    """β of the same variants for targets of several sizes, a table for each task."""
+    """β of the same variants for targets of several sizes, a table for each task.
+
+    Raises `UserError` when they were measured on other tasks, or with other settings.
+    """
     if not found:
         return
     targets = sorted(found, key=lambda results: results.meta["target_parameters"])
+    first = targets[0]
+    for each in targets:
+        alike = [(one.tasks, one.meta["max_new_tokens"], one.meta["limit"]) for one in (first, each)]
+        if alike[0] != alike[1]:
+            raise UserError(
+                f"{first.name} and {each.name} differ in tasks, --limit or --max-new-tokens; measure them alike"
+            )
     yield "## Targets of several sizes"
     yield (
-        "Drafters of the same sizes, trained by the same short run on what each target answered to the same prompts. "
-        f"At most {targets[0].meta['max_new_tokens']} new tokens. From {'; '.join(each.place for each in targets)}."
+        "The same variants for targets of several sizes, each trained on what its target answered, and as wide as its "
+        f"target: what they cost stands below. At most {first.meta['max_new_tokens']} new tokens."
     )
-    yield from (scaling_table(targets, task) for task in targets[0].tasks)
+    yield from (scaling_table(targets, task) for task in first.tasks)
+    for each in targets:
+        yield f"### Drafters for {each.meta['target_parameters'] / 1e6:.1f} M"
+        yield f"From {each.place}."
+        yield cost_table(each)
+    yield COST_NOTE
 
 
 def scaling_table(targets: Sequence[Results], task: str) -> str:

@@ -67,7 +67,14 @@ def step_at(cell: Mapping[str, Any], nodes: int) -> Mapping[str, Any] | None:
 def time_table(cells: Sequence[Mapping[str, Any]]) -> str:
     """Milliseconds of a plain step, and of trees in plain steps."""
     sizes = sizes_of(cells)
-    head = [*WHICH, "million parameters", "plain ms", *(f"{size} nodes" for size in sizes), "roofline", "memory GB"]
+    head = [
+        *WHICH,
+        "million parameters",
+        "plain ms",
+        *(f"{size} nodes" for size in sizes),
+        "roofline",
+        "peak GB so far",
+    ]
     lines = []
     for cell in cells:
         steps = [step_at(cell, size) for size in sizes]

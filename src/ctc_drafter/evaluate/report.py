@@ -12,6 +12,7 @@ from rich.table import Table
 
 from ctc_drafter.evaluate.command import write_figures
 from ctc_drafter.evaluate.contenders import BUDGET
+from ctc_drafter.evaluate.stock import HF, HF_LOOKUP
 from ctc_drafter.load import run_alone
 
 
@@ -47,14 +48,15 @@ def markdown_figures(results: Sequence[dict[str, Any]]) -> str:
         meta = result["meta"]
         for row in result["rows"]:
             method = row["method"] + (", budget" if row["nodes"] == BUDGET else "")
-            kind = meta["dtype"] + (", compiled" if meta.get("compiled") else "")
+            compiled = meta.get("compiled") and row["method"] not in (HF, HF_LOOKUP)  # which run as they are
+            kind = meta["dtype"] + (", compiled" if compiled else "")
             cells = [row["task"], kind, str(meta["threads"]), str(meta["batch_size"]), method]
             cells += [number(row["tokens_per_s"], 0), number(row["gamma"], 2), number(row["beta"], 2)]
             lines.append(f"| {' | '.join(cells)} | {row['identical']} of {row['compared']} |")
     places = {
         f"{m['hardware']['gpu'] or m['hardware']['cpu']}, torch {m['versions']['torch']}, "
         f"transformers {m['versions']['transformers']}, trees of {m['nodes']} nodes, "
-        f"at most {m['max_new_tokens']} new tokens"
+        f"at most {m['max_new_tokens']} new tokens{'' if m['complete'] else ', unfinished run'}"
         for m in (result["meta"] for result in results)
     }
     return "\n".join([*lines, "", *(f"Measured on: {place}." for place in sorted(places))])

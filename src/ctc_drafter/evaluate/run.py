@@ -125,10 +125,11 @@ class Bench:
     def look_closer(self, task: Task, contender: Contender) -> dict[str, Any]:
         """What costs time to know, from further runs that enter no other figure: `stages_ms`, `calibration`."""
         found: dict[str, Any] = {"task": task.name, "method": contender.method, "nodes": contender.nodes}
-        if prompts := self.first_turns(task.prompts, TIMED * self.batch_size):
+        count = TIMED * self.batch_size
+        if prompts := self.first_turns(task.some(count).prompts, count):
             found["stages_ms"] = self.stages_ms(prompts, contender)
         if self.watched and contender.nodes is not None:
-            calibration, prompts = Calibration(), self.first_turns(task.prompts, self.watched)
+            calibration, prompts = Calibration(), self.first_turns(task.some(self.watched).prompts, self.watched)
             for start in range(0, len(prompts), self.batch_size):
                 contender.run(prompts[start : start + self.batch_size], False, calibration)
             found["calibration"] = asdict(calibration)

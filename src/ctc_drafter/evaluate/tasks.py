@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,7 +50,11 @@ def read_tasks(folder: Path | None, names: Sequence[str]) -> list[Task]:
         raise UserError(f"{folder} is not a folder; give --tasks-path the folder that holds the <task>.jsonl files")
     if not names:
         raise UserError(f"no task was named; {folder or 'the command line'} has {', '.join(task_files(folder))}")
-    return [read_task(folder, name) for name in names]
+    tasks = [read_task(folder, name) for name in names]
+    for name, count in Counter(task.name for task in tasks).items():
+        if count > 1:  # what is measured goes by task and prompt
+            raise UserError(f"{count} tasks are called {name}; name each of them once, and files by names of their own")
+    return tasks
 
 
 def read_task(folder: Path | None, name: str) -> Task:
