@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from ctc_drafter import compiled_target, graphs
 from ctc_drafter.compiled_target import SIZES, CompiledTarget, compile_target, size_for
 from ctc_drafter.decode.generate import generate, plain_generate
 from ctc_drafter.evaluate.families import family_model
@@ -108,6 +109,19 @@ def test_times_of_compiled_steps_are_kept_apart():
     drafter = tiny_drafter(target)
     static = Target(target.model, "static")
     assert key(CompiledTarget(target.model), drafter, (1,), (1,)) != key(static, drafter, (1,), (1,))
+
+
+@pytest.mark.slow
+def test_where_sizes_are_fixed_each_has_a_graph_of_its_own(monkeypatch):
+    """As for CUDA graphs: a text that outgrows its cache, and other numbers of rows, get new graphs."""
+    monkeypatch.setattr(graphs, "sizes_are_fixed", lambda _: True)
+    monkeypatch.setattr(compiled_target, "sizes_are_fixed", lambda _: True)
+    target = tiny_target(max_position_embeddings=1024, num_hidden_layers=1)
+    made = compile_target(target, backend="eager")
+    check(target, made, [text(BLOCK - 6)], 14)
+    check(target, made, PROMPTS, 6)
+    assert {shape.slots for shape in made.graphs} >= {BLOCK, 2 * BLOCK}
+    assert 3 in {shape.rows for shape in made.graphs}
 
 
 def test_sizes():

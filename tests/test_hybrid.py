@@ -93,11 +93,44 @@ def test_the_output_never_changes_and_drafts_grow_longer_than_the_frames(batch):
         assert max(found.accepted[0]) > drafter.config.draft_length
 
 
+@torch.inference_mode()
 def test_rows_that_join_and_leave_keep_their_own_text():
+    """Rows 1 and 2 of three, one of which came later, draft what fresh sessions of their texts do."""
+    target = tiny_target()
+    drafter = tiny_drafter(target, copies=4, lookup_length=12)
+    generator = torch.Generator().manual_seed(0)
+    width = len(drafter.feature_layers) * target.hidden_size
+    texts = [[3, 1, 4, 1, 5, 9, 2, 6] * 2, [2, 7, 1, 8] * 4, [6, 1, 8, 0, 3, 3, 9, 8] * 2]
+    features = torch.randn(3, 16, width, generator=generator)
+
+    def told(rows, session=None):
+        given = torch.tensor([texts[row] for row in rows]), features[rows], torch.full((len(rows),), 16)
+        if session is None:
+            session = drafter.begin(target.embed, target.head, len(rows))
+            session.extend(*given)
+        else:
+            session.join(*given)
+        return session
+
+    session = told([2], told([0, 1]))
+    session.select(torch.tensor([1, 2]))
+    for root in ([2, 6], [50, 51]):  # the text goes on as it began, or it does not and the network is asked
+        found = session.propose(torch.tensor(root), 8, 0.0)
+        for place, row in enumerate((1, 2)):
+            (alone,) = (told([row]).propose(torch.tensor(root[place : place + 1]), 8, 0.0),)
+            kept = found.depths[place] > 0
+            assert found.tokens[place][kept].tolist() == alone.tokens[0][alone.depths[0] > 0].tolist()
+
+
+def test_output_stays_when_rows_join_and_leave():
     target = tiny_target(initializer_range=0.02)
-    expected = plain_generate(target, PROMPTS, max_new_tokens=24).tokens
+    prompts = [*PROMPTS, [5, 5, 5], [1, 2]]
+    expected = plain_generate(target, prompts, max_new_tokens=24).tokens
+    ends = {expected[0][9], expected[1][4]}  # rows end at different steps, so that others join them
+    expected = plain_generate(target, prompts, max_new_tokens=24, eos=tuple(ends)).tokens
+    assert len({len(row) for row in expected[:2]}) == 2
     drafter = tiny_drafter(target, lookup_length=12)
-    found = generate_many(target, drafter, PROMPTS, in_flight=2, max_new_tokens=24)
+    found = generate_many(target, drafter, prompts, in_flight=2, max_new_tokens=24, eos=tuple(ends))
     assert dict(found) == dict(enumerate(expected))
 
 

@@ -1,3 +1,5 @@
+import os
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -5,7 +7,7 @@ from torch import nn
 from transformers import Cache, DynamicCache
 
 from ctc_drafter.decode.join import join
-from ctc_drafter.layout import GROWTH, GrowingLayer, columns_first
+from ctc_drafter.layout import GROWTH, GrowingLayer, Switch, columns_first
 
 
 def test_columns_first_changes_no_value_and_keeps_ties():
@@ -82,3 +84,19 @@ def test_rows_that_are_gone_hold_no_memory() -> None:
     layer.update(more, more)
     assert layer.keys.data_ptr() == place
     assert torch.equal(layer.keys[:2, :, :300], kept)
+
+
+def test_a_switch_is_on_while_anybody_wants_it(monkeypatch):
+    monkeypatch.delenv("A_SWITCH", raising=False)
+    switch = Switch("A_SWITCH")
+    switch.take()
+    switch.take()
+    switch.give_back()
+    assert os.environ["A_SWITCH"] == "1"
+    switch.give_back()
+    assert "A_SWITCH" not in os.environ
+    monkeypatch.setenv("A_SWITCH", "0")
+    switch.take()
+    assert os.environ["A_SWITCH"] == "0"
+    switch.give_back()
+    assert os.environ["A_SWITCH"] == "0"

@@ -288,3 +288,12 @@ def test_the_page_is_there(server):
         assert "javascript" in httpx.get(f"{server.url}/page/{name}").headers["content-type"]
     assert httpx.get(server.url + "/page/style.css").status_code == 200
     assert httpx.get(server.url + "/page/%2e%2e/app.py").status_code == 404
+
+
+def test_half_an_emoji_in_a_name_is_an_unknown_model():
+    headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
+    body = rb'{"prompt": "a", "model": "\ud800"}'
+    with running(tiny_service()) as server:
+        reply = httpx.post(f"{server.url}/v1/completions", content=body, headers=headers)
+    assert reply.status_code == 404
+    assert "there is no model ?" in reply.json()["error"]["message"]

@@ -1,19 +1,28 @@
 """One thread loads and decodes: why is said in serve/worker.py."""
 
 import logging
+import queue
+import signal
+import subprocess
+import sys
 import threading
+import time
 
 import pytest
 
 import tiny_models
-from ctc_drafter import cli, load
-from ctc_drafter.decode.batch import Method
+from ctc_drafter import cli, load, profile
+from ctc_drafter.decode.batch import Batch, Method
 from ctc_drafter.decode.choose import ARGMAX
+from ctc_drafter.serve import run
 from ctc_drafter.serve.engine import Engine
+from ctc_drafter.serve.jobs import Failure, Finish
+from ctc_drafter.serve.schema import Sampling
 from ctc_drafter.serve.worker import Worker
 from ctc_drafter.target import Target
 from ctc_drafter.types import UserError
-from serve_helpers import wait_until
+from serve_helpers import tiny_service, wait_until
+from tiny_models import save_pair
 
 
 def test_tasks_follow_each_other_on_one_thread():
@@ -26,6 +35,19 @@ def test_tasks_follow_each_other_on_one_thread():
     worker.close()
     worker.close()
     assert not worker.thread.is_alive()
+    with pytest.raises(RuntimeError, match="closed"):
+        worker.begin(lambda: None)
+
+
+def test_a_task_that_was_called_off_is_left_out():
+    worker, gate, seen = Worker("busy"), threading.Event(), []
+    worker.begin(gate.wait)
+    assert worker.begin(lambda: seen.append("no")).cancel()
+    last = worker.begin(lambda: seen.append("yes"))
+    gate.set()
+    last.result(timeout=20)
+    assert seen == ["yes"]
+    worker.close()
 
 
 def test_errors_reach_who_asked_and_the_worker_goes_on():
@@ -50,24 +72,94 @@ def test_the_engine_decodes_where_its_model_was_loaded(monkeypatch):
     assert not worker.thread.is_alive()
 
 
-def test_serve_loads_on_the_engines_thread(monkeypatch, capsys):
+@pytest.mark.parametrize("options", [(), ("--budget",)])
+def test_serve_loads_tries_and_decodes_on_one_thread(monkeypatch, tmp_path, options):
+    """From the command line to an answer; the web side alone is left out."""
+    save_pair(tmp_path)
+    monkeypatch.setenv(profile.CACHE, str(tmp_path / "cache"))
     where = []
 
-    def refuse(*_):
-        where.append(threading.current_thread().name)
-        raise UserError("this is as far as the test goes")
+    def noted(work):
+        def run(*args, **kwargs):
+            where.append(threading.get_ident())
+            return work(*args, **kwargs)
 
-    monkeypatch.setattr(load, "load_target", refuse)
-    assert cli.main(["serve"]) == 2
-    assert where == ["engine"]
-    assert "as far as the test goes" in capsys.readouterr().err
+        return run
+
+    def answer_one(listener, service, *_):
+        with service.engine:
+            told = queue.SimpleQueue()
+            (job,) = service.jobs([[5, 6, 7]], Sampling(temperature=0), 8)
+            job.deliver = told.put
+            service.engine.submit([job])
+            while not isinstance(told.get(timeout=60), (Finish, Failure)):
+                pass
+
+    monkeypatch.setattr(load, "load_target", noted(load.load_target))
+    monkeypatch.setattr(run, "make_engine", noted(run.make_engine))
+    monkeypatch.setattr(Batch, "advance", noted(Batch.advance))
+    monkeypatch.setattr(run, "serve_on", answer_one)
+    pair = ["--target", str(tmp_path / "target"), "--drafter", str(tmp_path / "drafter")]
+    assert cli.main(["serve", "--port", "0", *pair, *options]) == 0
+    assert len(where) > 4
+    assert len(set(where)) == 1
+    assert where[0] != threading.get_ident()
 
 
-def test_an_engine_that_ends_by_an_error_is_not_alive_and_says_why(monkeypatch, caplog):
-    target = Target.wrap(tiny_models.tiny_llama())
-    engine = Engine({"plain": Method(target, tiny_models.tiny_drafter(target.model), 4, 0.0, ARGMAX)})
-    monkeypatch.setattr(engine, "_run", lambda: 1 / 0)
+def test_an_engine_that_ends_by_an_error_says_why_and_leaves_nobody_waiting(monkeypatch, caplog):
+    service = tiny_service()
+    engine, told = service.engine, queue.SimpleQueue()
+    monkeypatch.setattr(engine, "_take", lambda: 1 / 0)
+    (job,) = service.jobs([[5, 6, 7]], Sampling(temperature=0), 8)
+    job.deliver = told.put
     with caplog.at_level(logging.CRITICAL), engine:
-        wait_until(lambda: not engine.alive and caplog.records)
+        engine.submit([job])
+        assert isinstance(told.get(timeout=20), Failure)
+        wait_until(lambda: not engine.alive)
         assert not engine.load().open
     assert "division by zero" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--api-key", ""], "the API key is empty"),
+        (["--grace", "inf"], "grace is inf"),
+        (["--timeout", "nan"], "timeout is nan"),
+        (["--host", "no.such.host.invalid"], "cannot listen on no.such.host.invalid"),
+    ],
+)
+def test_bad_options_are_refused_before_anything_is_loaded(monkeypatch, capsys, options, message):
+    monkeypatch.setattr(load, "load_target", lambda *_: pytest.fail("it was loaded"))
+    assert cli.main(["serve", "--port", "0", *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_ctrl_c_while_a_model_is_loaded_ends_the_process_in_order(tmp_path):
+    """Not by an abort: the thread that loads is inside torch then."""
+    script = """
+import sys, torch
+from ctc_drafter import cli, load
+def busy(*_):
+    print("loading", flush=True)
+    while True:
+        torch.ones(600, 600) @ torch.ones(600, 600)
+load.load_target = busy
+sys.exit(cli.main(["serve", "--port", "0"]))
+"""
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"loading\n"
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err == b"interrupted\n"
+
+
+def test_a_folder_named_by_a_dot_has_its_own_name(monkeypatch, tmp_path):
+    folder, _ = save_pair(tmp_path)
+    monkeypatch.chdir(folder)
+    names = []
+    monkeypatch.setattr(run, "serve_on", lambda listener, service, *_: names.append(service.name))
+    assert cli.main(["serve", "--port", "0", "--target", ".", "--drafter", "../drafter"]) == 0
+    assert names == ["target"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -173,7 +174,8 @@ def serve(
         torch.set_num_threads(threads)
     names = (target, None) if plain and target else pair(target, drafter)
     chosen = (nodes or DEFAULT_NODES, DEFAULT_FLOOR if floor is None else floor)
-    public = name or (Path(target).name if target and Path(target).is_dir() else target) or "ctc-drafter-quickstart"
+    folder = target and Path(target).is_dir()
+    public = name or (Path(target).resolve().name if target and folder else target) or "ctc-drafter-quickstart"
     worker = Worker("engine")
 
     def ready() -> Service:
@@ -185,7 +187,13 @@ def serve(
         engine = make_engine(lm, draft, *chosen, batch_size, queue, pays, worker)
         return Service(engine, lm, tokenizer, public, limits)
 
-    run_server(worker.do(ready), api_key, host, port)
+    try:
+        run_server(lambda: worker.do(ready), api_key, host, port)
+    except KeyboardInterrupt:
+        # The worker is inside torch, and Python would abort the process when it ends such a thread.
+        print("interrupted", file=sys.stderr, flush=True)
+        os._exit(130)
+    worker.close()
 
 
 def bad_input(error: Exception) -> str | None:

@@ -10,7 +10,7 @@ import torch
 from torch.nn.functional import pad
 from transformers import Cache
 
-from ctc_drafter.graphs import BACKEND, MANY, Graph, Shape, make_graph
+from ctc_drafter.graphs import BACKEND, MANY, Graph, Shape, make_graph, sizes_are_fixed
 from ctc_drafter.selftest import self_test
 from ctc_drafter.static_cache import RoomyLayer, reserve
 from ctc_drafter.target import Target
@@ -72,7 +72,8 @@ class CompiledTarget(Target):
         first = torch.tensor([start], device=tokens.device)
         inputs = [pad(tokens, (0, more)), positions, first, *masks, *states_of(cache)]
 
-        shape = Shape(self._rows(rows), size, tuple(layers) or self.layers, kinds)
+        fixed = slots if sizes_are_fixed(self.device) else 0
+        shape = Shape(self._rows(rows), size, tuple(layers) or self.layers, kinds, fixed)
         if shape not in self.graphs:
             self.graphs[shape] = make_graph(self.model, shape, inputs, self.backend)
         logits, features = self.graphs[shape](inputs)
@@ -92,7 +93,7 @@ class CompiledTarget(Target):
 
     def _rows(self, rows: int) -> int:
         """Rows of a graph's shape. A single row is apart: what is known of it makes its graph faster."""
-        return MANY if rows > 1 and self.device.type == "cpu" else rows
+        return rows if rows == 1 or sizes_are_fixed(self.device) else MANY
 
 
 def size_for(tokens: int) -> int:

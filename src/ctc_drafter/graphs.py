@@ -29,25 +29,29 @@ MANY = 0
 Graph = Callable[[list[torch.Tensor]], tuple[torch.Tensor, torch.Tensor | None]]
 
 
+def sizes_are_fixed(device: torch.device) -> bool:
+    """CUDA graphs want them so: a graph is good for one number of rows and of slots."""
+    return device.type != "cpu"
+
+
 @dataclass(frozen=True)
 class Shape:
     """What one graph is good for.
 
     rows: 1, or `MANY` for any other number where sizes may stay open. tokens: of each row. layers: blocks whose
-    features are wanted. kinds: layer types that have a mask of their own, none where all share one.
+    features are wanted. kinds: layer types that have a mask of their own, none where all share one. slots: of the
+    cache, 0 where sizes may stay open.
     """
 
     rows: int
     tokens: int
     layers: tuple[int, ...]
     kinds: tuple[str, ...]
+    slots: int = 0
 
     def open_sizes(self, inputs: Sequence[torch.Tensor]) -> list[tuple[int, ...]]:
-        """Of each input the dimensions that may change from call to call: slots, and rows if there are many.
-
-        CUDA graphs want all sizes fixed.
-        """
-        if inputs[0].device.type != "cpu":
+        """Of each input the dimensions that may change from call to call: slots, and rows if there are many."""
+        if sizes_are_fixed(inputs[0].device):
             return [()] * len(inputs)
         rows = (0,) if self.rows == MANY else ()
         masks = max(1, len(self.kinds))

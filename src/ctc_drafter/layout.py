@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -32,15 +33,38 @@ def columns_first(model: nn.Module) -> None:
 def grouped_heads(device: torch.device) -> Iterator[None]:
     """On a CPU, lets attention under a mask read grouped keys as they are. transformers would first repeat them for
     each head, which takes longer than the attention; its switch for that is this variable of the environment."""
-    before = os.environ.get(FORCE_GROUPED)
-    if device.type != "cpu" or before is not None:
+    if device.type != "cpu":
         yield
         return
-    os.environ[FORCE_GROUPED] = "1"
+    SWITCH.take()
     try:
         yield
     finally:
-        del os.environ[FORCE_GROUPED]
+        SWITCH.give_back()
+
+
+class Switch:
+    """A variable of the environment that is set while somebody wants it: threads may generate side by side. One that
+    was set before stays."""
+
+    def __init__(self, name: str):
+        self.name, self.users, self.mine, self.lock = name, 0, False, threading.Lock()
+
+    def take(self) -> None:
+        with self.lock:
+            if not self.users:
+                self.mine = self.name not in os.environ
+                os.environ.setdefault(self.name, "1")
+            self.users += 1
+
+    def give_back(self) -> None:
+        with self.lock:
+            self.users -= 1
+            if not self.users and self.mine:
+                os.environ.pop(self.name, None)
+
+
+SWITCH = Switch(FORCE_GROUPED)
 
 
 class GrowingLayer(DynamicLayer):

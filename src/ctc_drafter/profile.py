@@ -21,7 +21,7 @@ from ctc_drafter.decode.batch import Method
 from ctc_drafter.decode.budget import Budget, StepTimes
 from ctc_drafter.decode.choose import ARGMAX
 from ctc_drafter.drafters.base import Drafter
-from ctc_drafter.evaluate.environment import environment
+from ctc_drafter.evaluate.environment import environment, source_hash
 from ctc_drafter.evaluate.timing import fitting, plain_method, time_steps
 from ctc_drafter.target import Target
 
@@ -97,7 +97,7 @@ def key(target: Target, drafter: Drafter, batches: Sequence[int], sizes: Sequenc
         *(target.model.config.to_json_string(), str(target.dtype), target.cache, str(target.compiled)),
         *(type(drafter).__name__, config),
         *(str(environment()["hardware"]), target.device.type, str(torch.get_num_threads()), *kinds),
-        *(torch.__version__, transformers.__version__, str(tuple(batches)), str(tuple(sizes))),
+        *(source_hash(), torch.__version__, transformers.__version__, str(tuple(batches)), str(tuple(sizes))),
     ]
     return hashlib.sha256("\n".join(known).encode()).hexdigest()[:16]
 

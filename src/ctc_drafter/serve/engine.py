@@ -70,7 +70,7 @@ class Engine:
         self._waiting: deque[Job] = deque()
         self._joining: deque[Job] = deque()  # taken from the queue, and not in a batch yet
         self._wake = threading.Condition()
-        self._worker = worker or Worker("engine")
+        self._worker = worker
         self._running: Future[None] | None = None
         self._stop_at: float | None = None  # from then on nothing is decoded
         self._served, self._busy_seconds = 0, 0.0
@@ -83,8 +83,9 @@ class Engine:
         self.close()
 
     def start(self) -> None:
+        self._worker = self._worker or Worker("engine")
         self._running = self._worker.begin(self._run)
-        self._running.add_done_callback(tell_of_failure)
+        self._running.add_done_callback(self._told)
 
     def drain(self, grace: float) -> None:
         """Takes no more requests and turns away those that wait; rows at work have `grace` seconds left."""
@@ -96,7 +97,8 @@ class Engine:
     def close(self) -> None:
         """Ends what is at work, and the thread."""
         self.drain(0.0)
-        self._worker.close()
+        if self._worker is not None:
+            self._worker.close()
 
     @property
     def alive(self) -> bool:
@@ -144,6 +146,14 @@ class Engine:
             for lane in self.lanes.values():
                 self._step(lane)
             self._busy_seconds += time.perf_counter() - begin
+
+    def _told(self, running: Future[None]) -> None:
+        """A loop that ended by an error leaves a server that refuses everything; its log says why."""
+        if (error := running.exception()) is None:
+            return
+        LOG.critical("the engine stopped", exc_info=error)
+        for job in [*self._waiting, *self._joining, *(job for lane in self.lanes.values() for job in lane.jobs)]:
+            job.deliver(ERROR)
 
     def _take(self) -> None:
         """Takes the jobs from the queue that join now, and lets those go that nobody waits for."""
@@ -199,9 +209,3 @@ class Engine:
         for lane in self.lanes.values():
             for job in lane.clear():
                 job.deliver(why)
-
-
-def tell_of_failure(running: Future[None]) -> None:
-    """A loop that ended by an error leaves a server that refuses everything; its log says why."""
-    if (error := running.exception()) is not None:
-        LOG.critical("the engine stopped", exc_info=error)

@@ -18,6 +18,7 @@ from ctc_drafter.types import UserError
 
 LOG = logging.getLogger(__name__)
 RETRY_AFTER_SHUTDOWN = "5"
+MEMBERS = ("str", "int", "float", "bool")
 CLIENT_GONE = 499  # nobody reads it
 
 
@@ -35,6 +36,8 @@ class APIError(Exception):
     ):
         super().__init__(message)
         self.status, self.headers = status, headers
+        # What a client sent may hold half an emoji, which no answer can carry.
+        message, param = message.encode(errors="replace").decode(), param and param.encode(errors="replace").decode()
         self.body = ErrorReply(error=ErrorBody(message=message, type=kind(status), param=param, code=code))
 
 
@@ -51,15 +54,20 @@ def respond(error: APIError) -> JSONResponse:
 def explain(errors: Sequence[Mapping[str, Any]]) -> APIError:
     """The first thing that is wrong with a request, in one line."""
     first = errors[0]
-    # Of a union's complaints the path may name the member that was tried; the field's own name is enough.
     path = [str(part) for part in first["loc"] if part != "body"]
-    place = ".".join(part for part in path if (part.replace("_", "").isalnum() and part.islower()) or part.isdigit())
+    unknown = first["type"] == "extra_forbidden"
+    place = ".".join([*filter(is_ours, path[:-1]), path[-1]] if unknown else filter(is_ours, path))
     if first["type"] == "json_invalid":
         return APIError(400, "the body is not valid JSON")
-    if first["type"] == "extra_forbidden":
+    if unknown:
         return APIError(400, f"unknown field {place}; leave it out", param=place)
     message = str(first["msg"]).removeprefix("Value error, ")
     return APIError(400, f"{place}: {message}" if place else message, param=place or None)
+
+
+def is_ours(part: str) -> bool:
+    """Whether a part of a path is a field's name or a place in a list, and no member of a union that was tried."""
+    return part.isdigit() or (part not in MEMBERS and part.replace("_", "").isalnum() and part.islower())
 
 
 def translate(error: Exception) -> APIError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import socket
+from collections.abc import Callable
 
 import uvicorn
 
@@ -66,12 +67,22 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def serve(service: Service, api_key: str | None, host: str, port: int) -> None:
-    """Serves until SIGINT or SIGTERM. Raises `UserError` when it cannot listen there."""
+def serve(make: Callable[[], Service], api_key: str | None, host: str, port: int) -> None:
+    """Serves what `make` loads until SIGINT or SIGTERM.
+
+    Raises `UserError`, before anything is loaded, when it cannot listen there or no client could send that key.
+    """
+    if api_key == "":
+        raise UserError("the API key is empty, and no client can send that; give one, or leave it out")
     listener = listen(host, port)
+    with listener:
+        serve_on(listener, make(), api_key, host)
+
+
+def serve_on(listener: socket.socket, service: Service, api_key: str | None, host: str) -> None:
     if api_key is None and host not in LOOPBACK:
         LOG.warning("anyone who reaches %s may use this server; give --api-key", host)
-    with listener, service.engine, contextlib.suppress(KeyboardInterrupt):
+    with service.engine, contextlib.suppress(KeyboardInterrupt):
         LOG.info("serving %s on %s; Ctrl-C stops it", service.name, address(listener))
         make_server(service, api_key).run(sockets=[listener])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 import time
 from collections.abc import Iterable, Sequence
@@ -35,6 +36,9 @@ class Limits:
     grace: float = 10.0
 
     def __post_init__(self) -> None:
+        for name in ("timeout", "grace"):
+            if not math.isfinite(getattr(self, name)):
+                raise UserError(f"{name} is {getattr(self, name)}; give a number of seconds")
         for name in ("max_new_tokens", "max_body", "timeout"):
             if getattr(self, name) <= 0:
                 raise UserError(f"{name} is {getattr(self, name)}; give more than 0")

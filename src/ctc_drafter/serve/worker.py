@@ -22,11 +22,14 @@ class Worker:
 
     def __init__(self, name: str):
         self._tasks: SimpleQueue[Task | None] = SimpleQueue()
+        self._closed = False
         self.thread = threading.Thread(target=self._run, name=name, daemon=True)
         self.thread.start()
 
     def begin(self, task: Callable[[], T]) -> Future[T]:
         """Does it when those before it are done; its future has what it returned or raised."""
+        if self._closed:
+            raise RuntimeError("the worker is closed")
         future: Future[T] = Future()
         self._tasks.put((task, future))
         return future
@@ -37,12 +40,15 @@ class Worker:
 
     def close(self) -> None:
         """Waits for the tasks there are, and ends the thread."""
+        self._closed = True
         self._tasks.put(None)
         self.thread.join()
 
     def _run(self) -> None:
         while (item := self._tasks.get()) is not None:
             task, future = item
+            if not future.set_running_or_notify_cancel():
+                continue
             try:
                 future.set_result(task())
             except BaseException as error:  # whoever waits for the future decides

@@ -103,8 +103,10 @@ async function run(turn, signal) {
 async function fill(answer, request, signal) {
   answer.begin();
   await stream(request, byId("key").value, signal, (name, data) => following(() => {
-    if (name === "step") answer.add(data);
-    else if (name === "end") answer.end(data);
+    if (name === "step") {
+      answer.add(data);
+      panel.grew(answer);
+    } else if (name === "end") answer.end(data);
     else throw new ServerError(data.error.message);
   }));
   if (!answer.done) throw new ServerError("The server stopped in the middle of the answer.");
@@ -129,6 +131,8 @@ function fresh() {
 }
 
 byId("ask").addEventListener("submit", submit);
+// A browser says what is wrong with a field only where it can show it.
+byId("settings").addEventListener("invalid", () => { byId("settings").open = true; }, true);
 byId("stop").addEventListener("click", () => running?.abort());
 byId("fresh").addEventListener("click", fresh);
 byId("key").addEventListener("change", connect);

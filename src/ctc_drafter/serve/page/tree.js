@@ -30,8 +30,15 @@ export class TreePanel {
   close() {
     byId("tree").hidden = true;
     this.answer?.mark(-1);
-    this.answer?.button.focus();
+    // While the answer is being written its button is hidden and cannot take the focus.
+    const back = this.answer && !this.answer.button.hidden ? this.answer.button : byId("prompt");
+    back.focus();
     this.answer = null;
+  }
+
+  /** There is one more step of this answer. */
+  grew(answer) {
+    if (answer === this.answer) this.count();
   }
 
   move(by) {
@@ -41,15 +48,19 @@ export class TreePanel {
 
   show(number) {
     this.number = number;
-    const { steps } = this.answer;
-    const step = steps[number];
-    byId("tree-title").textContent = `Step ${number} of ${steps.length - 1}`;
-    // Not `disabled`: the button would lose the focus, and the arrow keys with it.
-    byId("previous").setAttribute("aria-disabled", number === 0);
-    byId("next").setAttribute("aria-disabled", number === steps.length - 1);
+    const step = this.answer.steps[number];
+    this.count();
     byId("tree-summary").textContent = summary(step);
     byId("tree-body").replaceChildren(...(step.tree.length ? [list(step, 0)] : []));
     this.answer.mark(number);
+  }
+
+  count() {
+    const last = this.answer.steps.length - 1;
+    byId("tree-title").textContent = `Step ${this.number} of ${last}`;
+    // Not `disabled`: the button would lose the focus, and the arrow keys with it.
+    byId("previous").setAttribute("aria-disabled", this.number === 0);
+    byId("next").setAttribute("aria-disabled", this.number === last);
   }
 }
 
