@@ -295,3 +295,44 @@ def test_it_survives_a_server_that_is_started_again(browser):
         assert all(each.text_content() for each in page.query_selector_all(".answer .text"))
         assert len(page.query_selector_all("#turns > li")) == 2
     page.close()
+
+
+@needs_chromium
+def test_settings_that_are_wrong_are_shown(page):
+    """A browser complains about a field, and stops, where the field can be seen."""
+    page.fill("#temperature", "0.75")
+    page.evaluate("document.getElementById('settings').open = false")
+    ask(page)
+    assert len(page.query_selector_all("#turns > li")) == 1
+    page.evaluate("document.getElementById('temperature').value = '7'")
+    page.fill("#prompt", "again")
+    page.press("#prompt", "Enter")
+    assert page.is_visible("#temperature")
+    assert page.evaluate("document.activeElement.id") == "temperature"
+    assert len(page.query_selector_all("#turns > li")) == 1
+
+
+@needs_chromium
+@pytest.mark.parametrize("look", LOOKS)
+def test_the_tree_of_an_answer_that_is_being_written(browser, look):
+    service, turnstile = blocked_service()
+    page = browser.new_page(**LOOKS[look])
+    with running(service, api_key=None) as server:
+        page.goto(server.url)
+        turnstile.open(3)
+        page.fill("#prompt", QUESTION)
+        page.press("#prompt", "Enter")
+        page.wait_for_selector(".answer .burst:nth-child(4)", state="attached")
+        page.dispatch_event(".answer .burst:nth-child(4)", "click")  # it may be white space
+        page.wait_for_selector("#tree-title:text('Step 3 of 3')")
+        assert page.get_attribute("#next", "aria-disabled") == "true"
+        turnstile.open(2)
+        page.wait_for_selector("#tree-title:text('Step 3 of 5')")
+        assert page.get_attribute("#next", "aria-disabled") == "false"
+        assert page.is_visible("#stop")
+        page.keyboard.press("Escape")
+        assert page.evaluate("document.activeElement.id") == "prompt"
+        page.click("#stop")
+        turnstile.open()
+        page.wait_for_selector(".answer:has-text('Stopped.')")
+    page.close()
