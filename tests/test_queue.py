@@ -2,11 +2,16 @@ import pytest
 import torch
 from transformers import DynamicCache, MistralConfig
 
-from ctc_drafter.decode.choose import Sampled
-from ctc_drafter.decode.generate import generate
+from ctc_drafter.decode import join as join_module
+from ctc_drafter.decode.batch import Batch, Method
+from ctc_drafter.decode.choose import ARGMAX, Sampled
+from ctc_drafter.decode.generate import generate, plain_generate
 from ctc_drafter.decode.join import join
 from ctc_drafter.decode.prefill import prefill
 from ctc_drafter.decode.queue import generate_many
+from ctc_drafter.decode.rows import Row
+from ctc_drafter.decode.stats import Stopwatch
+from ctc_drafter.drafters.copysession import CopySession
 from ctc_drafter.target import Target
 from ctc_drafter.types import UserError
 from helpers import ScriptedDrafter, tiny_drafter, tiny_target
@@ -111,3 +116,39 @@ def test_a_cache_that_rolls_is_refused():
     cache.update(state, state, 0)
     with pytest.raises(UserError, match="SlidingWindow"):
         join(cache, cache)
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("place", ["first", "between layers", "session"])
+@torch.inference_mode()
+def test_a_row_that_memory_does_not_suffice_for_leaves_the_others_as_they_were(monkeypatch, cache, place):
+    target = Target.wrap(tiny_target(max_position_embeddings=512).model, cache)
+    drafter = tiny_drafter(target, copies=4)
+    text, long = [3, 1, 4, 1, 5], [2] * 280  # needs more slots than are there
+    expected = plain_generate(target, [text], max_new_tokens=16).tokens[0]
+    batch, row = Batch(Method(target, drafter, 6, 0.0, ARGMAX), Stopwatch(target.device, False)), Row(0, text, 16)
+    row.tokens += batch.admit([row])
+
+    def go_on():
+        tokens, counts = batch.step()
+        row.tokens += tokens[0][: counts[0] + 1]
+
+    go_on()
+    calls = iter(range(100))
+    real, fails_at = join_module.stacked, {"first": 0, "between layers": 3, "session": 99}[place]
+
+    def stacked(*states):
+        if next(calls) == fails_at:
+            raise torch.OutOfMemoryError
+        return real(*states)
+
+    monkeypatch.setattr(join_module, "stacked", stacked)
+    if place == "session":
+        monkeypatch.setattr(CopySession, "_roomy", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError()))
+    with pytest.raises(torch.OutOfMemoryError):
+        batch.admit([Row(1, long, 16)])
+    monkeypatch.undo()
+    assert batch.rows == [row]
+    while len(row.tokens) < 16:
+        go_on()
+    assert row.tokens[:16] == expected

@@ -12,8 +12,8 @@ from ctc_drafter.decode.accept import follow
 from ctc_drafter.decode.budget import Budget, Pace
 from ctc_drafter.decode.cache import compact
 from ctc_drafter.decode.choose import Chooser
-from ctc_drafter.decode.join import join
-from ctc_drafter.decode.prefill import prefill
+from ctc_drafter.decode.join import Extent, join
+from ctc_drafter.decode.prefill import Prefill, prefill
 from ctc_drafter.decode.rows import Row
 from ctc_drafter.decode.stats import Stopwatch
 from ctc_drafter.decode.tree import build_tree
@@ -75,7 +75,8 @@ class Batch:
     def enter(self, rows: Sequence[Row]) -> tuple[torch.Tensor, torch.Tensor]:
         """`admit`, as tensors: the first token `int64 [R]` of each new row, chosen from these logits `[R, V]`.
 
-        A row that cannot be prefilled raises before anything of the batch has changed.
+        Where new rows cannot be prefilled, or memory does not suffice for them beside the others, the batch stays as it
+        was, and the error is raised.
         """
         target, drafter, chooser = self.method.target, self.method.drafter, self.method.chooser
         with self.clock("prefill"):
@@ -84,8 +85,7 @@ class Batch:
             chooser.check(rows[0], state.logits[:1])
             root = chooser.next(state.logits, rows)
             if self.rows:
-                join(self.cache, state.cache)
-                self.session.join(state.tokens, state.features, state.lengths)
+                self._join(state)
                 self.lengths = torch.cat([self.lengths, state.lengths])
                 self.root = torch.cat([self.root, root])
             else:
@@ -94,6 +94,16 @@ class Batch:
                 self.cache, self.lengths, self.root = state.cache, state.lengths, root
         self.rows += rows
         return root, state.logits
+
+    def _join(self, state: Prefill) -> None:
+        before = Extent.of(self.cache)
+        try:
+            join(self.cache, state.cache)
+            self.session.join(state.tokens, state.features, state.lengths)
+        except Exception:
+            before.cut(self.cache)
+            self.session.select(torch.arange(before.rows, device=self.root.device))
+            raise
 
     def keep(self, places: Sequence[int]) -> None:
         """Leaves only these places of the batch."""

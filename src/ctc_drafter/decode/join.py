@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch.nn.functional import pad
 from transformers import Cache
-from transformers.cache_utils import StaticLayer
+from transformers.cache_utils import CacheLayerMixin, StaticLayer
 
 from ctc_drafter.layout import GrowingLayer
 from ctc_drafter.types import UserError
@@ -18,14 +20,43 @@ def join(cache: Cache, new: Cache) -> None:
             continue
         if layer.is_sliding:  # its slots are no positions
             raise UserError(f"rows cannot join a cache with a {type(layer).__name__}; decode them in batches instead")
-        keys, values = stacked(layer.keys, other.keys), stacked(layer.values, other.values)
-        if isinstance(layer, GrowingLayer):
-            layer.hold(keys, values)
-        else:
-            layer.keys, layer.values = keys, values
+        put(layer, stacked(layer.keys, other.keys), stacked(layer.values, other.values))
         if isinstance(layer, StaticLayer):
-            layer.max_cache_len = layer.keys.shape[2]
             layer.cumulative_length.copy_(torch.maximum(layer.cumulative_length, other.cumulative_length))
+
+
+@dataclass(frozen=True)
+class Extent:
+    """What a cache holds. rows; slots: of each layer; used: of each layer that counts its slots in a tensor."""
+
+    rows: int
+    slots: tuple[int, ...]
+    used: tuple[torch.Tensor | None, ...]
+
+    @classmethod
+    def of(cls, cache: Cache) -> Extent:
+        held = [layer for layer in cache.layers if layer.keys is not None]
+        used = (layer.cumulative_length.clone() if isinstance(layer, StaticLayer) else None for layer in held)
+        return cls(held[0].keys.shape[0], tuple(layer.keys.shape[2] for layer in held), tuple(used))
+
+    def cut(self, cache: Cache) -> None:
+        """Takes out what has come since, such as the rows of a `join` that memory did not suffice for."""
+        held = [layer for layer in cache.layers if layer.keys is not None]
+        for layer, slots, used in zip(held, self.slots, self.used, strict=True):
+            keys, values = (states[: self.rows, :, :slots] for states in (layer.keys, layer.values))
+            put(layer, keys, values)
+            if used is not None:
+                layer.cumulative_length.copy_(used)
+
+
+def put(layer: CacheLayerMixin, keys: torch.Tensor, values: torch.Tensor) -> None:
+    """Lets a layer hold these."""
+    if isinstance(layer, GrowingLayer):
+        layer.hold(keys, values)
+    else:
+        layer.keys, layer.values = keys, values
+    if isinstance(layer, StaticLayer):
+        layer.max_cache_len = keys.shape[2]
 
 
 def stacked(states: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
