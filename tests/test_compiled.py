@@ -11,7 +11,7 @@ from ctc_drafter.compiled_target import SIZES, CompiledTarget, compile_target, s
 from ctc_drafter.decode.generate import generate, plain_generate
 from ctc_drafter.evaluate.families import family_model
 from ctc_drafter.graphs import MANY
-from ctc_drafter.profile import key
+from ctc_drafter.profile import grid, key
 from ctc_drafter.static_cache import BLOCK
 from ctc_drafter.target import Target
 from ctc_drafter.types import UserError
@@ -122,6 +122,15 @@ def test_where_sizes_are_fixed_each_has_a_graph_of_its_own(monkeypatch):
     check(target, made, PROMPTS, 6)
     assert {shape.slots for shape in made.graphs} >= {BLOCK, 2 * BLOCK}
     assert 3 in {shape.rows for shape in made.graphs}
+
+
+def test_times_are_measured_at_both_ends_of_every_graph():
+    """So that a line between neighbours is level where one graph serves all, and steep where the next one begins."""
+    assert CompiledTarget.telling == (1, 4, 5, 8, 9, 16, 17, 32, 33, 64)
+    assert all(size_for(low + 1) == size_for(high + 1) for low, high in ((1, 4), (5, 8), (9, 16), (17, 32), (33, 64)))
+    made = CompiledTarget(tiny_target().model)
+    assert grid(made, 12, 1)[0] == (1, 4, 5, 8, 9, 12)
+    assert grid(tiny_target(), 12, 1)[0] == (1, 2, 4, 8, 12)
 
 
 def test_sizes():

@@ -28,6 +28,8 @@ class CompiledTarget(Target):
     """
 
     compiled: ClassVar[bool] = True
+    # A graph's time is that of its largest tree: the first and the last tree of each tell of all.
+    telling: ClassVar[tuple[int, ...]] = tuple(sorted({1, *SIZES, *(size - 1 for size in SIZES)} - {0, SIZES[-1]}))
 
     cache: str = "static"
     layers: tuple[int, ...] = ()

@@ -25,7 +25,6 @@ from ctc_drafter.evaluate.environment import environment, source_hash
 from ctc_drafter.evaluate.timing import fitting, plain_method, time_steps
 from ctc_drafter.target import Target
 
-SIZES = (1, 2, 4, 8, 16, 32, 64)
 BATCHES = (1, 4, 16)
 CONTEXTS = (128, 768)
 FILE = TypeAdapter(StepTimes)
@@ -40,14 +39,14 @@ def budget_for(target: Target, drafter: Drafter, nodes: int, rows: int) -> Budge
 def step_times(target: Target, drafter: Drafter, nodes: int, rows: int) -> StepTimes:
     """Times of steps with up to `nodes` nodes and `rows` rows: those on disk, or measured now and written there."""
     try:
-        return FILE.validate_json(place_of(target, drafter, *grid(nodes, rows)).read_bytes())
+        return FILE.validate_json(place_of(target, drafter, *grid(target, nodes, rows)).read_bytes())
     except (OSError, ValueError):  # none yet, or one that was cut off
         return measured_again(target, drafter, nodes, rows)
 
 
 def measured_again(target: Target, drafter: Drafter, nodes: int, rows: int) -> StepTimes:
     """`step_times`, whatever is on disk."""
-    sizes, batches = grid(nodes, rows)
+    sizes, batches = grid(target, nodes, rows)
     times, place = measure(target, drafter, batches=batches, sizes=sizes), place_of(target, drafter, sizes, batches)
     with contextlib.suppress(OSError):  # a machine that lets nothing be written measures every time
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -55,9 +54,12 @@ def measured_again(target: Target, drafter: Drafter, nodes: int, rows: int) -> S
     return times
 
 
-def grid(nodes: int, rows: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def grid(target: Target, nodes: int, rows: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Tree sizes and numbers of rows that are measured."""
-    return (*(size for size in SIZES if size < nodes), nodes), (*(size for size in BATCHES if size < rows), rows)
+    return (*(size for size in target.telling if size < nodes), nodes), (
+        *(size for size in BATCHES if size < rows),
+        rows,
+    )
 
 
 def place_of(target: Target, drafter: Drafter, sizes: Sequence[int], batches: Sequence[int]) -> Path:
@@ -109,7 +111,7 @@ def measure(
     *,
     batches: Sequence[int] = BATCHES,
     contexts: Sequence[int] = CONTEXTS,
-    sizes: Sequence[int] = SIZES,
+    sizes: Sequence[int] = Target.telling,
 ) -> StepTimes:
     """Median times of whole steps on made-up text, all sizes in turn: a change of the machine hits them alike."""
     contexts = sorted({fitting(target, context, max(sizes)) for context in contexts})
