@@ -18,7 +18,7 @@ from ctc_drafter.decode.generate import plain_generate
 from ctc_drafter.drafters.base import Drafter
 from ctc_drafter.drafters.silent import Silent
 from ctc_drafter.serve.engine import Engine
-from ctc_drafter.serve.run import Server, listen, make_engine, make_server
+from ctc_drafter.serve.run import Server, bind, make_engine, make_server
 from ctc_drafter.serve.service import Limits, Service
 from ctc_drafter.target import Target
 from ctc_drafter.text import TextStream, eos_ids
@@ -60,7 +60,7 @@ def blocked_service(batch_size: int = 1, queue: int = 1, **limits: float) -> tup
 @contextmanager
 def running(service: Service, api_key: str | None = KEY, port: int = 0) -> Iterator[Running]:
     """Serves from another thread until the block ends; port 0 takes a free one."""
-    with listen("127.0.0.1", port) as listener, service.engine:
+    with bind("127.0.0.1", port) as listener, service.engine:
         server = make_server(service, api_key)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()

@@ -11,7 +11,7 @@ from ctc_drafter.decode.prefill import prefill
 from ctc_drafter.decode.queue import generate_many
 from ctc_drafter.decode.rows import Row
 from ctc_drafter.decode.stats import Stopwatch
-from ctc_drafter.drafters.copysession import CopySession
+from ctc_drafter.drafters.context import ContextCache
 from ctc_drafter.target import Target
 from ctc_drafter.types import UserError
 from helpers import ScriptedDrafter, tiny_drafter, tiny_target
@@ -123,7 +123,7 @@ def test_a_cache_that_rolls_is_refused():
 @torch.inference_mode()
 def test_a_row_that_memory_does_not_suffice_for_leaves_the_others_as_they_were(monkeypatch, cache, place):
     target = Target.wrap(tiny_target(max_position_embeddings=512).model, cache)
-    drafter = tiny_drafter(target, copies=4)
+    drafter = tiny_drafter(target, copies=4, carry=True)
     text, long = [3, 1, 4, 1, 5], [2] * 280  # needs more slots than are there
     expected = plain_generate(target, [text], max_new_tokens=16).tokens[0]
     batch, row = Batch(Method(target, drafter, 6, 0.0, ARGMAX), Stopwatch(target.device, False)), Row(0, text, 16)
@@ -144,11 +144,13 @@ def test_a_row_that_memory_does_not_suffice_for_leaves_the_others_as_they_were(m
 
     monkeypatch.setattr(join_module, "stacked", stacked)
     if place == "session":
-        monkeypatch.setattr(CopySession, "_roomy", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError()))
+        monkeypatch.setattr(ContextCache, "join", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError()))
     with pytest.raises(torch.OutOfMemoryError):
         batch.admit([Row(1, long, 16)])
     monkeypatch.undo()
     assert batch.rows == [row]
+    for layer in batch.cache.layers:  # nothing of the failed row is kept
+        assert layer.keys.untyped_storage().nbytes() <= 4 * 2 * 16 * 256
     while len(row.tokens) < 16:
         go_on()
     assert row.tokens[:16] == expected

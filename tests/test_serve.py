@@ -204,6 +204,7 @@ def test_models_health_and_metrics(server, client):
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools is not supported"),
         ({"extra_body": {"wings": 2}}, "unknown field wings"),
         ({"extra_body": {"maxTokens": 2}}, "unknown field maxTokens"),
+        ({"extra_body": {"body": 2}}, "unknown field body"),
         ({"messages": [{"role": "user", "content": "hi", "toolCalls": []}]}, "unknown field messages.0.toolCalls"),
         ({"messages": [{"role": "user", "content": 7}]}, "messages.0.content: "),
         ({"temperature": 3}, "temperature"),

@@ -174,8 +174,8 @@ def serve(
         torch.set_num_threads(threads)
     names = (target, None) if plain and target else pair(target, drafter)
     chosen = (nodes or DEFAULT_NODES, DEFAULT_FLOOR if floor is None else floor)
-    folder = target and Path(target).is_dir()
-    public = name or (Path(target).resolve().name if target and folder else target) or "ctc-drafter-quickstart"
+    public = name or (Path(target).resolve().name if target and Path(target).is_dir() else target)
+    public = public or "ctc-drafter-quickstart"
     worker = Worker("engine")
 
     def ready() -> Service:

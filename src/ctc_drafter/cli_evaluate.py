@@ -175,9 +175,12 @@ def bench(
     watched: Annotated[
         int | None,
         typer.Option(
-            "--watched", min=0, help="Prompts of a task that run once more for the calibration curve.", show_default="4"
+            "--watched",
+            min=0,
+            help="Prompts of a task that run once more for the calibration curve.",
+            show_default="4; 1 with --quick and --ablations",
         ),
-    ] = 4,
+    ] = None,
     dtype: DtypeOption = "float32",
     device: DeviceOption = "auto",
     threads: ThreadsOption = None,

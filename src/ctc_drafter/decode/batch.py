@@ -102,7 +102,6 @@ class Batch:
             self.session.join(state.tokens, state.features, state.lengths)
         except Exception:
             before.cut(self.cache)
-            self.session.select(torch.arange(before.rows, device=self.root.device))
             raise
 
     def keep(self, places: Sequence[int]) -> None:

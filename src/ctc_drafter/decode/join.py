@@ -43,10 +43,19 @@ class Extent:
         """Takes out what has come since, such as the rows of a `join` that memory did not suffice for."""
         held = [layer for layer in cache.layers if layer.keys is not None]
         for layer, slots, used in zip(held, self.slots, self.used, strict=True):
-            keys, values = (states[: self.rows, :, :slots] for states in (layer.keys, layer.values))
-            put(layer, keys, values)
+            if layer.keys.shape[0] == self.rows:  # the join did not come as far
+                continue
+            put(layer, *(copied(states[: self.rows, :, :slots]) for states in (layer.keys, layer.values)))
             if used is not None:
                 layer.cumulative_length.copy_(used)
+
+
+def copied(states: torch.Tensor) -> torch.Tensor:
+    """Apart from the larger tensor that it is a view of, which can go then; the view where memory is too short."""
+    try:
+        return states.clone(memory_format=torch.contiguous_format)
+    except torch.OutOfMemoryError:
+        return states
 
 
 def put(layer: CacheLayerMixin, keys: torch.Tensor, values: torch.Tensor) -> None:

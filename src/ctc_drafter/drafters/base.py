@@ -23,7 +23,8 @@ class DraftSession(Protocol):
         """Prefixes after root `int64 [B]`, enough for a tree of `nodes` nodes of probability `floor` and more."""
 
     def join(self, tokens: torch.Tensor, features: torch.Tensor | None, counts: torch.Tensor) -> None:
-        """Adds rows behind those that are there, with these tokens to start with, as in `extend`."""
+        """Adds rows behind those that are there, with these tokens to start with, as in `extend`. Where it raises, as
+        when memory does not suffice, nothing has changed."""
 
     def select(self, rows: torch.Tensor) -> None:
         """Keeps only these rows of the batch, `int64 [R]`, in this order."""

@@ -61,12 +61,12 @@ class ContextCache:
         return ContextCache(self.config, len(self.states), batch_size, self.states)
 
     def join(self, other: ContextCache) -> None:
-        """Puts the rows of another one behind these."""
+        """Puts the rows of another one behind these; all of them or, where memory does not suffice, none."""
         longest = max(self, other, key=lambda each: each.states.shape[4])
-        slots, self.turns = longest.states.shape[4], longest.turns
+        slots = longest.states.shape[4]
         both = [pad(each.states, (0, 0, 0, slots - each.states.shape[4])) for each in (self, other)]
-        self.states = torch.cat(both, 2)
-        self.lengths = torch.cat([self.lengths, other.lengths])
+        states, lengths = torch.cat(both, 2), torch.cat([self.lengths, other.lengths])
+        self.states, self.lengths, self.turns = states, lengths, longest.turns
 
     def select(self, rows: torch.Tensor) -> None:
         """Keeps only these rows, `int64 [R]`."""
@@ -90,8 +90,9 @@ class ContextSession(ABC):
     def join(self, tokens: torch.Tensor, features: torch.Tensor | None, counts: torch.Tensor) -> None:
         """See `DraftSession.join`."""
         new = self.context.empty(len(counts))
-        self.newest = torch.cat([self.newest, self._take(new, features, counts)])
+        newest = torch.cat([self.newest, self._take(new, features, counts)])
         self.context.join(new)
+        self.newest = newest
 
     def select(self, rows: torch.Tensor) -> None:
         """See `DraftSession.select`."""

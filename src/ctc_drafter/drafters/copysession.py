@@ -54,9 +54,10 @@ class CopySession(BlockSession):
 
     def join(self, tokens: torch.Tensor, features: torch.Tensor | None, counts: torch.Tensor) -> None:
         """See `DraftSession.join`."""
+        width = max(self.tokens.shape[1], tokens.shape[1])
+        joined = torch.cat([pad(each, (0, width - each.shape[1])) for each in (self.tokens, tokens)])
         super().join(tokens, features, counts)
-        new = self._written(tokens[:, :0], torch.zeros_like(counts), tokens)
-        self.tokens = torch.cat([self._roomy(self.tokens), new])
+        self.tokens = joined
 
     def select(self, rows: torch.Tensor) -> None:
         """See `DraftSession.select`."""

@@ -113,16 +113,17 @@ class LastStateSession:
         self.drafter, self.borrowed = drafter, borrowed
 
     def extend(self, tokens: torch.Tensor, features: torch.Tensor | None, counts: torch.Tensor) -> None:
-        assert features is not None
-        self.newest = self.drafter.states(before(features, counts.unsqueeze(1)))[:, 0]
+        self.newest = self._states(features, counts)
 
     def propose(self, root: torch.Tensor, nodes: int, floor: float = 0.0) -> Candidates:
         return self.drafter.candidates(self.newest, root, self.borrowed, nodes, floor)
 
     def join(self, tokens: torch.Tensor, features: torch.Tensor | None, counts: torch.Tensor) -> None:
-        there = self.newest
-        self.extend(tokens, features, counts)
-        self.newest = torch.cat([there, self.newest])
+        self.newest = torch.cat([self.newest, self._states(features, counts)])
 
     def select(self, rows: torch.Tensor) -> None:
         self.newest = self.newest[rows]
+
+    def _states(self, features: torch.Tensor | None, counts: torch.Tensor) -> torch.Tensor:
+        assert features is not None
+        return self.drafter.states(before(features, counts.unsqueeze(1)))[:, 0]

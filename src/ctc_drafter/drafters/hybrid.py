@@ -43,8 +43,8 @@ class HybridSession:
         return replace(padded(found, root.device), free=True) if len(found) == len(root) else None
 
     def join(self, tokens: torch.Tensor, features: torch.Tensor | None, counts: torch.Tensor) -> None:
+        self.trained.join(tokens, features, counts)  # first: for this one memory may not suffice
         self.lookup.join(tokens, features, counts)
-        self.trained.join(tokens, features, counts)
 
     def select(self, rows: torch.Tensor) -> None:
         self.lookup.select(rows)

@@ -47,8 +47,9 @@ class EagleSession:
     def join(self, tokens: torch.Tensor, features: torch.Tensor | None, counts: torch.Tensor) -> None:
         new = self.context.empty(len(counts))
         newest = self._take(new, self.newest.new_zeros(len(counts), self.newest.shape[1]), tokens, features, counts)
+        newest = torch.cat([self.newest, newest])
         self.context.join(new)
-        self.newest = torch.cat([self.newest, newest])
+        self.newest = newest
 
     def select(self, rows: torch.Tensor) -> None:
         self.context.select(rows)

@@ -45,14 +45,16 @@ class Cell:
 
 @dataclass(frozen=True)
 class Pair:
-    """A target and its drafter."""
+    """A target and its drafter, and how fast their machine read memory before they were there, in bytes per second."""
 
     target: Target
     drafter: Drafter
+    bandwidth: float
 
 
 def pair_for(cell: Cell, device: str, compiled: bool, rounds: int) -> Pair:
     """Raises `UserError` for an unknown model."""
+    bandwidth = read_bandwidth(torch.device(device))
     if cell.model == SHIPPED:
         target, tokenizer = load_target(None, cell.dtype, device)
         drafter = load_drafter(None, target, tokenizer)
@@ -64,7 +66,7 @@ def pair_for(cell: Cell, device: str, compiled: bool, rounds: int) -> Pair:
         drafter = random_drafter(target)
     if compiled:
         target = compiled_for(target, drafter, max(cell.nodes), cell.rows)
-    return Pair(target, drafter)
+    return Pair(target, drafter, bandwidth)
 
 
 def measured(cells: Sequence[Cell], device: str, compiled: bool, rounds: int) -> Iterator[dict[str, Any]]:
@@ -90,7 +92,7 @@ def result_of(cell: Cell, pair: Pair, rounds: int) -> dict[str, Any]:
     context = fitting(target, cell.context, max(sizes), rounds)
     trees = [Method(target, pair.drafter, size, 0.0, ARGMAX) for size in sizes]
     plain, *found = time_steps([plain_method(target), *trees], cell.rows, context, rounds)
-    least = step_bytes(target, cell.rows, context) / read_bandwidth(target.device) * 1e3
+    least = step_bytes(target, cell.rows, context) / pair.bandwidth * 1e3
     return asdict(cell) | {
         "context": context,
         "vocab": target.vocab_size,

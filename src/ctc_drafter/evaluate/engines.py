@@ -169,7 +169,7 @@ def _table(result: Mapping[str, Any]) -> str:
     place = (
         f"vLLM {meta['vllm']} with `{meta['serve']}`, {meta['limit']} prompts of each task, at most "
         f"{meta['max_new_tokens']} new tokens, one client; {hardware['gpu'] or hardware['cpu']}, "
-        f"torch {versions['torch']}."
+        f"torch {versions['torch']}{'' if meta.get('complete', True) else ', unfinished run'}."
     )
     return "\n".join([*lines, "", place])
 

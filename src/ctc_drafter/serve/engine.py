@@ -152,7 +152,9 @@ class Engine:
         if (error := running.exception()) is None:
             return
         LOG.critical("the engine stopped", exc_info=error)
-        for job in [*self._waiting, *self._joining, *(job for lane in self.lanes.values() for job in lane.jobs)]:
+        with self._wake:  # whoever submits now finds it dead
+            jobs = [*self._waiting, *self._joining, *(job for lane in self.lanes.values() for job in lane.jobs)]
+        for job in jobs:
             job.deliver(ERROR)
 
     def _take(self) -> None:

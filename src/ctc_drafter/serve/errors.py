@@ -54,9 +54,10 @@ def respond(error: APIError) -> JSONResponse:
 def explain(errors: Sequence[Mapping[str, Any]]) -> APIError:
     """The first thing that is wrong with a request, in one line."""
     first = errors[0]
-    path = [str(part) for part in first["loc"] if part != "body"]
+    path = [str(part) for part in first["loc"]]
+    path = path[1:] if path[:1] == ["body"] else path
     unknown = first["type"] == "extra_forbidden"
-    place = ".".join([*filter(is_ours, path[:-1]), path[-1]] if unknown else filter(is_ours, path))
+    place = ".".join([*filter(is_ours, path[:-1]), *path[-1:]] if unknown else filter(is_ours, path))
     if first["type"] == "json_invalid":
         return APIError(400, "the body is not valid JSON")
     if unknown:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import uvicorn
 
@@ -74,12 +74,13 @@ def serve(make: Callable[[], Service], api_key: str | None, host: str, port: int
     """
     if api_key == "":
         raise UserError("the API key is empty, and no client can send that; give one, or leave it out")
-    listener = listen(host, port)
-    with listener:
+    with bind(host, port) as listener:
         serve_on(listener, make(), api_key, host)
 
 
 def serve_on(listener: socket.socket, service: Service, api_key: str | None, host: str) -> None:
+    with listening_errors(host, listener.getsockname()[1]):  # another server may have been faster
+        listener.listen(BACKLOG)
     if api_key is None and host not in LOOPBACK:
         LOG.warning("anyone who reaches %s may use this server; give --api-key", host)
     with service.engine, contextlib.suppress(KeyboardInterrupt):
@@ -100,10 +101,24 @@ def make_server(service: Service, api_key: str | None = None) -> Server:
     return Server(config, service)
 
 
-def listen(host: str, port: int) -> socket.socket:
+def bind(host: str, port: int) -> socket.socket:
+    """A socket that has the address and does not listen yet: clients are refused. Raises `UserError`."""
+    with listening_errors(host, port):
+        family, _, _, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        bound = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            bound.bind(place)
+        except OSError:
+            bound.close()
+            raise
+        return bound
+
+
+@contextlib.contextmanager
+def listening_errors(host: str, port: int) -> Iterator[None]:
     try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family, backlog=BACKLOG)
+        yield
     except (OSError, OverflowError) as error:
         raise UserError(f"cannot listen on {host}, port {port}: {error}; give another --host or --port") from error
 
