@@ -30,6 +30,16 @@ def some() -> Results:
     return results()
 
 
+def test_prompts_are_counted_by_category():
+    def record(task, category, method="plain", skipped=False):
+        return {"task": task, "category": category, "method": method, "skipped": skipped}
+
+    rows = [{"task": "a"}, {"task": "b"}]
+    records = [record("a", "x"), record("a", "y"), record("a", "x"), record("a", "x", skipped=True)]
+    records += [record("a", "x", "ctc"), record("b", "b")]
+    assert Results("name", {}, rows, records).prompts == "a 3 (x 2, y 1); b 1"
+
+
 def test_estimates_are_the_rows_figures(some: Results) -> None:
     boot = Bootstrap(some, "mt_bench")
     for row in (row for row in some.rows if row["task"] == "mt_bench"):

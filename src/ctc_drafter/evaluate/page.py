@@ -59,7 +59,7 @@ def bench_parts(results: Results) -> Iterator[str]:
 
     boots = {task: Bootstrap(results, task) for task in results.tasks}
     yield f"## {results.name}"
-    yield f"From {results.place}; at most {results.meta['max_new_tokens']} new tokens."
+    yield origin(results)
     yield f"### Speedup and acceptance, {figures.name_of(results.size)}"
     yield main_table(results, boots)
     if results.ours and len(results.methods) > 1:
@@ -84,12 +84,17 @@ def bench_parts(results: Results) -> Iterator[str]:
         yield COST_NOTE
 
 
+def origin(results: Results) -> str:
+    tokens = results.meta["max_new_tokens"]
+    return f"From {results.place}; at most {tokens} new tokens. Prompts: {results.prompts}."
+
+
 def ablation_parts(results: Results) -> Iterator[str]:
     """A table of variants."""
     boots = {task: Bootstrap(results, task) for task in results.tasks}
     yield f"## {results.name}"
     yield (
-        f"From {results.place}; at most {results.meta['max_new_tokens']} new tokens. Every variant was trained by the "
+        f"{origin(results)} Every variant was trained by the "
         "same short run, so β is below that of a finished drafter: compare, do not quote. Typical acceptance changes "
         "the output; all else must not."
     )
@@ -102,7 +107,7 @@ def depth_parts(results: Results) -> Iterator[str]:
     """What each drafter is worth at its best depth, and at every depth."""
     yield f"## {results.name}"
     yield (
-        f"From {results.place}; at most {results.meta['max_new_tokens']} new tokens. Every drafter with drafts of at "
+        f"{origin(results)} Every drafter with drafts of at "
         "most so many tokens, on the same weights. The best depth is the one with the largest γ of the task, among "
         "those that were tried and on these very prompts, so that its γ is a little flattered."
     )
@@ -141,7 +146,7 @@ def scaling_parts(found: Sequence[Results]) -> Iterator[str]:
     yield from (scaling_table(targets, task) for task in first.tasks)
     for each in targets:
         yield f"### Drafters for {each.meta['target_parameters'] / 1e6:.1f} M"
-        yield f"From {each.place}."
+        yield f"From {each.place}. Prompts: {each.prompts}."
         yield cost_table(each)
     yield COST_NOTE
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -45,6 +46,17 @@ class Results:
         """Chain first, then by number of nodes."""
         found = {row["nodes"] for row in self.rows if row["nodes"] is not None}
         return sorted(found, key=lambda size: (size != CHAIN, size if size != CHAIN else 0))
+
+    @property
+    def prompts(self) -> str:
+        """How many prompts of each task were measured, and of which categories, where a task has several."""
+        plain = [record for record in self.records if record["method"] == PLAIN and not record["skipped"]]
+        parts = []
+        for task in self.tasks:
+            of = Counter(record["category"] for record in plain if record["task"] == task)
+            kinds = ", ".join(f"{category} {count}" for category, count in of.items())
+            parts.append(f"{task} {of.total()}" + (f" ({kinds})" if len(of) > 1 or task not in of else ""))
+        return "; ".join(parts)
 
     @property
     def size(self) -> int | str:
