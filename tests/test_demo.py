@@ -4,6 +4,7 @@ import re
 import pytest
 from rich.console import Console
 
+from ctc_drafter.decode.generate import Generation
 from ctc_drafter.decode.stats import Stats
 from ctc_drafter.demo import COLOURS, RunPrinter, Total, demo, summary
 from ctc_drafter.target import Target
@@ -50,9 +51,9 @@ def test_long_lines_and_split_characters_stay_whole() -> None:
 
 
 def test_summary_says_when_outputs_differ() -> None:
-    plain = Total([[1, 2, 3, 4]], Stats(tokens=4, steps=3, step_tokens=3, seconds=2.0))
-    same = Total([[1, 2, 3, 4]], Stats(tokens=4, steps=1, step_tokens=3, seconds=1.5), printing=0.5)
-    other = Total([[1, 2, 3, 5]], Stats(tokens=4, steps=1, step_tokens=3, seconds=1.0))
+    plain = Total([[1, 2, 3, 4]], Stats(tokens=4, steps=3, step_tokens=3), [[2.0, 40.0, 1.0]])
+    same = Total([[1, 2, 3, 4]], Stats(tokens=4, steps=1, step_tokens=3), [[0.5, 1.0, 1.5]])
+    other = Total([[1, 2, 3, 5]], Stats(tokens=4, steps=1, step_tokens=3), [[1.0]])
     for total, verdict in ((same, "identical: yes"), (other, "identical: NO")):
         console = Console(file=io.StringIO(), width=80)
         console.print(summary({"plain": plain, "ctc": total}))
@@ -60,10 +61,20 @@ def test_summary_says_when_outputs_differ() -> None:
         assert all(part in line for part in ("ctc", " 4 ", "2.00", "3.00", verdict))
 
 
+def test_times_are_the_decoders_own() -> None:
+    total = Total()
+    total.add(Generation([[1, 2, 3, 4]], Stats(tokens=4, seconds=3.0), [[]]), printing=1.0)
+    total.add(Generation([[1, 2]], Stats(tokens=2, seconds=1.0), [[]]), printing=0.0)
+    assert total.tokens_per_s == 2.0
+    total.seconds[0] += [5.0, 90.0]
+    assert total.tokens_per_s == 1.0
+
+
 def test_demo_shows_both_decodings_of_each_prompt() -> None:
     model = tiny_llama()
     console = Console(file=io.StringIO(), width=80)
     prompts = ["the cat", "a hat"]
-    demo(Target.wrap(model), tiny_drafter(model), tiny_tokenizer(), console, nodes=4, max_new_tokens=8, prompts=prompts)
+    target, drafter = Target.wrap(model), tiny_drafter(model)
+    demo(target, drafter, tiny_tokenizer(), console, nodes=4, max_new_tokens=8, prompts=prompts)
     shown = console.file.getvalue()
     assert [shown.count(part) for part in ("plain decoding", "CTC drafter", "identical: yes")] == [2, 2, 2]
