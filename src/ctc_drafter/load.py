@@ -115,21 +115,17 @@ def load_pair(
 
 def compiled_for(target: Target, drafter: Drafter | None, nodes: int, rows: int) -> Target:
     """The target with graphs for steps of up to `nodes` nodes and `rows` rows, made now; see `compile_target`."""
-    from ctc_drafter.compiled_target import compile_target
-
-    made = compile_target(target, drafter.feature_layers if drafter else ())
-    made.prepare(nodes if drafter else 0, rows)
-    return made
+    return compiled_for_all(target, [drafter] if drafter else [], nodes, rows)
 
 
 def compiled_for_all(target: Target, drafters: Sequence[Drafter], nodes: int, rows: int) -> Target:
-    """As `compiled_for`, for several drafters, which may ask for features of other layers."""
+    """As `compiled_for`, for several drafters, which may ask for features of other layers; plain steps without any."""
     from ctc_drafter.compiled_target import compile_target
 
-    layers = list(dict.fromkeys(tuple(drafter.feature_layers) for drafter in drafters))
+    layers = list(dict.fromkeys(tuple(drafter.feature_layers) for drafter in drafters)) or [()]
     made = compile_target(target, layers[0])
     for each in layers:
-        made.prepare(nodes, rows, each)
+        made.prepare(nodes if drafters else 0, rows, each)
     return made
 
 

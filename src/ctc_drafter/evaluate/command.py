@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import typer
 
+from ctc_drafter.evaluate.results import read_json
 from ctc_drafter.types import UserError
 
 END = "<!-- end of figures -->"
@@ -42,12 +42,7 @@ def insert_figures(page: str, figures: str, name: str = "results") -> str:
 
 def read_result(file: Path) -> dict[str, Any]:
     """A results file. Raises `UserError` when it is none."""
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {file}: {error.strerror}; give a results file") from error
-    except ValueError as error:
-        raise UserError(f"{file} is no results file: {error}") from error
+    found = read_json(file)
     if not isinstance(found, dict) or "meta" not in found:
         raise UserError(f"{file} is no results file: it does not say how it was measured")
     return found

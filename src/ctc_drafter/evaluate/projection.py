@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from ctc_drafter.drafters.ctc import CTCDrafter
 from ctc_drafter.evaluate.command import write_figures
 from ctc_drafter.evaluate.page import table
-from ctc_drafter.evaluate.roofline import cached_bytes, step_bytes
+from ctc_drafter.evaluate.roofline import cached_bytes, head_size, step_bytes
 from ctc_drafter.evaluate.shapes import named_shape
 from ctc_drafter.load import blank_drafter, run_alone
 from ctc_drafter.target import Target
@@ -84,13 +84,12 @@ class Projected:
 
 def verify_work(target: Target, rows: int, context: int, tokens: int) -> Work:
     """The target's forward over `tokens` more tokens of each row."""
-    head_dim = (
-        getattr(target.config, "head_dim", None) or target.config.hidden_size // target.config.num_attention_heads
-    )
-    attention = 4 * target.config.num_hidden_layers * target.config.num_attention_heads * head_dim * (context + tokens)
+    config = target.config
+    width = config.num_attention_heads * head_size(config)
+    attention = 4 * config.num_hidden_layers * width * (context + tokens)
     linear = 2 * weights_of(target)
     return Work(
-        step_bytes(target, rows, context) + rows * tokens * cached_bytes(target.config, target.dtype),
+        step_bytes(target, rows, context) + rows * tokens * cached_bytes(config, target.dtype),
         rows * tokens * (linear + attention),
     )
 

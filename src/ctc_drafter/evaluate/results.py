@@ -92,14 +92,19 @@ def read_results(files: Sequence[Path]) -> list[Results]:
     """
     found = []
     for file in sorted(files, key=lambda file: file.name):
-        try:
-            value = json.loads(file.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise UserError(f"cannot read {file}: {error.strerror}; give results files") from error
-        except ValueError as error:
-            raise UserError(f"{file} is not JSON; give files that bench wrote") from error
+        value = read_json(file)
         if isinstance(value, dict) and value.get("records"):
             found.append(Results(file.stem, value["meta"], value["rows"], value["records"]))
     if not found:
         raise UserError("none of these files is a bench's; write one with ctc-drafter bench --json FILE")
     return found
+
+
+def read_json(file: Path) -> Any:
+    """Raises `UserError` for files that are missing or hold something else."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {error.strerror}; give results files") from error
+    except ValueError as error:
+        raise UserError(f"{file} is not JSON; give results files") from error

@@ -27,10 +27,13 @@ def step_bytes(target: Target, rows: int, context: int) -> int:
 
 def cached_bytes(config: PreTrainedConfig, dtype: torch.dtype) -> int:
     """Bytes of one token's keys and values in all layers."""
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    per_token: int = 2 * config.num_hidden_layers * heads * head_dim * dtype.itemsize
+    per_token: int = 2 * config.num_hidden_layers * heads * head_size(config) * dtype.itemsize
     return per_token
+
+
+def head_size(config: PreTrainedConfig) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def read_bandwidth(device: torch.device) -> float:

@@ -17,7 +17,8 @@ class Worker:
 
     Models are loaded, compiled and run on the same one. OpenMP (libgomp) keeps workers for each thread that computes,
     and once those of two threads outnumber the cores it lets none of them wait awake: plain decoding of a small model
-    took three times as long (docs/log.md). And CUDA graphs belong to the thread that captured them.
+    took three times as long (docs/log.md). And CUDA graphs belong to the thread that captured them. Not a
+    `ThreadPoolExecutor`: its threads hold up the end of the process until they are done.
     """
 
     def __init__(self, name: str):
