@@ -1,0 +1,98 @@
+"""Whether a target decodes exactly over every length threshold: trees, batches and samples against plain decoding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from ctc_drafter.decode.choose import ARGMAX, Chooser, Sampled, warpers
+from ctc_drafter.decode.generate import generate, plain_generate
+from ctc_drafter.evaluate.scripted import ScriptedDrafter
+from ctc_drafter.target import Target
+
+LENGTHS = (7, 40, 23)  # the first crosses every threshold of `family_configs.py` while it is decoded
+NEW_TOKENS = 32
+DEPTH = 11  # of a draft; three nodes a level, so that a tree of 32 nodes has as many levels
+RIGHT: dict[str, int | tuple[int, ...]] = {"never": 0, "always": DEPTH, "sometimes": (0, 3, 1, DEPTH, 5)}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One comparison: tree size, how often drafts are right, rows of the batch, and greedy or sampled."""
+
+    nodes: int
+    right: str
+    rows: int
+    sampled: bool = False
+
+    def __str__(self) -> str:
+        kind = "sampled" if self.sampled else "greedy"
+        return f"{kind}, {self.nodes} nodes, drafts {self.right} right, batch of {self.rows}"
+
+
+CELLS = (
+    *(Cell(nodes, right, 3) for nodes in (32, 8, 1) for right in RIGHT),
+    *(Cell(32, "sometimes", 1), Cell(8, "always", 1), Cell(1, "sometimes", 1), Cell(32, "never", 1)),
+    *(Cell(32, "always", 1, True), Cell(8, "sometimes", 3, True), Cell(1, "always", 3, True)),
+)
+FEW = (Cell(32, "sometimes", 3), Cell(8, "always", 1), Cell(8, "sometimes", 3, True))
+
+
+def long_prompts(vocab_size: int) -> list[list[int]]:
+    """Prompts of 7, 40 and 23 tokens, the same every time, without the first few ids, which are special."""
+    draw = torch.Generator().manual_seed(0)
+    return [torch.randint(5, vocab_size - 5, (length,), generator=draw).tolist() for length in LENGTHS]
+
+
+def stock_continuations(model: PreTrainedModel, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[list[int]]:
+    """What transformers' own greedy `generate` writes after each prompt: the oracle."""
+    rows = [torch.tensor([prompt]) for prompt in prompts]
+    options = {"max_new_tokens": new_tokens, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    return [
+        model.generate(row, attention_mask=torch.ones_like(row), **options)[0, row.shape[1] :].tolist() for row in rows
+    ]
+
+
+def sampled_chooser() -> Chooser:
+    return Sampled([5, 6, 7], warpers(temperature=0.8, top_p=0.9))
+
+
+@dataclass(frozen=True)
+class Plain:
+    """What plain decoding writes: prompts, stock's greedy text of each and our plain sampled one."""
+
+    prompts: list[list[int]]
+    greedy: list[list[int]]
+    sampled: list[list[int]]
+
+    @classmethod
+    def of(cls, target: Target, vocab_size: int) -> Plain:
+        prompts = long_prompts(vocab_size)
+        sampled = plain_generate(target, prompts, max_new_tokens=NEW_TOKENS, chooser=sampled_chooser()).tokens
+        return cls(prompts, stock_continuations(target.model, prompts, NEW_TOKENS), sampled)
+
+
+def same(target: Target, plain: Plain, cell: Cell) -> bool:
+    """Whether one comparison holds."""
+    expected = plain.sampled if cell.sampled else plain.greedy
+    texts = [prompt + text for prompt, text in zip(plain.prompts, expected, strict=True)]
+    drafter = ScriptedDrafter(texts, RIGHT[cell.right], target.vocab_size, DEPTH)
+    chooser = sampled_chooser() if cell.sampled else ARGMAX
+    found = generate(
+        target,
+        drafter,
+        plain.prompts[: cell.rows],
+        max_new_tokens=NEW_TOKENS,
+        nodes=cell.nodes,
+        floor=0.0,
+        chooser=chooser,
+    )
+    return found.tokens == expected[: cell.rows]
+
+
+def differences(target: Target, plain: Plain, cells: Sequence[Cell] = CELLS) -> list[str]:
+    """The comparisons that do not hold; none is the goal."""
+    return [str(cell) for cell in cells if not same(target, plain, cell)]
