@@ -13,6 +13,8 @@ from ctc_drafter.types import UserError
 
 KERNELS = ("sdpa", "eager")
 ATTENTION = {"full_attention", "sliding_attention"}
+STATELESS = ATTENTION | {"mlp", "moe"}  # the last two keep nothing between tokens
+RECURRENT = {"linear_attention", "conv", "hybrid", "hybrid_sliding"}
 GATHERABLE = {"DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer"}
 
 
@@ -24,11 +26,12 @@ def refuse_config(config: PreTrainedConfig) -> None:
     attention = getattr(text, "attn_config", None)
     if getattr(text, "alibi", False) or getattr(attention, "alibi", False):
         raise UserError(f"{config.model_type} uses alibi, which ignores tree positions; use a target with rotary ones")
-    kinds = set(getattr(text, "layer_types", None) or ()) - ATTENTION
+    kinds = set(getattr(text, "layer_types", None) or ()) - STATELESS
     if kinds:
+        reason = "whose state cannot follow a tree" if kinds & RECURRENT else "which take no tree mask"
         raise UserError(
-            f"{config.model_type} has {', '.join(sorted(kinds))} layers, whose state cannot follow a tree; "
-            "use a target with softmax attention in every layer"
+            f"{config.model_type} has {', '.join(sorted(kinds))} layers, {reason}; "
+            "use a target with full or sliding softmax attention in every layer"
         )
 
 
@@ -36,7 +39,9 @@ def refuse_unsupported(model: PreTrainedModel) -> None:
     """Static checks on configuration, signature, cache and kernel. Raises `UserError` with the reason."""
     name = type(model).__name__
     refuse_config(model.config)
-    if getattr(model, "_is_stateful", False):
+    # The class says what its layers may be; the configuration, where it lists them, what they are.
+    listed = getattr(model.config.get_text_config(decoder=True), "layer_types", None)
+    if getattr(model, "_is_stateful", False) and not listed:
         raise UserError(f"{name} keeps a recurrent state, which cannot follow a tree; use a softmax-attention target")
     accepted = inspect.signature(model.forward).parameters
     missing = [key for key in ("position_ids", "past_key_values") if key not in accepted]
@@ -45,8 +50,11 @@ def refuse_unsupported(model: PreTrainedModel) -> None:
     kernel = model.config._attn_implementation
     if kernel not in KERNELS:
         raise UserError(f"{name} runs {kernel} attention, which takes no tree mask; load it with sdpa or eager")
-    layers = {type(layer).__name__ for layer in DynamicCache(config=model.config).layers}
-    unknown = layers - GATHERABLE
+    try:
+        layers = DynamicCache(config=model.config).layers
+    except AttributeError as error:
+        raise UserError(f"{name} does not say what it caches ({error}); use a decoder-only causal LM") from error
+    unknown = {type(layer).__name__ for layer in layers} - GATHERABLE
     if unknown:
         raise UserError(
             f"{name} caches {', '.join(sorted(unknown))}, which cannot be gathered after a tree; use another target"

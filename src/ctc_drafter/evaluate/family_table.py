@@ -42,6 +42,7 @@ LONGROPE: dict[str, Any] = {
     },
     "original_max_position_embeddings": ORIGINAL,
 }
+MSCALED: dict[str, Any] = {"rope_parameters": LONGROPE["rope_parameters"] | {"short_mscale": 1.1, "long_mscale": 1.2}}
 YARN: dict[str, Any] = ROPE | {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": ORIGINAL}
 LLAMA3: dict[str, Any] = YARN | {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 UPPER_SLIDE: dict[str, Any] = {"use_sliding_window": True, "max_window_layers": 1}
@@ -72,10 +73,11 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         **{f"swa_{name}": 16 for name in ("q_lora_rank", "kv_lora_rank", "head_dim")},
         **{f"swa_{name}": 4 for name in ("num_attention_heads", "num_key_value_heads")},
     },
+    "dots3_note_audio_encoder": {"adapter_input_size": 32, "adapter_out_dim": 32},
     "dots3_note_vision_encoder": {"mlp_layer_types": ["dense"], "adapter_in_dim": 32, "adapter_out_dim": 32},
     "emu3": PICTURE_TOKEN,
     "ernie4_5_vl_moe_text": {"rope_parameters": ROPE | {"mrope_section": [1, 1, 2]}, "moe_intermediate_size": [16, 16]},
-    "florence_vision": {"patch_size": [7, 3, 3, 3], "embed_dim": [32, 32, 32, 32]},
+    "florence_vision": {"patch_size": [7, 3, 3, 3], "embed_dim": [32, 32, 32, 32], "num_heads": [4, 4, 4, 4]},
     "gemma3n_text": SHARED | {"laurel_rank": 8},
     "glm4v_text": MROPE,
     "glm4v_moe_text": {"rope_parameters": MROPE["rope_parameters"] | {"partial_rotary_factor": 1.0}},
@@ -95,7 +97,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "kosmos_2_5_text_model": {"embed_dim": 32, "layers": LAYERS},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"]},
     "mamba2": {"head_dim": 16, "n_groups": 1},
-    "molmo2_vit": {"image_size": [16, 16]},
+    "molmo2_adapter": {"vision_feature_layer": [0]},
+    "molmo2_vision": {"image_size": [16, 16]},
     "muse_glimmer": {"out_hidden_size": 128},
     "muse_spark": {"out_hidden_size": 128},
     "muse_spark_audio": {"num_hidden_layers": 4, "hidden_sizes": [16] * 4, "depths": [1] * 4},
@@ -132,7 +135,7 @@ VARIANTS: tuple[Family, ...] = (
     Family("phi3, not sliding", "phi3", {"sliding_window": None}),
     Family("phi3, longrope", "phi3", {"sliding_window": None} | LONGROPE),
     Family("phi3, longrope and sliding", "phi3", LONGROPE),
-    Family("phimoe, longrope", "phimoe", {"sliding_window": None} | LONGROPE),
+    Family("phimoe, longrope", "phimoe", {"sliding_window": None} | MSCALED),
     Family("minicpm3, longrope", "minicpm3", LONGROPE),
     *(Family(f"{kind}, sliding from the second layer", kind, UPPER_SLIDE) for kind in ("qwen2", "qwen3")),
     *(Family(f"{kind}, sliding from the second layer", kind, UPPER_SLIDE) for kind in ("qwen2_moe", "dots1")),
@@ -165,10 +168,14 @@ VARIANTS: tuple[Family, ...] = (
     Family("jamba, all attention", "jamba", {"attn_layer_period": 1, "attn_layer_offset": 0}),
     *(
         Family(f"{kind}, all attention", kind, ALL_FULL)
-        for kind in ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "olmo_hybrid", "lfm2", "lfm2_moe", "lfm3")
+        for kind in ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "lfm2", "lfm2_moe", "lfm3")
     ),
     *(Family(f"{kind}, all attention", kind, ALL_FULL) for kind in ("minimax", "kimi_linear", "bailing_hybrid")),
     Family("nemotron_h, all attention", "nemotron_h", {"layers_block_type": ["attention"] * LAYERS}),
+    *(
+        Family(f"nemotron_h, attention and {kind}", "nemotron_h", {"layers_block_type": ["attention", kind, "attention"]})
+        for kind in ("mlp", "moe")
+    ),
     Family("gemma3_text, bidirectional", "gemma3_text", {"use_bidirectional_attention": True}),
     Family("gemma3_text, soft caps", "gemma3_text", {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 5.0}),
     Family("gemma4_text, shared keys", "gemma4_text", SHARED),
