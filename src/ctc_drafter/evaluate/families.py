@@ -20,6 +20,8 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from ctc_drafter.decode.generate import generate
 from ctc_drafter.drafters.base import Drafter
 from ctc_drafter.drafters.ctc import CTCDrafter
+from ctc_drafter.evaluate.family_checks import stock_continuations
+from ctc_drafter.evaluate.family_sweep import every_family, outcome, sweep_page
 from ctc_drafter.evaluate.scripted import ScriptedDrafter
 from ctc_drafter.support import KERNELS, refuse_config
 from ctc_drafter.target import CACHES, Target
@@ -124,15 +126,6 @@ def family_model(name: str, kernel: str | None = None) -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(family_config(name), attn_implementation=kernel).eval()
 
 
-def stock_continuations(model: PreTrainedModel, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[list[int]]:
-    """What transformers' own greedy `generate` writes after each prompt: the oracle."""
-    rows = [torch.tensor([prompt]) for prompt in prompts]
-    options = {"max_new_tokens": new_tokens, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    return [
-        model.generate(row, attention_mask=torch.ones_like(row), **options)[0, row.shape[1] :].tolist() for row in rows
-    ]
-
-
 def drafters(target: Target, texts: Sequence[Sequence[int]]) -> Iterator[Drafter]:
     """Drafts that are never, always and sometimes right, and those of an untrained CTC drafter."""
     for right in RIGHT.values():
@@ -211,11 +204,16 @@ up to about four thousand tokens for 7 billion parameters on a GPU.
 REFUSED = "Refused, each with its reason when it is loaded:"
 
 
+def whole_page() -> str:
+    """`docs/families.md`: the common families with every cache and kernel, then every type there is."""
+    return page([verdict(name) for name, _, _ in FAMILIES]) + sweep_page([outcome(each) for each in every_family()])
+
+
 def main(arguments: Sequence[str]) -> int:
     if len(arguments) != 1:
         print("usage: python -m ctc_drafter.evaluate.families docs/families.md", file=sys.stderr)
         return 2
-    Path(arguments[0]).write_text(page([verdict(name) for name, _, _ in FAMILIES]), encoding="utf-8")
+    Path(arguments[0]).write_text(whole_page(), encoding="utf-8")
     return 0
 
 

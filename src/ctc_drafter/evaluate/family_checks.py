@@ -13,6 +13,7 @@ from ctc_drafter.decode.generate import generate, plain_generate
 from ctc_drafter.evaluate.scripted import ScriptedDrafter
 from ctc_drafter.target import Target
 
+SHORT = ((3, 11, 6), 12)  # lengths and new tokens where the context is small
 LENGTHS = (7, 40, 23)  # the first crosses every threshold of `family_configs.py` while it is decoded
 NEW_TOKENS = 32
 DEPTH = 11  # of a draft; three nodes a level, so that a tree of 32 nodes has as many levels
@@ -41,10 +42,10 @@ CELLS = (
 FEW = (Cell(32, "sometimes", 3), Cell(8, "always", 1), Cell(8, "sometimes", 3, True))
 
 
-def long_prompts(vocab_size: int) -> list[list[int]]:
-    """Prompts of 7, 40 and 23 tokens, the same every time, without the first few ids, which are special."""
+def prompts_of(vocab_size: int, lengths: Sequence[int]) -> list[list[int]]:
+    """Random prompts, the same every time, without the first and last few ids, which are special."""
     draw = torch.Generator().manual_seed(0)
-    return [torch.randint(5, vocab_size - 5, (length,), generator=draw).tolist() for length in LENGTHS]
+    return [torch.randint(5, vocab_size - 5, (length,), generator=draw).tolist() for length in lengths]
 
 
 def stock_continuations(model: PreTrainedModel, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[list[int]]:
@@ -67,12 +68,14 @@ class Plain:
     prompts: list[list[int]]
     greedy: list[list[int]]
     sampled: list[list[int]]
+    new_tokens: int
 
     @classmethod
-    def of(cls, target: Target, vocab_size: int) -> Plain:
-        prompts = long_prompts(vocab_size)
-        sampled = plain_generate(target, prompts, max_new_tokens=NEW_TOKENS, chooser=sampled_chooser()).tokens
-        return cls(prompts, stock_continuations(target.model, prompts, NEW_TOKENS), sampled)
+    def of(cls, target: Target, short: bool = False) -> Plain:
+        lengths, new = SHORT if short else (LENGTHS, NEW_TOKENS)
+        prompts = prompts_of(target.vocab_size, lengths)
+        sampled = plain_generate(target, prompts, max_new_tokens=new, chooser=sampled_chooser()).tokens
+        return cls(prompts, stock_continuations(target.model, prompts, new), sampled, new)
 
 
 def same(target: Target, plain: Plain, cell: Cell) -> bool:
@@ -85,7 +88,7 @@ def same(target: Target, plain: Plain, cell: Cell) -> bool:
         target,
         drafter,
         plain.prompts[: cell.rows],
-        max_new_tokens=NEW_TOKENS,
+        max_new_tokens=plain.new_tokens,
         nodes=cell.nodes,
         floor=0.0,
         chooser=chooser,

@@ -115,17 +115,17 @@ def small(kind: type[PreTrainedConfig], sizes: dict[str, Any], tower: bool = Fal
     return kind(**chosen | {name: value for name, value in sizes.items() if name not in parts or name not in chosen})
 
 
-def family_config(family: Family) -> PreTrainedConfig:
+def small_config(family: Family) -> PreTrainedConfig:
     """The small configuration of a family. Raises what its class raises where it cannot be built."""
     kind = CONFIG_MAPPING[family.model_type]
     return small(kind, family.sizes)
 
 
-def family_model(family: Family, kernel: str | None = None) -> PreTrainedModel:
+def small_model(family: Family, kernel: str | None = None) -> PreTrainedModel:
     """A small model with large random weights, the same each time. Raises whatever its class raises."""
     names = PICTURES if family.multimodal else CAUSAL
     kind = getattr(transformers, names[family.model_type])
-    config = family_config(family)
+    config = small_config(family)
     if not isinstance(config, kind.config_class):  # the text half of a larger model
         config = config.get_text_config(decoder=True)
     options = {} if kernel is None else {"attn_implementation": kernel}

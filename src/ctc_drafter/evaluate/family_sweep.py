@@ -1,0 +1,96 @@
+"""Every model type of transformers' causal LM and image-text mappings: taken or refused, and whether it decodes exactly.
+
+Its part of `docs/families.md` is written by `python -m ctc_drafter.evaluate.families`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from ctc_drafter.evaluate.family_checks import CELLS, LENGTHS, NEW_TOKENS, Cell, Plain, differences
+from ctc_drafter.evaluate.family_configs import CAUSAL, PICTURES, small_config, small_model
+from ctc_drafter.evaluate.family_table import CHUNK, ORIGINAL, UNBUILT, VARIANTS, WINDOW, Family
+from ctc_drafter.support import refuse_config
+from ctc_drafter.target import Target
+from ctc_drafter.types import UserError
+
+
+def every_family() -> list[Family]:
+    """One family for each class of the two mappings, and the variants; without what `UNBUILT` lists."""
+    alone = {kind for kind in PICTURES if PICTURES[kind] != CAUSAL.get(kind)}
+    families = [Family(kind, kind) for kind in CAUSAL]
+    families += [Family(f"{kind}, text alone", kind, multimodal=True) for kind in sorted(alone)]
+    return [family for family in families if family.name not in UNBUILT] + list(VARIANTS)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """refusal: the reason, or empty where the family is taken. different: comparisons that do not hold."""
+
+    family: Family
+    refusal: str
+    different: tuple[str, ...] = ()
+
+
+def taken(family: Family, cache: str = "dynamic") -> Target:
+    """The small model as a target. Raises `UserError` where it is refused, and what stock raises where it is not built.
+
+    Stock `generate` comes first, so that a family which was built wrongly is not taken for one that is refused.
+    """
+    refuse_config(small_config(family))
+    model = small_model(family)
+    reads_text(model)
+    return Target.wrap(model, cache)
+
+
+def reads_text(model: PreTrainedModel) -> None:
+    row = torch.tensor([[7, 8, 9]])
+    model.generate(row, attention_mask=torch.ones_like(row), max_new_tokens=2, do_sample=False, pad_token_id=0)
+
+
+def outcome(family: Family, cells: Sequence[Cell] = CELLS) -> Outcome:
+    """Tries one family over all comparisons."""
+    try:
+        target = taken(family)
+    except UserError as error:
+        return Outcome(family, str(error))
+    return Outcome(family, "", tuple(differences(target, Plain.of(target, family.short), cells)))
+
+
+def sweep_page(outcomes: Sequence[Outcome]) -> str:
+    """This part of the page as Markdown: counts and three tables."""
+    exact = [each for each in outcomes if not each.refusal]
+    refused = [each for each in outcomes if each.refusal]
+    types = len({each.family.model_type for each in exact})
+    lines = [HEAD, f"{len(exact)} configurations of {types} types are taken, {len(refused)} are refused,"]
+    lines += [f"{len(UNBUILT)} are not tried.", "", "| type | configurations | output |", "|---|---|---|"]
+    for kind in dict.fromkeys(each.family.model_type for each in exact):
+        own = [each for each in exact if each.family.model_type == kind]
+        names = "; ".join(each.family.name.removeprefix(kind).removeprefix(", ") or "as it comes" for each in own)
+        wrong = [each.family.name for each in own if each.different]
+        lines.append(f"| {kind} | {names} | {'DIFFERS: ' + '; '.join(wrong) if wrong else 'exact'} |")
+    lines += ["", "Refused:", "", "| configuration | reason |", "|---|---|"]
+    # Without the figures of a trial, which differ between machines.
+    lines += [f"| {each.family.name} | {re.sub(r' [(].*[)]', '', each.refusal)} |" for each in refused]
+    lines += ["", "Not tried:", "", "| type | reason |", "|---|---|"]
+    lines += [f"| {name} | {reason} |" for name, reason in UNBUILT.items()]
+    return "\n".join(lines) + "\n"
+
+
+HEAD = f"""
+## Every type that transformers maps
+
+Each class of transformers' mappings for causal LMs and for image and text (text alone) was built small and random in
+float32, with its length thresholds inside the text: sliding and kept windows of {WINDOW} tokens, chunks and temperature
+steps of {CHUNK}, scaled rotary embeddings with an original context of {ORIGINAL}. Prompts of {LENGTHS[0]}, {LENGTHS[1]}
+and {LENGTHS[2]} tokens were continued by {NEW_TOKENS}, alone and together, with trees of 1, 8 and 32 nodes of up to 11
+levels and drafts that are never, always and sometimes right: greedy against transformers' own `generate`, sampled
+against plain sampled decoding. *exact* means no difference in {len(CELLS)} comparisons. The same tests spoil the product
+on purpose (a mask without branches, positions without depth, accepted nodes left where they were), and every type that
+is taken notices each.
+"""

@@ -1,0 +1,149 @@
+"""Every causal LM that transformers maps, small, over its length thresholds: refused in one line, or exact."""
+
+from functools import cache
+from pathlib import Path
+
+import pytest
+import transformers
+
+from ctc_drafter.evaluate.families import FAMILIES, page, verdict
+from ctc_drafter.evaluate.family_checks import FEW, Plain, differences
+from ctc_drafter.evaluate.family_configs import CAUSAL, PICTURES, small_config, small_model
+from ctc_drafter.evaluate.family_sweep import Outcome, every_family, outcome, sweep_page, taken
+from ctc_drafter.evaluate.family_table import OVERRIDES, UNBUILT, Family
+from ctc_drafter.support import refuse_config, refuse_unsupported
+from ctc_drafter.target import Target
+from ctc_drafter.types import UserError
+from spoilt import POSITIONS, knows_positions, unnoticed
+
+DOCS = Path(__file__).parents[1] / "docs" / "families.md"
+EVERY = {family.name: family for family in every_family()}
+# Mended elsewhere: to be emptied.
+KNOWN: dict[str, str] = {}
+FAST = [
+    *("mistral", "mistral, wider window", "gemma3_text", "qwen2, sliding from the second layer", "gpt_neo, wider window"),
+    *("llama, yarn", "phi3, longrope", "ministral3, scaled by position", "granitemoehybrid, all attention"),
+    *("opt, as 350m", "deepseek_v3, yarn", "gpt_oss", "jamba, all attention", "llava, text alone", "doge, wider window"),
+    *("llama4_text, without chunks, scaled late", "bert, bidirectional", "nemotron_h, attention and moe"),
+]
+ALL_ATTENTION = [name for name in EVERY if "all attention" in name or name.startswith("nemotron_h, attention")]
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    """Small configurations warn of token ids beyond their vocabulary, recurrent models of missing kernels."""
+    before = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity(transformers.logging.CRITICAL)
+    yield
+    transformers.logging.set_verbosity(before)
+
+
+def marked(names):
+    """Families as parameters; what is known to fail must fail."""
+    marks = {name: pytest.mark.xfail(reason=reason, strict=True) for name, reason in KNOWN.items()}
+    return [pytest.param(EVERY[name], id=name, marks=marks.get(name, ())) for name in names]
+
+
+@cache
+def known(family_name: str) -> Outcome:
+    return outcome(EVERY[family_name])
+
+
+@pytest.mark.parametrize("family", marked(FAST))
+def test_a_family_is_refused_or_exact_over_its_thresholds(family):
+    found = outcome(family, FEW)
+    assert "\n" not in found.refusal
+    assert found.different == ()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", marked(EVERY))
+def test_every_family_is_refused_or_exact_over_its_thresholds(family):
+    """Dynamic cache in all comparisons, static cache in a few."""
+    found = known(family.name)
+    assert "\n" not in found.refusal
+    assert found.different == ()
+    if not found.refusal:
+        static = taken(family, "static")
+        assert differences(static, Plain.of(static, family.short), FEW) == []
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", [name for name in EVERY if name not in KNOWN])
+def test_every_family_that_is_taken_notices_a_spoilt_product(name):
+    """Without it, a family whose text depends on nothing would pass."""
+    try:
+        target = taken(EVERY[name])
+    except UserError:
+        return
+    left = set(unnoticed(target, Plain.of(target, EVERY[name].short)))
+    assert left == (set() if knows_positions(target) else set(POSITIONS))
+
+
+@pytest.mark.parametrize("name", ["mistral", "gemma3_text", "opt, as 350m"])
+def test_a_spoilt_product_is_noticed(name):
+    target = taken(EVERY[name])
+    assert unnoticed(target, Plain.of(target)) == []
+
+
+def test_what_knows_no_positions_does_not_notice_them():
+    target = taken(EVERY["jamba, all attention"])
+    assert not knows_positions(target)
+    assert set(unnoticed(target, Plain.of(target))) == set(POSITIONS)
+
+
+def test_every_class_of_the_mappings_has_a_place():
+    """Each is tried, or listed with the reason why not; no entry of the tables is for nothing."""
+    tried = {(family.model_type, family.multimodal) for family in EVERY.values()}
+    for kind in CAUSAL:
+        assert (kind, False) in tried or kind in UNBUILT
+    for kind in PICTURES:
+        alone = f"{kind}, text alone"
+        assert (kind, True) in tried or alone in UNBUILT or PICTURES[kind] == CAUSAL.get(kind)
+    assert not {name for name in UNBUILT if name.removesuffix(", text alone") not in CAUSAL | PICTURES}
+    assert len(EVERY) == len(every_family())
+    assert set(OVERRIDES)
+
+
+@pytest.mark.parametrize("name", ALL_ATTENTION)
+def test_layers_are_asked_not_the_class(name):
+    """Granite 4.0 dense and its like: the class may keep a recurrent state, this configuration does not."""
+    model = small_model(EVERY[name])
+    refuse_unsupported(model)
+
+
+@pytest.mark.parametrize("kind", ["granitemoehybrid", "jamba", "qwen3_next", "qwen3_5_text", "rwkv", "zaya", "lfm2"])
+def test_recurrent_layers_are_refused(kind):
+    with pytest.raises(UserError, match="cannot follow a tree"):
+        refuse_unsupported(small_model(Family(kind, kind)))
+
+
+@pytest.mark.parametrize("kind", ["t5gemma2", "udop"])
+def test_encoder_decoders_are_called_so(kind):
+    with pytest.raises(UserError, match="is an encoder-decoder model"):
+        refuse_config(small_config(Family(kind, kind, multimodal=True)))
+
+
+@pytest.mark.parametrize("kind", ["bart", "whisper"])
+def test_encoder_decoders_of_the_causal_mapping_too(kind):
+    with pytest.raises(UserError, match="is an encoder-decoder model"):
+        refuse_config(small_config(Family(kind, kind)))
+
+
+def test_layers_that_take_no_mask_are_not_called_stateful():
+    with pytest.raises(UserError, match="chunked_attention layers, which take no tree mask"):
+        refuse_config(small_config(Family("llama4_text", "llama4_text")))
+
+
+def test_a_model_without_a_number_of_layers_is_refused_in_one_line():
+    with pytest.raises(UserError, match="does not say what it caches"):
+        Target.wrap(small_model(Family("pi0", "pi0", multimodal=True)))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_the_page_says_so():
+    quick = page([verdict(name) for name, _, _ in FAMILIES])
+    assert DOCS.read_text(encoding="utf-8") == quick + sweep_page([known(name) for name in EVERY])
