@@ -18,12 +18,33 @@ from spoilt import POSITIONS, knows_positions, unnoticed
 
 DOCS = Path(__file__).parents[1] / "docs" / "families.md"
 EVERY = {family.name: family for family in every_family()}
-# Mended elsewhere: to be emptied.
-KNOWN: dict[str, str] = {}
+# To be emptied as the trial at load and the target learn of them.
+LONGROPE = "the factors of longrope are picked by the largest position of each forward"
+KNOWN: dict[str, str] = {
+    **{f"{kind}, longrope": LONGROPE for kind in ("phi3", "phimoe", "minicpm3", "llama")},
+    "phi3, longrope and sliding": LONGROPE,
+    "gpt_neo, wider window": "a window under another name, beyond the trial",
+    "llama4_text, without chunks, scaled late": "temperature tuning counts cache slots, beyond the trial",
+    "bert, bidirectional": "the trial allows what the model's own cache changes",
+    "doge, experts": "the trial allows what the model's own cache changes",
+}
 FAST = [
-    *("mistral", "mistral, wider window", "gemma3_text", "qwen2, sliding from the second layer", "gpt_neo, wider window"),
+    *(
+        "mistral",
+        "mistral, wider window",
+        "gemma3_text",
+        "qwen2, sliding from the second layer",
+        "gpt_neo, wider window",
+    ),
     *("llama, yarn", "phi3, longrope", "ministral3, scaled by position", "granitemoehybrid, all attention"),
-    *("opt, as 350m", "deepseek_v3, yarn", "gpt_oss", "jamba, all attention", "llava, text alone", "doge, wider window"),
+    *(
+        "opt, as 350m",
+        "deepseek_v3, yarn",
+        "gpt_oss",
+        "jamba, all attention",
+        "llava, text alone",
+        "doge, wider window",
+    ),
     *("llama4_text, without chunks, scaled late", "bert, bidirectional", "nemotron_h, attention and moe"),
 ]
 ALL_ATTENTION = [name for name in EVERY if "all attention" in name or name.startswith("nemotron_h, attention")]

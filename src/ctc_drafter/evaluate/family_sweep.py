@@ -1,4 +1,4 @@
-"""Every model type of transformers' causal LM and image-text mappings: taken or refused, and whether it decodes exactly.
+"""Every model type of transformers' causal LM and image-text mappings: refused, or decoded exactly or not.
 
 Its part of `docs/families.md` is written by `python -m ctc_drafter.evaluate.families`.
 """
@@ -90,7 +90,7 @@ float32, with its length thresholds inside the text: sliding and kept windows of
 steps of {CHUNK}, scaled rotary embeddings with an original context of {ORIGINAL}. Prompts of {LENGTHS[0]}, {LENGTHS[1]}
 and {LENGTHS[2]} tokens were continued by {NEW_TOKENS}, alone and together, with trees of 1, 8 and 32 nodes of up to 11
 levels and drafts that are never, always and sometimes right: greedy against transformers' own `generate`, sampled
-against plain sampled decoding. *exact* means no difference in {len(CELLS)} comparisons. The same tests spoil the product
-on purpose (a mask without branches, positions without depth, accepted nodes left where they were), and every type that
-is taken notices each.
+against plain sampled decoding. *exact* means no difference in {len(CELLS)} comparisons. The same tests spoil the
+product on purpose (a mask without branches, positions without depth, accepted nodes left where they were), and every
+type that is taken notices each.
 """

@@ -86,7 +86,11 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "glm_ocr_text": MROPE,
     "glm5_next_text": {"index_kpool": 4, "qk_rope_head_dim": 0},
     "gpt_neo": {"attention_types": [[["global", "local"], 1], [["global"], 1]]},
-    "granite4_vision": {"deepstack_layer_map": [[-1, 0]], "downsample_rate": "1/2", "vision_config": {"hidden_size": 64}},
+    "granite4_vision": {
+        "deepstack_layer_map": [[-1, 0]],
+        "downsample_rate": "1/2",
+        "vision_config": {"hidden_size": 64},
+    },
     "granitemoehybrid": MAMBA | {"layer_types": ["mamba", "attention", "mamba"]},
     "hunyuan_vl_text": MROPE,
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 4},
@@ -97,6 +101,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "kimi_linear": {"linear_head_dim": 8, "linear_num_heads": 2},
     "kosmos_2_text_model": {"embed_dim": 32, "layers": LAYERS},
     "kosmos_2_5_text_model": {"embed_dim": 32, "layers": LAYERS},
+    "lfm2": {"layer_types": ["conv", "full_attention", "conv"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"]},
     "mamba2": {"head_dim": 16, "n_groups": 1},
     "molmo2_adapter": {"vision_feature_layer": [0]},
@@ -176,7 +181,9 @@ VARIANTS: tuple[Family, ...] = (
     *(Family(f"{kind}, all attention", kind, ALL_FULL) for kind in ("minimax", "kimi_linear", "bailing_hybrid")),
     Family("nemotron_h, all attention", "nemotron_h", {"layers_block_type": ["attention"] * LAYERS}),
     *(
-        Family(f"nemotron_h, attention and {kind}", "nemotron_h", {"layers_block_type": ["attention", kind, "attention"]})
+        Family(
+            f"nemotron_h, attention and {kind}", "nemotron_h", {"layers_block_type": ["attention", kind, "attention"]}
+        )
         for kind in ("mlp", "moe")
     ),
     Family("gemma3_text, bidirectional", "gemma3_text", {"use_bidirectional_attention": True}),
