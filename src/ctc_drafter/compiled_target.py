@@ -50,6 +50,7 @@ class CompiledTarget(Target):
         key_positions: torch.Tensor | None = None,
         layers: Sequence[int] = (),
         keep: torch.Tensor | None = None,
+        long: torch.Tensor | None = None,
     ) -> Verification:
         """See `Target.forward`. Prompts, and trees of more than 64 nodes, are not compiled.
 
@@ -58,7 +59,7 @@ class CompiledTarget(Target):
         rows, count = tokens.shape
         prompt = keep is not None or (allowed is None and count > 1)
         if prompt or count > SIZES[-1]:
-            return super().forward(tokens, positions, cache, allowed, key_positions, layers, keep)
+            return super().forward(tokens, positions, cache, allowed, key_positions, layers, keep, long)
         start = cache.get_seq_length()
         if allowed is None or key_positions is None:
             key_positions = torch.arange(start + 1, device=tokens.device).expand(rows, -1)
@@ -118,6 +119,8 @@ def compile_target(target: Target, layers: Sequence[int] = (), backend: str = BA
 
     Raises `UserError` when the model cannot be compiled, or when this machine has no compiler.
     """
+    if target.switch is not None:
+        raise UserError(f"{type(target.model).__name__} changes its longrope factors on the way; leave out --compile")
     made = CompiledTarget(target.model, layers=tuple(layers), backend=backend)
     self_test(made)
     return made
