@@ -129,7 +129,7 @@ class Target:
 
     @cached_property
     def reread_at(self) -> int | None:
-        """Tokens of a text at which stock `generate` drops the cache and reads all of it anew; None if it never does."""
+        """Tokens of a text at which stock `generate` drops the cache and reads it all anew; None if it never does."""
         return self.switch if rereads(self.model) else None
 
     @cached_property
