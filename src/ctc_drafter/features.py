@@ -5,6 +5,7 @@ Found by structure, not by name: families call the same things `layers`, `h`, `b
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +15,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ctc_drafter.types import UserError
+
+HOOKS = threading.Lock()  # held while hooks are put on a model or taken off
 
 
 def decoder_blocks(model: PreTrainedModel) -> nn.ModuleList:
@@ -53,25 +56,36 @@ def norm_scale(norm: nn.Module, size: int, dtype: torch.dtype, device: torch.dev
 
 @contextmanager
 def captured(model: PreTrainedModel, layers: Sequence[int]) -> Iterator[dict[int, torch.Tensor]]:
-    """While open, the outputs of these blocks (before the final norm) land in the dictionary."""
+    """While open, the outputs of these blocks (before the final norm) land in the dictionary.
+
+    Those of forwards in this thread: other threads may run the same model, under captures of their own or none. A model
+    whose blocks run in threads that its forward starts hands nothing out.
+    """
     outputs: dict[int, torch.Tensor] = {}
     if not layers:
         yield outputs
         return
+    owner = threading.get_ident()
 
     def keeper(layer: int) -> Any:
         def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            outputs[layer] = output[0] if isinstance(output, tuple) else output
+            # Compilers cannot trace the question, and trace one thread only.
+            if torch.compiler.is_dynamo_compiling() or threading.get_ident() == owner:
+                outputs[layer] = output[0] if isinstance(output, tuple) else output
 
         return keep
 
     blocks = decoder_blocks(model)
-    handles = [blocks[layer].register_forward_hook(keeper(layer)) for layer in layers]
+    # PyTorch copies a module's hooks before it calls them, so a forward on its way does not mind new ones. But it counts
+    # their ids without a lock, and of two hooks with one id only the last is kept.
+    with HOOKS:
+        handles = [blocks[layer].register_forward_hook(keeper(layer)) for layer in layers]
     try:
         yield outputs
     finally:
-        for handle in handles:
-            handle.remove()
+        with HOOKS:
+            for handle in handles:
+                handle.remove()
 
 
 def concatenate(outputs: dict[int, torch.Tensor], layers: Sequence[int]) -> torch.Tensor | None:

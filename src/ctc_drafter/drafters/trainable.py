@@ -157,9 +157,10 @@ class TrainableDrafter(PreTrainedModel):
         """`prepare`, kept until the modules or any weights change, or training goes on."""
         weights = [*self.parameters(), *embed.parameters(), *head.parameters()]
         key = (id(embed), id(head), *((id(w), 0 if w.is_inference() else w._version) for w in weights))
-        if self._borrowed is None or self._borrowed[0] != key:
-            self._borrowed = (key, self.prepare(embed, head))
-        return self._borrowed[1]
+        found = self._borrowed  # read once: another thread may draft for another target
+        if found is None or found[0] != key:
+            found = self._borrowed = (key, self.prepare(embed, head))
+        return found[1]
 
     def train(self, mode: bool = True) -> Any:
         """As every module's. What was made of the weights goes: fused optimizers change them without a trace."""
