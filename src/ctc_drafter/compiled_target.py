@@ -25,8 +25,8 @@ class CompiledTarget(Target):
     """A `Target` with static caches and a graph for each kind of short forward, made when it is first needed.
 
     layers: blocks whose features every graph hands out, so that plain steps and trees share one. Build it with
-    `compile_target`. The graphs live here, not on the model. While one is made, the exporter puts stand-ins in the place
-    of the model's weights: where several threads run it, let `prepare` make them first.
+    `compile_target`. The graphs live here, not on the model. While one is made, the exporter puts stand-ins in the
+    place of the model's weights: where several threads run it, let `prepare` make them first.
     """
 
     compiled: ClassVar[bool] = True
