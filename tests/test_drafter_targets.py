@@ -14,9 +14,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 from ctc_drafter import speculate
-from ctc_drafter.drafters.ctc import CTCDrafter
+from ctc_drafter.decode.generate import generate
 from ctc_drafter.drafters.lookup import PromptLookup
 from ctc_drafter.drafters.trainable import TrainableDrafter
+from ctc_drafter.evaluate.roofline import cached_bytes
 from ctc_drafter.features import decoder_blocks, decoder_stack, final_norm
 from ctc_drafter.load import fresh_drafter
 from ctc_drafter.methods import TRAINED, open_drafter
@@ -43,7 +44,13 @@ GROUPED = COMMON | {"num_key_value_heads": 2, "head_dim": 8}
 SLIDING = {"sliding_window": 6, "layer_types": ["sliding_attention", "sliding_attention", "full_attention"]}
 SMALL = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY, "num_kv_shared_layers": 0}
 LATENT = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
-FLASH = {"ffn_hidden_size": 48, "expert_ffn_hidden_size": 16, "moe_topk": 2, "n_routed_experts": 4, "zero_expert_num": 2}
+FLASH = {
+    "ffn_hidden_size": 48,
+    "expert_ffn_hidden_size": 16,
+    "moe_topk": 2,
+    "n_routed_experts": 4,
+    "zero_expert_num": 2,
+}
 SIZES: dict[str, dict[str, Any]] = {
     # head_dim differs by layer
     "gemma4_text": GROUPED | SLIDING | SMALL | {"global_head_dim": 16},
@@ -155,3 +162,54 @@ def test_blocks_that_cannot_be_told_are_refused_before_anything_is_computed(meth
         assert bool(seen) == forwards
     with pytest.raises(UserError, match="decoder layers"):
         fresh_drafter(Target.wrap(model), tiny_tokenizer(), 0, method)
+
+
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,  # as deep as the text part
+    "num_attention_heads": 4,
+    "image_size": 16,
+    "patch_size": 4,
+}
+VISION_QWEN = {"depth": 3, "hidden_size": 32, "intermediate_size": 48, "num_heads": 4, "out_hidden_size": 32}
+PLANES = {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}}
+IMAGES = {"image_token_id": 90, "video_token_id": 91, "vision_start_token_id": 92, "vision_end_token_id": 93}
+PICTURES: dict[str, dict[str, Any]] = {
+    "gemma3": {
+        "text_config": GROUPED | SLIDING,
+        "vision_config": VISION | {"model_type": "siglip_vision_model"},
+        **{"mm_tokens_per_image": 4, "image_token_index": 90, "boi_token_index": 91, "eoi_token_index": 92},
+    },
+    "llava": {
+        "text_config": GROUPED | {"model_type": "llama"},
+        "vision_config": VISION | {"model_type": "clip_vision_model", "projection_dim": 32},
+        "image_token_index": 90,
+    },
+    "mistral3": {
+        "text_config": GROUPED | {"model_type": "mistral"},
+        "vision_config": VISION | {"model_type": "pixtral", "head_dim": 8},
+        "image_token_index": 90,
+    },
+    "qwen2_5_vl": {"text_config": GROUPED | PLANES, "vision_config": VISION_QWEN | {"patch_size": 4}, **IMAGES},
+}
+
+
+@pytest.mark.parametrize("kind", PICTURES)
+def test_blocks_norm_and_embedding_are_those_of_the_text_part(kind: str) -> None:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **PICTURES[kind], tie_word_embeddings=False)
+    target = Target.wrap(AutoModelForImageTextToText.from_config(config).eval())
+    holder, blocks = decoder_stack(target.model)
+    assert holder is target.model.get_decoder()
+    assert len(blocks) == 3
+    assert final_norm(target.model) is holder.norm
+    drafter = fresh_drafter(target, tiny_tokenizer(), 0, frames=5, draft_length=4).eval()
+    found = generate(target, drafter, [PROMPT], max_new_tokens=NEW, nodes=6, floor=0.0).tokens
+    assert found == [continued(target.model)]
+
+
+def test_a_token_s_keys_and_values_are_counted_layer_by_layer() -> None:
+    """Two sliding layers with heads of 8 numbers and a full one with heads of 16, 2 heads each, keys and values."""
+    config = model_of("gemma4_text").config
+    assert cached_bytes(config, torch.float32) == 4 * 2 * 2 * (8 + 8 + 16)
