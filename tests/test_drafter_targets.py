@@ -127,12 +127,12 @@ def test_embeddings_of_another_width_are_refused_before_anything_is_computed(kin
     model = model_of(kind)
     drafter = made(method, model)
     decode = speculate(drafter)
-    with pytest.raises(UserError, match="(embeddings|LM head)"):
+    with pytest.raises(UserError, match=r"(embeddings|LM head)"):
         continued(model, custom_generate=decode)
-    with forwards_of(model) as seen, pytest.raises(UserError, match="(embeddings|LM head)"):
+    with forwards_of(model) as seen, pytest.raises(UserError, match=r"(embeddings|LM head)"):
         continued(model, custom_generate=decode)  # the target was tried in the first call
     assert seen == []
-    with pytest.raises(UserError, match="(embeddings|LM head)"):
+    with pytest.raises(UserError, match=r"(embeddings|LM head)"):
         drafter.begin(model.get_input_embeddings(), model.get_output_embeddings(), 1)
 
 
@@ -179,7 +179,10 @@ PICTURES: dict[str, dict[str, Any]] = {
     "gemma3": {
         "text_config": GROUPED | SLIDING,
         "vision_config": VISION | {"model_type": "siglip_vision_model"},
-        **{"mm_tokens_per_image": 4, "image_token_index": 90, "boi_token_index": 91, "eoi_token_index": 92},
+        "mm_tokens_per_image": 4,
+        "image_token_index": 90,
+        "boi_token_index": 91,
+        "eoi_token_index": 92,
     },
     "llava": {
         "text_config": GROUPED | {"model_type": "llama"},
