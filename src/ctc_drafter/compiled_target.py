@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -24,7 +25,8 @@ class CompiledTarget(Target):
     """A `Target` with static caches and a graph for each kind of short forward, made when it is first needed.
 
     layers: blocks whose features every graph hands out, so that plain steps and trees share one. Build it with
-    `compile_target`. The graphs live here, not on the model.
+    `compile_target`. The graphs live here, not on the model. While one is made, the exporter puts stand-ins in the
+    place of the model's weights: where several threads run it, let `prepare` make them first.
     """
 
     compiled: ClassVar[bool] = True
@@ -35,6 +37,7 @@ class CompiledTarget(Target):
     layers: tuple[int, ...] = ()
     backend: str = BACKEND
     graphs: dict[Shape, Graph] = field(default_factory=dict, compare=False, repr=False)
+    making: threading.Lock = field(default_factory=threading.Lock, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.cache != "static":
@@ -78,7 +81,9 @@ class CompiledTarget(Target):
         fixed = slots if sizes_are_fixed(self.device) else 0
         shape = Shape(self._rows(rows), size, tuple(layers) or self.layers, kinds, fixed)
         if shape not in self.graphs:
-            self.graphs[shape] = make_graph(self.model, shape, inputs, self.backend)
+            with self.making:
+                if shape not in self.graphs:
+                    self.graphs[shape] = make_graph(self.model, shape, inputs, self.backend)
         logits, features = self.graphs[shape](inputs)
         for layer in cache.layers:
             layer.cumulative_length.fill_(start + count)

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, Cache, PreTrainedConfig, PreTrainedModel
 
-from ctc_drafter.features import captured, concatenate, final_norm, norm_scale
+from ctc_drafter.features import captured, check_layers, concatenate, final_norm, norm_scale
 from ctc_drafter.layout import GrowingLayer, columns_first, grouped_heads
 from ctc_drafter.rope import factors_by_token, rereads, scaled_context, switch_length
 from ctc_drafter.selftest import self_test
@@ -158,6 +158,13 @@ class Target:
         if self.cache == "static":
             return static_cache(self.num_layers, slots)
         return Cache(layer_class_to_replicate=GrowingLayer)
+
+    def check_drafter(self, drafter: Any) -> None:
+        """Raises `UserError` for a drafter that could not read this model's blocks, embedding or LM head."""
+        check_layers(self.model, drafter.feature_layers)
+        check = getattr(drafter, "check_modules", None)
+        if check is not None:
+            check(self.embed, self.head)
 
     @torch.inference_mode()
     def forward(

@@ -53,6 +53,7 @@ class Method:
             raise UserError(f"nodes is {self.nodes}; give at least 1, or use plain_generate")
         if not 0 <= self.floor < 1:
             raise UserError(f"floor is {self.floor}; give a probability, at least 0 and below 1")
+        self.target.check_drafter(self.drafter)
 
 
 class Batch:
