@@ -22,7 +22,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "ctc": {"types"},
     "layout": set(),
     # A target checks itself when it is made: `decode.cache` knows nothing of ours.
-    "rope": set(),
+    "rope": {"features"},
     "support": {"types", "rope"},
     "features": {"types"},
     "static_cache": set(),

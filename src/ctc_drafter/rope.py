@@ -21,6 +21,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ctc_drafter.features import HOOKS
+
 CHANGING = "longrope"
 
 
@@ -103,12 +105,14 @@ def factors_by_token(model: PreTrainedModel, switch: int | None, long: torch.Ten
             for longer, shorter in zip(far, short, strict=True)
         )
 
-    handles = [module.register_forward_hook(choose, with_kwargs=True) for module in rotary_modules(model)]
+    with HOOKS:
+        handles = [module.register_forward_hook(choose, with_kwargs=True) for module in rotary_modules(model)]
     try:
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        with HOOKS:
+            for handle in handles:
+                handle.remove()
 
 
 def rotated(module: nn.Module, given: inspect.BoundArguments, positions: torch.Tensor) -> Any:
