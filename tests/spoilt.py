@@ -19,29 +19,29 @@ CELLS = (Cell(32, "always", 3), Cell(8, "sometimes", 3), Cell(32, "never", 3), C
 class NoBranches(Target):
     """Every node of a tree sees all of its nodes."""
 
-    def forward(self, tokens, positions, cache, allowed=None, key_positions=None, layers=(), keep=None):
+    def forward(self, tokens, positions, cache, allowed=None, key_positions=None, *rest, **options):
         if allowed is not None:
             allowed = allowed.clone()
             allowed[:, :, -tokens.shape[1] :] = True
-        return super().forward(tokens, positions, cache, allowed, key_positions, layers, keep)
+        return super().forward(tokens, positions, cache, allowed, key_positions, *rest, **options)
 
 
 class NoDepth(Target):
     """Every node of a tree stands where its root does."""
 
-    def forward(self, tokens, positions, cache, allowed=None, key_positions=None, layers=(), keep=None):
+    def forward(self, tokens, positions, cache, allowed=None, key_positions=None, *rest, **options):
         if allowed is not None:
             positions = positions[:, :1].expand_as(positions)
-        return super().forward(tokens, positions, cache, allowed, key_positions, layers, keep)
+        return super().forward(tokens, positions, cache, allowed, key_positions, *rest, **options)
 
 
 class OneFurther(Target):
     """Every node of a tree stands one position too far."""
 
-    def forward(self, tokens, positions, cache, allowed=None, key_positions=None, layers=(), keep=None):
+    def forward(self, tokens, positions, cache, allowed=None, key_positions=None, *rest, **options):
         if allowed is not None:
             positions = positions + 1
-        return super().forward(tokens, positions, cache, allowed, key_positions, layers, keep)
+        return super().forward(tokens, positions, cache, allowed, key_positions, *rest, **options)
 
 
 @contextmanager

@@ -18,16 +18,6 @@ from spoilt import POSITIONS, knows_positions, unnoticed
 
 DOCS = Path(__file__).parents[1] / "docs" / "families.md"
 EVERY = {family.name: family for family in every_family()}
-# To be emptied as the trial at load and the target learn of them.
-LONGROPE = "the factors of longrope are picked by the largest position of each forward"
-KNOWN: dict[str, str] = {
-    **{f"{kind}, longrope": LONGROPE for kind in ("phi3", "phimoe", "minicpm3", "llama")},
-    "phi3, longrope and sliding": LONGROPE,
-    "gpt_neo, wider window": "a window under another name, beyond the trial",
-    "llama4_text, without chunks, scaled late": "temperature tuning counts cache slots, beyond the trial",
-    "bert, bidirectional": "the trial allows what the model's own cache changes",
-    "doge, experts": "the trial allows what the model's own cache changes",
-}
 FAST = [
     *(
         "mistral",
@@ -59,40 +49,34 @@ def quiet():
     transformers.logging.set_verbosity(before)
 
 
-def marked(names):
-    """Families as parameters; what is known to fail must fail."""
-    marks = {name: pytest.mark.xfail(reason=reason, strict=True) for name, reason in KNOWN.items()}
-    return [pytest.param(EVERY[name], id=name, marks=marks.get(name, ())) for name in names]
-
-
 @cache
 def known(family_name: str) -> Outcome:
     return outcome(EVERY[family_name])
 
 
-@pytest.mark.parametrize("family", marked(FAST))
-def test_a_family_is_refused_or_exact_over_its_thresholds(family):
-    found = outcome(family, FEW)
+@pytest.mark.parametrize("name", FAST)
+def test_a_family_is_refused_or_exact_over_its_thresholds(name):
+    found = outcome(EVERY[name], FEW)
     assert "\n" not in found.refusal
     assert found.different == ()
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("family", marked(EVERY))
-def test_every_family_is_refused_or_exact_over_its_thresholds(family):
+@pytest.mark.parametrize("name", EVERY)
+def test_every_family_is_refused_or_exact_over_its_thresholds(name):
     """Dynamic cache in all comparisons, static cache in a few."""
-    found = known(family.name)
+    found = known(name)
     assert "\n" not in found.refusal
     assert found.different == ()
     if not found.refusal:
-        static = taken(family, "static")
-        assert differences(static, Plain.of(static, family.short), FEW) == []
+        static = taken(EVERY[name], "static")
+        assert differences(static, Plain.of(static, EVERY[name].short), FEW) == []
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", [name for name in EVERY if name not in KNOWN])
+@pytest.mark.parametrize("name", EVERY)
 def test_every_family_that_is_taken_notices_a_spoilt_product(name):
     """Without it, a family whose text depends on nothing would pass."""
     try:

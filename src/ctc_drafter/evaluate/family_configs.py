@@ -75,7 +75,11 @@ SIZES: dict[str, Any] = {
 }
 # Text comes alone, so towers for pictures and sound need only exist.
 TOWER: dict[str, Any] = {
-    "image_size": 16, "patch_size": 8, "num_channels": 3, "depth": 1, "num_hidden_layers": 1,
+    "image_size": 16,
+    "patch_size": 8,
+    "num_channels": 3,
+    "depth": 1,
+    "num_hidden_layers": 1,
     **dict.fromkeys(("out_hidden_size", "text_hidden_size", "output_dim", "embed_dim"), 32),
     **dict.fromkeys(("base_channels", "latent_channels", "num_embeddings"), 32),
 }

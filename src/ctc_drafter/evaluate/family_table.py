@@ -112,7 +112,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "nemotron_h_omni": {"vision_config": {"video_temporal_patch_size": 2}},
     "paddleocr_vl_text": MROPE,
     "qwen2_5_omni_text": MROPE,
-    "qwen2_5_omni_thinker": {"vision_start_token_id": VOCABULARY - 1},
+    **dict.fromkeys(("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker"), {"vision_start_token_id": VOCABULARY - 1}),
     "qwen2_5_vl_text": MROPE,
     "qwen2_vl_text": MROPE,
     "qwen4_exp_text": {
@@ -129,7 +129,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "indexer_compress_ratio": 4,
     },
     "reformer": {"axial_pos_shape": (16, 32), "axial_pos_embds_dim": (16, 16), "attention_head_size": 8},
-    "roc_bert": {"shape_vocab_size": VOCABULARY, "pronunciation_vocab_size": VOCABULARY},
+    "roc_bert": {"enable_pronunciation": False, "enable_shape": False},  # with them it repeats one token
     "xlstm": {"hidden_size": 128},
     "xmod": {"languages": ("en_XX",), "default_language": "en_XX"},
     "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 16},
