@@ -1,7 +1,6 @@
 """Families of models, tiny and random: each is exact or refused, and docs/families.md says which."""
 
 from functools import cache
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +18,6 @@ from ctc_drafter.evaluate.families import (
     family_config,
     family_model,
     main,
-    page,
     stock_continuations,
     verdict,
 )
@@ -29,7 +27,6 @@ from ctc_drafter.target import CACHES, Target
 from ctc_drafter.types import UserError
 from tiny_models import tiny_tokenizer
 
-DOCS = Path(__file__).parents[1] / "docs" / "families.md"
 NAMES = [name for name, _, _ in FAMILIES]
 FIRST_REFUSED = NAMES.index("Falcon, alibi")
 ACCEPTED, REFUSED = NAMES[:FIRST_REFUSED], NAMES[FIRST_REFUSED:]
@@ -91,11 +88,6 @@ def test_what_cannot_follow_a_tree_is_refused_in_one_line(name):
     refusal = known(name).refusal
     assert refusal
     assert "\n" not in refusal
-
-
-@pytest.mark.slow
-def test_the_page_says_so():
-    assert DOCS.read_text(encoding="utf-8") == page([known(name) for name in NAMES])
 
 
 def test_the_command_needs_a_place(capsys):

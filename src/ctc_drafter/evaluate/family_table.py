@@ -112,9 +112,10 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "nemotron_h_omni": {"vision_config": {"video_temporal_patch_size": 2}},
     "paddleocr_vl_text": MROPE,
     "qwen2_5_omni_text": MROPE,
-    **dict.fromkeys(("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker"), {"vision_start_token_id": VOCABULARY - 1}),
+    "qwen2_5_omni_thinker": {"vision_start_token_id": VOCABULARY - 1},
     "qwen2_5_vl_text": MROPE,
     "qwen2_vl_text": MROPE,
+    "qwen3_omni_moe_thinker": {"vision_start_token_id": VOCABULARY - 1},
     "qwen4_exp_text": {
         "hc_lowrank": 8,
         "ngram_vocab_size_base": 50,
