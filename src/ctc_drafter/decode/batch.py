@@ -32,6 +32,10 @@ class Step:
     logits: torch.Tensor
     acceptance: Acceptance
 
+    def emitted_logits(self) -> torch.Tensor:
+        """The logits `[B, 1+D, V]` that each token of `Acceptance.tokens` was chosen from."""
+        return self.logits.take_along_dim(self.acceptance.path.unsqueeze(-1), 1)
+
 
 @dataclass(frozen=True)
 class Method:

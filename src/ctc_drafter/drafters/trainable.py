@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ctc_drafter.drafters.base import Drafter, DraftSession
+from ctc_drafter.drafters.base import Drafter, DraftSession, refuse_call
 from ctc_drafter.drafters.borrowed import Borrowed
 from ctc_drafter.drafters.sizes import DrafterConfig
 from ctc_drafter.types import Candidates, UserError
@@ -34,6 +34,12 @@ class TrainableDrafter(PreTrainedModel):
     def __init__(self, config: DrafterConfig):
         super().__init__(config)
         self._borrowed: tuple[Any, Borrowed] | None = None
+
+    def __call__(self, *given: Any, **options: Any) -> Any:
+        """`forward`. Raises `UserError` where `generate` calls it: a drafter is no `custom_generate` by itself."""
+        if "generation_config" in options:
+            refuse_call(self)
+        return super().__call__(*given, **options)
 
     def forward(self, work: Callable[[Any], torch.Tensor]) -> torch.Tensor:
         """`work(self)`. Wrappers that gather gradients (DDP) must see a call of the module they wrap."""
