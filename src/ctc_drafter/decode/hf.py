@@ -23,7 +23,7 @@ from ctc_drafter.decode.choose import ARGMAX, Chooser, Greedy, Sampled
 from ctc_drafter.decode.criteria import end_tokens, fills_up, refuse_criteria, remaining
 from ctc_drafter.decode.generate import DEFAULT_FLOOR, DEFAULT_NODES, run
 from ctc_drafter.decode.generate_settings import refuse_settings
-from ctc_drafter.decode.inputs import refuse_inputs
+from ctc_drafter.decode.inputs import refuse_encoder, refuse_inputs
 from ctc_drafter.decode.outputs import Record, emitted_logits, scores_of
 from ctc_drafter.decode.rows import Row
 from ctc_drafter.decode.writer import OnTokens
@@ -65,8 +65,9 @@ def speculate(
     ) -> torch.Tensor | GenerateDecoderOnlyOutput:
         """Returns what `generate` returns: ids `[B, T + new]`, or a `GenerateDecoderOnlyOutput` around them."""
         config = generation_config
-        mask = refuse_inputs(model, input_ids, prepared)
+        refuse_encoder(model)
         refuse_settings(config, model.generation_config)
+        mask = refuse_inputs(model, input_ids, prepared)
         check = getattr(drafter, "check_target", None)
         if check is not None:
             check(model.config)

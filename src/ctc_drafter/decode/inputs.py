@@ -24,10 +24,6 @@ def refuse_inputs(model: PreTrainedModel, input_ids: torch.Tensor, prepared: dic
 
     What asks for nothing is let through: None, what is empty, and token types that say "text" everywhere.
     """
-    if model.config.is_encoder_decoder:
-        raise UserError(
-            f"{model.config.model_type} is an encoder-decoder model; speculate needs a decoder-only causal LM"
-        )
     if given(prepared.get("inputs_embeds")) or not input_ids.numel():
         raise UserError("speculate reads token ids, not embeddings; call generate with input_ids")
     for name in sorted(prepared.keys() - PREPARED):
@@ -39,6 +35,13 @@ def refuse_inputs(model: PreTrainedModel, input_ids: torch.Tensor, prepared: dic
     mask = prompt_mask(input_ids, prepared.get("attention_mask"))
     refuse_positions(prepared.get("position_ids"), mask)
     return mask
+
+
+def refuse_encoder(model: PreTrainedModel) -> None:
+    """Raises `UserError` for encoder-decoder models, before their other inputs are looked at."""
+    kind = model.config.model_type
+    if model.config.is_encoder_decoder:
+        raise UserError(f"{kind} is an encoder-decoder model; speculate needs a decoder-only causal LM")
 
 
 def given(value: Any) -> bool:
