@@ -74,6 +74,8 @@ def parts(value: Any) -> list[Any]:
         return [value.__self__, value.__func__]
     if isinstance(value, FunctionType):
         return of_function(value)
+    if isinstance(value, functools.partial):
+        return [value.func, value.args, value.keywords, vars(value)]
     if isinstance(value, CellType):
         return attributes(value, ["cell_contents"])
     if isinstance(value, GeneratorType):
@@ -105,7 +107,7 @@ def of_object(value: Any) -> list[Any]:
     elif isinstance(value, set | frozenset):
         plain = all(type(item) in LEAVES for item in value)
         held += sorted(map(repr, value)) if plain else value
-    elif isinstance(value, functools.partial) or not hasattr(value, "__dict__"):
+    elif not hasattr(value, "__dict__"):
         held += reduced(value)
     for kind in type(value).__mro__:
         slots = vars(kind).get("__slots__", ())
