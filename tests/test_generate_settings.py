@@ -14,11 +14,12 @@ from transformers import (
     SynthIDTextWatermarkingConfig,
     WatermarkingConfig,
 )
+from transformers.generation.configuration_utils import ALL_CACHE_IMPLEMENTATIONS
 
 from ctc_drafter.decode.choose import Sampled
 from ctc_drafter.decode.generate import plain_generate
 from ctc_drafter.decode.generate_page import page
-from ctc_drafter.decode.generate_settings import FIELDS, INPUTS, PARAMETERS, Status
+from ctc_drafter.decode.generate_settings import FIELDS, INPUTS, OTHER_CACHES, PARAMETERS, Status
 from ctc_drafter.decode.hf import speculate
 from ctc_drafter.drafters.lookup import PromptLookup
 from ctc_drafter.types import UserError
@@ -255,6 +256,11 @@ def test_what_transformers_does_not_hand_over(name):
     MODEL.generate(IDS, max_new_tokens=2, pad_token_id=0, custom_generate=catch, **{name: values.get(name, "any")})
     assert seen[0]["named"] == (None,) * 5
     assert name not in seen[0]
+
+
+def test_every_cache_that_changes_output_or_memory_is_refused():
+    usual = {"static", "dynamic", "sliding_window", "hybrid", "hybrid_chunked"}
+    assert set(OTHER_CACHES) == set(ALL_CACHE_IMPLEMENTATIONS) - usual
 
 
 def test_a_watermark_with_a_state_is_refused():

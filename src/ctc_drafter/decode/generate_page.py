@@ -21,8 +21,9 @@ Made by `python -m ctc_drafter.decode.generate_page` from `decode/generate_setti
 def table(title: str, settings: Sequence[Setting]) -> str:
     lines = [f"## {title}", "", "| Name | | |", "|---|---|---|"]
     for setting in settings:
+        note = f"{setting.note} ({setting.but})" if setting.but else setting.note
         mark = f"**{setting.status}**" if setting.status in (Status.REFUSED, Status.UNSEEN) else str(setting.status)
-        lines.append(f"| `{setting.name}` | {mark} | {setting.note} |")
+        lines.append(f"| `{setting.name}` | {mark} | {note} |")
     return "\n".join(lines) + "\n"
 
 

@@ -17,6 +17,9 @@ from transformers.generation import GenerationMode
 from ctc_drafter.types import UserError
 
 
+Asked = Callable[[GenerationConfig, GenerationConfig], bool]
+
+
 class Status(Enum):
     """What happens to a setting."""
 
@@ -34,15 +37,17 @@ class Setting:
     """name; status; note: what it does here, or why it does nothing. Of a refused setting the note is the error.
 
     neutral: values that ask for nothing. asked: whether a configuration, beside the one saved with the model, asks for
-    what is refused; None where the value alone says so. Where `by_transformers`, it is transformers that raises.
+    what is refused; None where the value alone says so. but: what is not refused of it. Where `by_transformers`, it is
+    transformers that raises.
     """
 
     name: str
     status: Status
     note: str
     neutral: tuple[Any, ...] = (None, False)
-    asked: Callable[[GenerationConfig, GenerationConfig], bool] | None = None
+    asked: Asked | None = None
     by_transformers: bool = False
+    but: str = ""
 
     def refuses(self, config: GenerationConfig, saved: GenerationConfig) -> bool:
         """Whether this configuration asks for what is refused."""
@@ -57,8 +62,10 @@ def honoured(name: str, note: str = "as in stock `generate`") -> Setting:
     return Setting(name, Status.HONOURED, note)
 
 
-def refused(name: str, note: str, *neutral: Any, asked: Any = None, by_transformers: bool = False) -> Setting:
-    return Setting(name, Status.REFUSED, note, (None, False, *neutral), asked, by_transformers)
+def refused(
+    name: str, note: str, *neutral: Any, asked: Asked | None = None, by_transformers: bool = False, but: str = ""
+) -> Setting:
+    return Setting(name, Status.REFUSED, note, (None, False, *neutral), asked, by_transformers, but)
 
 
 def idle(name: str, note: str) -> Setting:
@@ -149,11 +156,17 @@ FIELDS = (
     refused("num_beams", "speculate has no beams; call generate with num_beams=1", 1),
     refused("use_mtp", DRAFTS.format("use_mtp")),
     # Cache
-    refused("use_cache", "speculate needs the cache; call generate without use_cache=False", asked=asks_no_cache),
+    refused(
+        "use_cache",
+        "speculate needs the cache; call generate without use_cache=False",
+        asked=asks_no_cache,
+        but="saved with a model, it is without effect",
+    ),
     refused(
         "cache_implementation",
         f"speculate keeps a cache of its own; leave out cache_implementation ({', '.join(OTHER_CACHES[:3])})",
         asked=asks_other_cache,
+        but="other values are without effect",
     ),
     idle("cache_config", "of quantized caches alone"),
     idle("max_cache_len", "speculate keeps a cache of its own, which grows"),
@@ -233,6 +246,7 @@ FIELDS = (
         "penalty_alpha",
         "penalty_alpha asks for contrastive_search, which speculate cannot do; leave it out",
         asked=asks_contrastive,
+        but="with sampling, or with a top_k of 0 or 1, it is without effect, as in stock `generate`",
     ),
     refused("dola_layers", "dola_layers asks for dola_generation, which speculate cannot do; leave it out"),
     idle("diversity_penalty", OF_BEAMS),

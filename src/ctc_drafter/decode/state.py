@@ -124,7 +124,8 @@ def reduced(value: Any) -> list[Any]:
     try:
         return [value.__reduce_ex__(4)]
     except Exception:  # whatever an extension module raises
-        return [] if type(value).__repr__ is object.__repr__ else [repr(value)]
+        told = repr(value)
+        return [] if " at 0x" in told else [told]
 
 
 def attributes(value: Any, names: Iterable[str]) -> list[Any]:
