@@ -16,7 +16,6 @@ from transformers.generation import GenerationMode
 
 from ctc_drafter.types import UserError
 
-
 Asked = Callable[[GenerationConfig, GenerationConfig], bool]
 
 
