@@ -87,7 +87,7 @@ def test_sampled_scores_are_those_that_its_tokens_were_drawn_from():
 
 
 def test_long_prompts_with_an_early_end():
-    """The end is read anew, in chunks."""
+    """Rows that ended are read anew, in chunks."""
     target = tiny_target(max_position_embeddings=2048)
     ids = torch.randint(5, 90, (2, 700), generator=torch.Generator().manual_seed(0))
     options = {"max_new_tokens": 9, "do_sample": False, "pad_token_id": 0}

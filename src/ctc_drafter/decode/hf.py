@@ -89,7 +89,7 @@ def speculate(
         sequences = torch.cat([input_ids, torch.tensor(new, device=input_ids.device)], 1)
         if not config.return_dict_in_generate:
             return sequences
-        logits = None if record is None else emitted_logits(target, record, rows, filler)
+        logits = None if record is None else emitted_logits(method, record, rows, filler)
         scores = scores_of(logits_processor, logits, rows, filler) if scored and logits else None
         return GenerateDecoderOnlyOutput(
             sequences=sequences, scores=scores, logits=logits if config.output_logits else None

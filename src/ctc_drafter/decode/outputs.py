@@ -8,10 +8,11 @@ from dataclasses import dataclass, field, replace
 import torch
 from transformers import LogitsProcessorList
 
-from ctc_drafter.decode.prefill import CHUNK
+from ctc_drafter.decode.batch import Method
+from ctc_drafter.decode.generate import run
 from ctc_drafter.decode.processors import process
 from ctc_drafter.decode.rows import Row
-from ctc_drafter.target import Target
+from ctc_drafter.types import TokenTree
 
 
 @dataclass
@@ -40,36 +41,35 @@ class Record:
         return torch.cat([part.logits for part in self.parts[row.index]])[: len(row.tokens)].float()
 
 
-def emitted_logits(target: Target, record: Record, rows: Sequence[Row], filler: int) -> tuple[torch.Tensor, ...]:
+@dataclass(frozen=True)
+class Always:
+    """A `Chooser` that writes the same token whatever the target says."""
+
+    token: int
+
+    def check(self, row: Row, logits: torch.Tensor) -> None:
+        return
+
+    def next(self, logits: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
+        return torch.full((len(rows),), self.token, device=logits.device)
+
+    def along(self, tree: TokenTree, logits: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
+        return torch.full_like(tree.tokens, self.token)
+
+
+def emitted_logits(method: Method, record: Record, rows: Sequence[Row], filler: int) -> tuple[torch.Tensor, ...]:
     """Logits `float32 [B, V]` of each step up to the longest row's last.
 
-    Stock `generate` goes on with rows that have ended, as if pad tokens were text; so what it says of them is read here
-    from the text with its padding.
+    Stock `generate` goes on with rows that have ended, as if pad tokens were text, so pad tokens are written here as
+    well.
     """
     width = max(len(row.tokens) for row in rows)
-    whole = []
-    for row in rows:
-        own, ended = record.of(row), len(row.tokens)
-        if ended < width:
-            text = [*row.prompt, *row.tokens, *[filler] * (width - ended - 1)]
-            own = torch.cat([own, logits_after(target, text, len(row.prompt) + ended - 1)])
-        whole.append(own)
-    return tuple(torch.stack(whole).unbind(1))
-
-
-def logits_after(target: Target, text: Sequence[int], first: int) -> torch.Tensor:
-    """Logits `float32 [T - first, V]` that follow the tokens of a text from the index `first` on."""
-    tokens = torch.tensor([text], device=target.device)
-    positions = torch.arange(len(text), device=target.device).unsqueeze(0)
-    cache, found = target.new_cache(len(text)), []
-    for start in range(0, len(text), CHUNK):
-        part = slice(start, start + CHUNK)
-        here = positions[0, part]
-        keep = (here >= first).nonzero().squeeze(1)
-        wanted = keep if len(keep) else torch.zeros_like(here[:1])  # no model is asked for nothing
-        logits = target.forward(tokens[:, part], positions[:, part], cache, keep=wanted).logits[0]
-        found.append(logits[: len(keep)].float())
-    return torch.cat(found)
+    padding = [Row(row.index, [*row.prompt, *row.tokens], width - len(row.tokens)) for row in rows]
+    padding, after = [row for row in padding if row.limit], Record()
+    if padding:
+        run(replace(method, chooser=Always(filler)), padding, on_logits=after)
+    tails = {row.index: [after.of(row)] for row in padding}
+    return tuple(torch.stack([torch.cat([record.of(row), *tails.get(row.index, [])]) for row in rows]).unbind(1))
 
 
 def scores_of(
