@@ -96,14 +96,6 @@ def test_streams_exactly_what_it_returns():
     assert max(bursts) == 5
 
 
-def test_output_stops_at_the_context():
-    target = tiny_target(max_position_embeddings=16)
-    prompts = [list(range(1, 13)), [5, 6]]
-    result = plain_generate(target, prompts, max_new_tokens=NEW)
-    assert [len(row) for row in result.tokens] == [4, 14]
-    assert generate(target, tiny_drafter(target), prompts, max_new_tokens=NEW).tokens == result.tokens
-
-
 def test_bfloat16_runs():
     target = tiny_target(dtype=torch.bfloat16)
     result = generate(target, tiny_drafter(target), PROMPTS, max_new_tokens=8)
@@ -123,7 +115,6 @@ def test_a_row_does_not_depend_on_its_neighbours():
     [
         ([], {}, "no prompts"),
         ([[]], {}, "empty"),
-        ([[1] * 128], {}, "context"),
         ([[1, 97]], {}, "vocabulary"),
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens"),
         ([[1]], {"nodes": 0}, "nodes"),

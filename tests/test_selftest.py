@@ -5,15 +5,17 @@ import logging
 
 import pytest
 import torch
+import transformers
 
 from ctc_drafter import selftest
-from ctc_drafter.evaluate.families import FAMILIES, WINDOW, family_model
-from ctc_drafter.selftest import disagreement, prompt_length, self_test
+from ctc_drafter.evaluate.families import FAMILIES, GROUPED, MIXED, WINDOW, family_config, family_model
+from ctc_drafter.selftest import disagreement, is_quantised, prompt_length, self_test, thresholds
 from ctc_drafter.target import CACHES, Target
 from ctc_drafter.types import UserError
-from helpers import tiny_target
+from helpers import tiny_config, tiny_target
 
 ACCEPTED = [name for name, _, _ in FAMILIES][: [name for name, _, _ in FAMILIES].index("Falcon, alibi")]
+SMALL = {"vocab_size": 97, "n_embd": 32, "n_layer": 2, "n_head": 4}
 SLIDING = ["Mistral, sliding", "Gemma 3", "Qwen2, sliding from the second layer"]
 # Static checks stop most of these earlier; without them, all but Llama 4 would decode something else.
 SILENTLY_WRONG = [
@@ -54,7 +56,7 @@ class Causal(Target):
     """A node sees every node before it."""
 
     def _masks(self, allowed, positions, key_positions):
-        return super()._masks(allowed | torch.ones_like(allowed).tril(allowed.shape[2] - 5), positions, key_positions)
+        return super()._masks(allowed | torch.ones_like(allowed).tril(allowed.shape[2] - 7), positions, key_positions)
 
 
 class Blind(Target):
@@ -62,7 +64,7 @@ class Blind(Target):
 
     def _masks(self, allowed, positions, key_positions):
         hidden = allowed.clone()
-        hidden[:, 1:, -5] = False
+        hidden[:, 1:, -7] = False
         return super()._masks(hidden, positions, key_positions)
 
 
@@ -118,24 +120,92 @@ def test_dropout_is_named():
     Target.wrap(model.eval())
 
 
-def test_it_costs_six_short_forwards_and_leaves_no_trace():
-    model = tiny_target().model
+def counted(model):
+    """The tokens of each forward that wrapping takes."""
     tokens = []
     handle = model.register_forward_hook(
         lambda _m, _a, kwargs, _o: tokens.append(kwargs["input_ids"].numel()), with_kwargs=True
     )
-    config, names, state = copy.deepcopy(model.config.to_dict()), set(vars(model)), torch.get_rng_state()
     Target.wrap(model)
-    assert len(tokens) == 6
-    assert sum(tokens) < 90
+    handle.remove()
+    return tokens
+
+
+def test_it_costs_four_short_forwards_and_leaves_no_trace():
+    model = tiny_target().model
+    config, names, state = copy.deepcopy(model.config.to_dict()), set(vars(model)), torch.get_rng_state()
+    tokens = counted(model)
+    assert len(tokens) == 4
+    assert sum(tokens) < 60
     assert (model.config.to_dict(), set(vars(model))) == (config, names)
     assert torch.equal(torch.get_rng_state(), state)
-    handle.remove()
     assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_the_prompt_crosses_the_window_where_that_is_cheap(monkeypatch):
-    assert prompt_length(Target(family_model("Gemma 3"))) == WINDOW + selftest.SHORT
-    monkeypatch.setitem(selftest.BUDGET, "cpu", 1e5)
+def long_window(size, **more):
+    torch.manual_seed(2)
+    config = transformers.AutoConfig.for_model("mistral", **GROUPED, sliding_window=size, **more)
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+def test_a_long_window_costs_three_forwards_more_as_short_as_the_others():
+    tokens = counted(long_window(4096))
+    assert len(tokens) == 7
+    assert max(tokens) < 40
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [64, 512, 4096])
+def test_a_window_that_is_one_too_wide_is_caught_however_long_it_is(size, dtype):
+    class Wider(Target):
+        window = size + 1
+
+    class None_(Target):
+        def _masks(self, allowed, positions, key_positions):
+            return super()._masks(allowed, positions, positions.max() + key_positions * 0)
+
+    model = long_window(size).to(dtype)
+    self_test(Target(model))
+    for broken in (Wider, None_):
+        with pytest.raises(UserError, match=f"where sliding_window = {size} is crossed"):
+            self_test(broken(model))
+
+
+@pytest.mark.parametrize("kind", CACHES)
+def test_where_memory_is_short_only_positions_cross(monkeypatch, kind):
+    monkeypatch.setattr(selftest, "LEAST", 0)
+    lengths = []
+    fill = selftest.fill
+    monkeypatch.setattr(
+        selftest, "fill", lambda cache, states, rows: lengths.append(states[0][0].shape[2]) or fill(cache, states, rows)
+    )
+    self_test(Target(long_window(4096), kind))
+    assert set(lengths) == {selftest.SHORT}
+
+
+def test_the_lengths_that_a_configuration_names():
+    assert thresholds(family_config("Gemma 3")) == {WINDOW: "sliding_window"}
+    assert thresholds(tiny_target().config) == {}
+    scaled = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 1e4}
+    assert thresholds(tiny_config(rope_parameters=scaled)) == {64: "original_max_position_embeddings"}
+    local = transformers.GPTNeoConfig(num_layers=2, attention_types=[[["global", "local"], 1]])
+    assert thresholds(local) == {256: "window_size"}
+    chunked = transformers.Llama4TextConfig(attention_chunk_size=64, floor_scale=32)
+    assert thresholds(chunked) == {32: "floor_scale", 64: "attention_chunk_size"}
+
+
+def test_the_prompt_is_short_and_fits_the_positions():
     assert prompt_length(Target(family_model("Gemma 3"))) == selftest.SHORT
-    assert prompt_length(tiny_target(max_position_embeddings=10)) == 4
+    assert prompt_length(Target(transformers.GPT2LMHeadModel(transformers.GPT2Config(**SMALL, n_positions=10)))) == 2
+
+
+def test_only_quantised_targets_are_allowed_their_rounding():
+    """A model whose own cache changes its logits is no target, whatever its format."""
+    config = transformers.AutoConfig.for_model("gemma3_text", **GROUPED, **MIXED, use_bidirectional_attention=True)
+    for seed in range(4):
+        torch.manual_seed(seed)
+        model = transformers.AutoModelForCausalLM.from_config(config).eval()
+        assert not is_quantised(model)
+        assert disagreement(Target(model))[1] == 1e-3
+        with pytest.raises(UserError, match="cannot be a target"):
+            Target.wrap(model)

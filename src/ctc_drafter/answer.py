@@ -73,6 +73,9 @@ class Answerer:
             raise UserError(f"prompt {several.id} has {len(several.turns)} turns; generate answers one, eval all")
         encoded = [encode_conversation(self.tokenizer, prompt.turns, raw=self.settings.raw) for prompt in prompts]
         check_prompts(self.target, encoded)
+        longest, context = max(map(len, encoded)), self.target.context
+        if longest >= context:
+            raise UserError(f"a prompt has {longest} tokens, but the target's context is {context}; shorten it")
         return encoded
 
     def run(self, prompts: list[list[int]], start: int = 0, on_tokens: OnTokens | None = None) -> Generation:
@@ -124,6 +127,11 @@ def answer(
         if json_out:
             settings, figures = asdict(answerer.settings), asdict(stats) | {"beta": stats.beta}
             write_json(json_out, {"meta": meta | settings, "outputs": outputs, "stats": figures})
+    context = answerer.target.context
+    beyond = [o["id"] for o, ids in zip(outputs, encoded, strict=True) if len(ids) + len(o["tokens"]) > context]
+    if beyond:
+        note = f"note: {len(beyond)} answers, the first {beyond[0]}, go beyond the target's context of {context} tokens"
+        print(note, file=sys.stderr)
     speed = stats.tokens / max(stats.seconds, 1e-9)
     print(f"{stats.tokens} tokens, {speed:.0f} tokens/s, β {stats.beta:.2f}", file=sys.stderr)
 

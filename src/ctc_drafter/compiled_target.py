@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -24,7 +25,8 @@ class CompiledTarget(Target):
     """A `Target` with static caches and a graph for each kind of short forward, made when it is first needed.
 
     layers: blocks whose features every graph hands out, so that plain steps and trees share one. Build it with
-    `compile_target`. The graphs live here, not on the model.
+    `compile_target`. The graphs live here, not on the model. While one is made, the exporter puts stand-ins in the
+    place of the model's weights: where several threads run it, let `prepare` make them first.
     """
 
     compiled: ClassVar[bool] = True
@@ -35,6 +37,7 @@ class CompiledTarget(Target):
     layers: tuple[int, ...] = ()
     backend: str = BACKEND
     graphs: dict[Shape, Graph] = field(default_factory=dict, compare=False, repr=False)
+    making: threading.Lock = field(default_factory=threading.Lock, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.cache != "static":
@@ -50,6 +53,7 @@ class CompiledTarget(Target):
         key_positions: torch.Tensor | None = None,
         layers: Sequence[int] = (),
         keep: torch.Tensor | None = None,
+        long: torch.Tensor | None = None,
     ) -> Verification:
         """See `Target.forward`. Prompts, and trees of more than 64 nodes, are not compiled.
 
@@ -58,7 +62,7 @@ class CompiledTarget(Target):
         rows, count = tokens.shape
         prompt = keep is not None or (allowed is None and count > 1)
         if prompt or count > SIZES[-1]:
-            return super().forward(tokens, positions, cache, allowed, key_positions, layers, keep)
+            return super().forward(tokens, positions, cache, allowed, key_positions, layers, keep, long)
         start = cache.get_seq_length()
         if allowed is None or key_positions is None:
             key_positions = torch.arange(start + 1, device=tokens.device).expand(rows, -1)
@@ -77,7 +81,9 @@ class CompiledTarget(Target):
         fixed = slots if sizes_are_fixed(self.device) else 0
         shape = Shape(self._rows(rows), size, tuple(layers) or self.layers, kinds, fixed)
         if shape not in self.graphs:
-            self.graphs[shape] = make_graph(self.model, shape, inputs, self.backend)
+            with self.making:
+                if shape not in self.graphs:
+                    self.graphs[shape] = make_graph(self.model, shape, inputs, self.backend)
         logits, features = self.graphs[shape](inputs)
         for layer in cache.layers:
             layer.cumulative_length.fill_(start + count)
@@ -118,6 +124,8 @@ def compile_target(target: Target, layers: Sequence[int] = (), backend: str = BA
 
     Raises `UserError` when the model cannot be compiled, or when this machine has no compiler.
     """
+    if target.switch is not None:
+        raise UserError(f"{type(target.model).__name__} changes its longrope factors on the way; leave out --compile")
     made = CompiledTarget(target.model, layers=tuple(layers), backend=backend)
     self_test(made)
     return made

@@ -5,6 +5,7 @@ Found by structure, not by name: families call the same things `layers`, `h`, `b
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -15,20 +16,54 @@ from transformers import PreTrainedModel
 
 from ctc_drafter.types import UserError
 
+HOOKS = threading.Lock()  # held while hooks are put on a model or taken off
+
 
 def decoder_blocks(model: PreTrainedModel) -> nn.ModuleList:
-    """The list of decoder layers: the first module list as long as the model is deep."""
+    """The list of decoder layers; see `decoder_stack`."""
     return decoder_stack(model)[1]
 
 
 def decoder_stack(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
-    """The module that holds the decoder blocks, and their list. Raises `UserError` when there is none."""
+    """The module that holds the decoder blocks of the text part, and their list.
+
+    That is the list as long as the model is deep, the first of several, or else the only list there is: some families
+    count two layers for each block. Lists inside of blocks do not count. Raises `UserError` when there is none.
+    """
     depth = model.config.get_text_config(decoder=True).num_hidden_layers
-    for module in model.base_model.modules():
-        for child in module.children():
-            if isinstance(child, nn.ModuleList) and len(child) == depth:
-                return module, child
-    raise UserError(f"no list of {depth} decoder layers found in {type(model).__name__}; it cannot be a target")
+    found = list(module_lists(text_part(model)))
+    fitting = [each for each in found if len(each[1]) == depth] or (found if len(found) == 1 else [])
+    if not fitting:
+        raise UserError(
+            f"{type(model).__name__} has no list of {depth} decoder layers whose outputs a drafter could read; "
+            "use prompt_lookup, or another target"
+        )
+    return fitting[0]
+
+
+def text_part(model: PreTrainedModel) -> nn.Module:
+    """The decoder of a model, without what it may have for images and sound."""
+    decoder = model.get_decoder()
+    return decoder if isinstance(decoder, nn.Module) else model.base_model
+
+
+def module_lists(module: nn.Module) -> Iterator[tuple[nn.Module, nn.ModuleList]]:
+    """The outermost module lists with more than nothing in them, each with the module that holds it."""
+    for child in module.children():
+        if isinstance(child, nn.ModuleList):
+            if len(child):
+                yield module, child
+        else:
+            yield from module_lists(child)
+
+
+def check_layers(model: PreTrainedModel, layers: Sequence[int]) -> None:
+    """Raises `UserError` where there are no such blocks to read, before anything is computed."""
+    if layers and not 0 <= min(layers) <= max(layers) < len(decoder_blocks(model)):
+        raise UserError(
+            f"the drafter reads blocks {list(layers)}, and {type(model).__name__} has {len(decoder_blocks(model))}; "
+            "give it target_layer_ids below that"
+        )
 
 
 def final_norm(model: PreTrainedModel) -> nn.Module | None:
@@ -53,25 +88,42 @@ def norm_scale(norm: nn.Module, size: int, dtype: torch.dtype, device: torch.dev
 
 @contextmanager
 def captured(model: PreTrainedModel, layers: Sequence[int]) -> Iterator[dict[int, torch.Tensor]]:
-    """While open, the outputs of these blocks (before the final norm) land in the dictionary."""
+    """While open, the outputs of these blocks (before the final norm) land in the dictionary.
+
+    Those of forwards in this thread: other threads may run the same model, under captures of their own or none. A model
+    whose blocks run in threads that its forward starts hands nothing out.
+    """
     outputs: dict[int, torch.Tensor] = {}
     if not layers:
         yield outputs
         return
+    owner = threading.get_ident()
 
     def keeper(layer: int) -> Any:
         def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            outputs[layer] = output[0] if isinstance(output, tuple) else output
+            # Compilers cannot trace the question, and trace one thread only.
+            if torch.compiler.is_dynamo_compiling() or threading.get_ident() == owner:
+                outputs[layer] = state_of(output)
 
         return keep
 
     blocks = decoder_blocks(model)
-    handles = [blocks[layer].register_forward_hook(keeper(layer)) for layer in layers]
+    # PyTorch copies a module's hooks before it calls them, so a forward on its way does not mind new ones. But it
+    # counts their ids without a lock, and of two hooks with one id only the last is kept.
+    with HOOKS:
+        handles = [blocks[layer].register_forward_hook(keeper(layer)) for layer in layers]
     try:
         yield outputs
     finally:
-        for handle in handles:
-            handle.remove()
+        with HOOKS:
+            for handle in handles:
+                handle.remove()
+
+
+def state_of(output: Any) -> torch.Tensor:
+    """What a block hands on, `[B, T, H]`: the mean of its streams, where it keeps several, `[S, B, T, H]` (AltUp)."""
+    state = output[0] if isinstance(output, tuple) else output
+    return state.mean(0) if state.dim() == 4 else state
 
 
 def concatenate(outputs: dict[int, torch.Tensor], layers: Sequence[int]) -> torch.Tensor | None:

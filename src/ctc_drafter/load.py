@@ -156,12 +156,6 @@ def fresh_drafter(
     """An untrained drafter for this target; sizes that are None are the config's. It starts from the target's weights,
     where it has like ones."""
     chosen = trained_method(method)
-    width = target.embed(torch.zeros(1, dtype=torch.long, device=target.device)).shape[-1]
-    if width != target.hidden_size:
-        raise UserError(
-            f"the target's embeddings have {width} numbers and its blocks {target.hidden_size}; "
-            f"a {method} drafter needs a target where both are the same"
-        )
     torch.manual_seed(seed)
     given: dict[str, Any] = {name: size for name, size in sizes.items() if size is not None}
     if "mask_token_id" in chosen.drafter.config_class.__dataclass_fields__:
@@ -171,6 +165,7 @@ def fresh_drafter(
         target.model.config, **{"target_fingerprint": fingerprint(tokenizer), **chosen.usual, **chosen.sizes, **given}
     )
     drafter.check_target(target.model.config)
+    target.check_drafter(drafter)
     drafter.start_from(target.norm_scale, target.head)
     return drafter.to(target.device)
 

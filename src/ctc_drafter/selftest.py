@@ -2,33 +2,50 @@
 
 Signatures and configurations do not say everything: positions may be offset inside the model, a mask may be
 ignored, a window may be configured and not used. Each of these would be silently wrong, so they are tried.
+
+What a model computes may also depend on length: the trial is repeated at every length that the configuration names,
+windows, chunks, original contexts and the like. So that it stays cheap, the cache is not computed there but filled
+with keys and values of a short text.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
-from transformers import Cache, PreTrainedModel
+from torch import nn
+from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from ctc_drafter.decode.cache import compact
+from ctc_drafter.rope import switch_length
+from ctc_drafter.static_cache import RoomyLayer, reserve
 from ctc_drafter.types import UserError, Verification
 
-PARENTS = (0, 0, 0, 1, 2)  # root -> 1 -> 3, root -> 2 -> 4
-PATHS = ((0, 1, 3), (0, 2, 4))
-DEPTHS = (0, 1, 1, 2, 2)
+PARENTS = (0, 0, 0, 1, 2, 3, 4)  # root -> 1 -> 3 -> 5, root -> 2 -> 4 -> 6
+PATHS = ((0, 1, 3, 5), (0, 2, 4, 6))
+DEPTHS = (0, 1, 1, 2, 2, 3, 3)
 SHORT = 12  # tokens before the tree
-# Multiplications that the trial may cost: well under a second. They decide which sliding windows are crossed.
-BUDGET = {"cpu": 1e10, "cuda": 2e14}
 # Of the logits' spread. Tiny correct targets are at 2e-6, 3e-3 and 2e-2 in float32, float16 and bfloat16, wrong
 # ones at .04 to 2.
 TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 # Rounded activations (int8) make the smallest differences large: so many times what the model's own cache changes
-# in its logits is allowed, but nothing as wild as dropout.
+# in its logits is allowed to quantised targets, but nothing as wild as dropout.
 NOISE = 8
 LARGEST = 0.2
+# Settings that may change what is computed from some length on, and names of the like that count something else.
+LENGTHS = re.compile(r"window|chunk|keep|floor|original_max|span|local")
+COUNTS = re.compile(r"layers|pattern|^num_|_num_|feed_forward|experts?")
+# Keys of a text that is not read are made small, so that attention spreads over all of it, and values at a window's
+# edge so large that each is worth a part of the whole: a key too many or too few then shows in any format.
+SPREAD, EDGE = 0.1, 1 / 2
+# Bytes that filled caches may take: a part of the weights' own, within bounds.
+PART, LEAST, MOST = 8, 64 << 20, 1 << 30
+
+
+States = dict[int, tuple[torch.Tensor, torch.Tensor]]
 
 
 class Trial(Protocol):
@@ -37,12 +54,12 @@ class Trial(Protocol):
     @property
     def model(self) -> PreTrainedModel: ...
     @property
-    def context(self) -> int: ...
+    def config(self) -> PreTrainedConfig: ...
+    @property
+    def limit(self) -> int: ...
     @property
     def vocab_size(self) -> int: ...
-    @property
-    def window(self) -> int | None: ...
-    def new_cache(self) -> Cache: ...
+    def new_cache(self, slots: int = 0) -> Cache: ...
     def forward(
         self,
         tokens: torch.Tensor,
@@ -56,61 +73,178 @@ class Trial(Protocol):
 
 
 def self_test(target: Trial) -> None:
-    """Raises `UserError` when a tree of 5 nodes, or the step after its compaction, disagrees with plain text."""
+    """Raises `UserError` when a tree of 7 nodes, or the step after its compaction, disagrees with plain text: behind a
+    short text, or where a length that the configuration names is crossed."""
     name = type(target.model).__name__
     try:
-        error, tolerance = disagreement(target)
+        for where, error, allowed in trials(target):
+            if not error <= allowed:  # NaN fails as well
+                advice = "call model.eval() first" if target.model.training else "it cannot be a target"
+                raise UserError(
+                    f"{name} says something else over a token tree than over its paths as plain text{where} "
+                    f"({error:.2g} of the logits' spread, {allowed:.2g} allowed); {advice}"
+                )
     except (UserError, torch.OutOfMemoryError):
         raise
     except Exception as failure:  # whatever a model raises that was not made for this
         line = (str(failure).strip() or type(failure).__name__).splitlines()[0]
         raise UserError(f"{name} fails on a token tree ({line}); it cannot be a target") from failure
-    if not error <= tolerance:  # NaN fails as well
-        advice = "call model.eval() first" if target.model.training else "it cannot be a target"
-        raise UserError(
-            f"{name} says something else over a token tree than over its paths as plain text "
-            f"({error:.2g} of the logits' spread, {tolerance:.2g} allowed); {advice}"
-        )
+
+
+def trials(target: Trial) -> Iterator[tuple[str, float, float]]:
+    """Where each trial took place, in words, its disagreement, and how much is allowed."""
+    error, allowed, states = behind_a_short_text(target)
+    yield "", error, allowed
+    for threshold, names in thresholds(target.config).items():
+        if threshold + len(PARENTS) <= target.limit:
+            yield f" where {names} = {threshold} is crossed", crossing(target, threshold, states), allowed
+
+
+def thresholds(config: PreTrainedConfig) -> dict[int, str]:
+    """The lengths that a text configuration names, with their names: `{512: "sliding_window"}`."""
+    found: dict[int, list[str]] = {}
+    for name, value in settings(config.to_dict()):
+        if type(value) is int and value > 3 and LENGTHS.search(name) and not COUNTS.search(name):
+            found.setdefault(value, []).append(name)
+    return {value: " and ".join(dict.fromkeys(names)) for value, names in sorted(found.items())}
+
+
+def settings(values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Every setting with its name, those of nested dictionaries too."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from settings({str(key): each for key, each in value.items()})
+        else:
+            yield name, value
+
+
+def disagreement(target: Trial) -> tuple[float, float]:
+    """Behind a short text: the largest difference of a node, and how much is allowed, both relative to the spread of
+    the logits."""
+    return behind_a_short_text(target)[:2]
 
 
 @torch.inference_mode()
-def disagreement(target: Trial) -> tuple[float, float]:
-    """The largest difference of a node, and how much is allowed, both relative to the spread of the logits."""
+def behind_a_short_text(target: Trial) -> tuple[float, float, States]:
+    """`disagreement`, and the keys and values of the text."""
     device, length = target.model.device, prompt_length(target)
     tokens = trial_tokens(length + len(PARENTS) + 1, target.vocab_size).to(device)
     prompt, tree, after = tokens.split([length, len(PARENTS), 1])
     paths = torch.stack([torch.cat([prompt, tree[list(path)], after]) for path in PATHS])
 
-    plain = plain_logits(target.model, paths, 4)
-    expected = torch.stack([plain[1, 0], plain[0, 1], plain[1, 1], plain[0, 2], plain[1, 2], plain[1, 3]])
-    found = torch.cat(tree_logits(target, prompt, tree, after))
-    noise = difference(resumed_logits(target.model, paths[1:], length)[0], plain[1])
-    tolerance = max(TOLERANCE.get(target.model.dtype, 1e-1), min(NOISE * noise, LARGEST))
-    return difference(found, expected), tolerance
+    plain = plain_logits(target.model, paths, len(PATHS[0]) + 1)
+    cache, positions = target.new_cache(length), torch.arange(length, device=device)
+    target.forward(prompt.unsqueeze(0), positions.unsqueeze(0), cache, keep=positions[-1:])
+    found = tree_logits(target, cache, length, 0, tree, after)
+    allowed = TOLERANCE.get(target.model.dtype, 1e-1)
+    if is_quantised(target.model):
+        noise = difference(resumed_logits(target.model, paths[1:], length)[0], plain[1])
+        allowed = max(allowed, min(NOISE * noise, LARGEST))
+    return difference(found, by_node(plain)), allowed, states_of(cache)
+
+
+@torch.inference_mode()
+def crossing(target: Trial, threshold: int, short: States) -> float:
+    """The largest difference of a node where the tree's depths stand at both sides of `threshold`.
+
+    short: keys and values of a short text. The text before the root is as long as the threshold where memory allows;
+    else it is the short one, at positions before the root's.
+    """
+    # By their positions, depths 0 to 2 stand below the threshold and depth 3 on it; by their slots, more do.
+    device, start = target.model.device, max(1, threshold - 3)
+    tree, after = trial_tokens(len(PARENTS) + 1, target.vocab_size).to(device).split([len(PARENTS), 1])
+    length = start if fits(target.model, short, start) else min(start, SHORT)
+    states = stretched(short, length, edge=length == start)
+    cache = target.new_cache(length)
+    if isinstance(cache.layers[0] if cache.layers else None, RoomyLayer):
+        reserve(cache, length)
+    found = tree_logits(target, fill(cache, states, 1), length, start - length, tree, after)
+
+    paths = torch.stack([torch.cat([tree[list(path)], after]) for path in PATHS])
+    positions = torch.arange(start, start + paths.shape[1], device=device).expand_as(paths)
+    plain = fill(DynamicCache(), states, len(PATHS))
+    # Rotary factors that follow the largest position of a forward need one token at a time, as plain decoding has it.
+    width = 1 if switch_length(target.config) else paths.shape[1]
+    parts = zip(paths.split(width, 1), positions.split(width, 1), strict=True)
+    logits = [
+        target.model(input_ids=tokens, position_ids=places, past_key_values=plain, use_cache=True).logits
+        for tokens, places in parts
+    ]
+    return difference(found, by_node(torch.cat(logits, 1)))
+
+
+def fits(model: PreTrainedModel, states: States, length: int) -> bool:
+    """Whether caches of so many tokens, for the tree and for both paths, are small beside the weights."""
+    a_token = sum(part[:, :, :1].numel() * part.element_size() for pair in states.values() for part in pair)
+    weights = sum(weight.nbytes for weight in model.parameters())
+    return 4 * a_token * length <= min(max(weights // PART, LEAST), MOST)
+
+
+def states_of(cache: Cache) -> States:
+    """Keys and values `[1, heads, T, dim]` of each layer that has its own."""
+    slots = cache.get_seq_length()
+    return {
+        index: (layer.keys[:, :, :slots], layer.values[:, :, :slots])
+        for index, layer in enumerate(cache.layers)
+        if layer.keys is not None
+    }
+
+
+def stretched(states: States, length: int, edge: bool) -> States:
+    """As if the text were `length` tokens long: slots of the short one in a random order. With `edge` the first few
+    values, which leave a window of that length first, are made large."""
+    found: States = {}
+    for layer, (keys, values) in states.items():
+        order = trial_tokens(length, keys.shape[2]).to(keys.device)
+        keys, values = SPREAD * keys[:, :, order], values[:, :, order]
+        if edge:
+            values[:, :, : len(PARENTS) + 2] *= max(1.0, EDGE * length)
+        found[layer] = keys, values
+    return found
+
+
+def fill(cache: Cache, states: States, rows: int) -> Cache:
+    """Puts them into an empty cache, `rows` times."""
+    for layer, (keys, values) in states.items():
+        cache.update(keys.repeat(rows, 1, 1, 1), values.repeat(rows, 1, 1, 1), layer)
+    return cache
 
 
 def tree_logits(
-    target: Trial, prompt: torch.Tensor, tree: torch.Tensor, after: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits of the nodes, `[5, V]`, and of `after` once only the second path is kept in the cache, `[1, V]`."""
-    cache, length = target.new_cache(), len(prompt)
-    slots = torch.arange(length, device=prompt.device).unsqueeze(0)
-    target.forward(prompt.unsqueeze(0), slots, cache, keep=slots[0, -1:])
+    target: Trial, cache: Cache, length: int, offset: int, tree: torch.Tensor, after: torch.Tensor
+) -> torch.Tensor:
+    """Logits of the 7 nodes, and of `after` once only the second path is kept in the cache, `[8, V]`.
 
-    positions = length + torch.tensor([DEPTHS], device=prompt.device)
-    seen = torch.ones(1, len(PARENTS), length, dtype=torch.bool, device=prompt.device)
-    allowed = torch.cat([seen, ancestors().to(prompt.device).unsqueeze(0)], 2)
+    The cache holds `length` tokens, the first at position `offset`.
+    """
+    slots = torch.arange(length, device=tree.device).unsqueeze(0) + offset
+    positions = offset + length + torch.tensor([DEPTHS], device=tree.device)
+    seen = torch.ones(1, len(PARENTS), length, dtype=torch.bool, device=tree.device)
+    allowed = torch.cat([seen, ancestors().to(tree.device).unsqueeze(0)], 2)
     nodes = target.forward(tree.unsqueeze(0), positions, cache, allowed, torch.cat([slots, positions], 1)).logits[0]
 
-    lengths = torch.tensor([length], device=prompt.device)
-    path = torch.tensor([PATHS[1]], device=prompt.device)
+    lengths = torch.tensor([length], device=tree.device)
+    path = torch.tensor([PATHS[1]], device=tree.device)
     compact(cache, lengths, length, path, torch.full_like(lengths, path.shape[1] - 1))
-    step = target.forward(after.unsqueeze(0), (lengths + path.shape[1]).unsqueeze(0), cache)
-    return nodes, step.logits[0]
+    position = (offset + lengths + path.shape[1]).unsqueeze(0)
+    return torch.cat([nodes, target.forward(after.unsqueeze(0), position, cache).logits[0]])
+
+
+def by_node(plain: torch.Tensor) -> torch.Tensor:
+    """Logits `[8, V]` in the order of `tree_logits`, of those of both paths and `after`, `[2, 5, V]`."""
+    return torch.stack([plain[1, 0], *plain[:, 1:-1].transpose(0, 1).flatten(0, 1), plain[1, -1]])
+
+
+def is_quantised(model: PreTrainedModel) -> bool:
+    """Whether weights are held in fewer bits than they are computed with."""
+    if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
+        return True
+    quantised = any(type(w) is not nn.Parameter or type(w.data) is not torch.Tensor for w in model.parameters())
+    return quantised or any("quantized" in type(module).__module__ for module in model.modules())
 
 
 def ancestors() -> torch.Tensor:
-    """`bool [5, 5]`: a node sees itself and what lies above it."""
+    """`bool [7, 7]`: a node sees itself and what lies above it."""
     matrix = torch.eye(len(PARENTS), dtype=torch.bool)
     for node, parent in enumerate(PARENTS):
         matrix[node] |= matrix[parent]
@@ -147,7 +281,5 @@ def trial_tokens(count: int, vocab_size: int) -> torch.Tensor:
 
 
 def prompt_length(target: Trial) -> int:
-    """Tokens before the tree: more than a sliding window holds, where that is cheap."""
-    most = BUDGET.get(target.model.device.type, BUDGET["cpu"]) / (5 * max(1, target.model.num_parameters()))
-    crossing = (target.window or 0) + SHORT
-    return max(1, min(crossing if crossing <= most else SHORT, target.context - 6))
+    """Tokens before the tree of the first trial."""
+    return max(1, min(SHORT, target.limit - len(PARENTS) - 1))

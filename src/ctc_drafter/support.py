@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import inspect
 
+from torch import nn
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
+from ctc_drafter.rope import grows_with_length
 from ctc_drafter.types import UserError
 
 KERNELS = ("sdpa", "eager")
 ATTENTION = {"full_attention", "sliding_attention"}
 GATHERABLE = {"DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer"}
+CHOOSING = ("keep_window_size", "index_topk")  # settings of attention that picks keys by their content
+LONGEST_OFFSET = 8  # entries that a table of positions may have before position 0
 
 
 def refuse_config(config: PreTrainedConfig) -> None:
@@ -24,6 +28,12 @@ def refuse_config(config: PreTrainedConfig) -> None:
     attention = getattr(text, "attn_config", None)
     if getattr(text, "alibi", False) or getattr(attention, "alibi", False):
         raise UserError(f"{config.model_type} uses alibi, which ignores tree positions; use a target with rotary ones")
+    chosen = [name for name in CHOOSING if getattr(text, name, None)]
+    if chosen:
+        raise UserError(
+            f"{config.model_type} attends to the best {chosen[0]} of all keys, drafted ones among them; "
+            "use a target that attends to all, or to a window"
+        )
     kinds = set(getattr(text, "layer_types", None) or ()) - ATTENTION
     if kinds:
         raise UserError(
@@ -51,3 +61,22 @@ def refuse_unsupported(model: PreTrainedModel) -> None:
         raise UserError(
             f"{name} caches {', '.join(sorted(unknown))}, which cannot be gathered after a tree; use another target"
         )
+
+
+def position_limit(model: PreTrainedModel) -> int | None:
+    """Positions that a model has and cannot go beyond; None where positions are computed (rotary ones).
+
+    Tables of learned positions, and buffers of as many entries (masks, sines), are as long as the context or a few
+    entries longer, for the offset that some families add. Frequencies that grow with each token beyond the context
+    (dynamic NTK) depend on the length of every forward and on texts read before, so that range counts as none.
+    """
+    config = model.config.get_text_config(decoder=True)
+    context = getattr(config, "max_position_embeddings", None)
+    if not context:
+        return None
+    if grows_with_length(config):
+        return context
+    words = model.get_input_embeddings()
+    tables = [m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding) and m is not words]
+    sizes = [*tables, *(size for buffer in model.buffers() for size in buffer.shape)]
+    return context if any(context <= size <= context + LONGEST_OFFSET for size in sizes) else None

@@ -19,11 +19,12 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, Cache, PreTrainedConfig, PreTrainedModel
 
-from ctc_drafter.features import captured, concatenate, final_norm, norm_scale
+from ctc_drafter.features import captured, check_layers, concatenate, final_norm, norm_scale
 from ctc_drafter.layout import GrowingLayer, columns_first, grouped_heads
+from ctc_drafter.rope import factors_by_token, rereads, scaled_context, switch_length
 from ctc_drafter.selftest import self_test
 from ctc_drafter.static_cache import reserve, static_cache
-from ctc_drafter.support import refuse_config, refuse_unsupported
+from ctc_drafter.support import position_limit, refuse_config, refuse_unsupported
 from ctc_drafter.types import UserError, Verification
 
 UNLIMITED_CONTEXT = 1 << 30
@@ -110,8 +111,26 @@ class Target:
 
     @property
     def context(self) -> int:
-        """Tokens that fit: prompt and answer together."""
-        return getattr(self.config, "max_position_embeddings", None) or UNLIMITED_CONTEXT
+        """Tokens, prompt and answer together, that the model is made for. It may go on beyond, as in `generate`, up to
+        `limit`."""
+        stated = getattr(self.config, "max_position_embeddings", None) or UNLIMITED_CONTEXT
+        return max(stated, scaled_context(self.config))
+
+    @cached_property
+    def limit(self) -> int:
+        """Positions that exist: beyond them the model has no embedding, or none that depends on the text alone."""
+        found = position_limit(self.model)
+        return UNLIMITED_CONTEXT if found is None else found
+
+    @cached_property
+    def switch(self) -> int | None:
+        """Tokens of a text beyond which rotary factors change (longrope); None where they do not."""
+        return switch_length(self.config)
+
+    @cached_property
+    def reread_at(self) -> int | None:
+        """Tokens of a text at which stock `generate` drops the cache and reads it all anew; None if it never does."""
+        return self.switch if rereads(self.model) else None
 
     @cached_property
     def window(self) -> int | None:
@@ -140,6 +159,13 @@ class Target:
             return static_cache(self.num_layers, slots)
         return Cache(layer_class_to_replicate=GrowingLayer)
 
+    def check_drafter(self, drafter: Any) -> None:
+        """Raises `UserError` for a drafter that could not read this model's blocks, embedding or LM head."""
+        check_layers(self.model, drafter.feature_layers)
+        check = getattr(drafter, "check_modules", None)
+        if check is not None:
+            check(self.embed, self.head)
+
     @torch.inference_mode()
     def forward(
         self,
@@ -150,13 +176,15 @@ class Target:
         key_positions: torch.Tensor | None = None,
         layers: Sequence[int] = (),
         keep: torch.Tensor | None = None,
+        long: torch.Tensor | None = None,
     ) -> Verification:
         """Runs tokens `int64 [B, T]` at `positions [B, T]` and appends their keys and values to the cache.
 
         allowed `bool [B, T, S]` says which of the S cached and new tokens each token sees, with their
         positions in key_positions `int64 [B, S]`; without it, rows are plain causal text. Features of the
         blocks in `layers` come back concatenated, `[B, T, K]`. With keep `int64 [R]` logits are computed
-        for those columns only.
+        for those columns only. long `bool [B, T]`: tokens of longrope targets that are rotated by the long factors;
+        those at positions from the switch on if it is not given.
         """
         options: dict[str, Any] = {}
         if self.cache == "static":
@@ -167,7 +195,10 @@ class Target:
         slices = keep is not None and "logits_to_keep" in inspect.signature(self.model.forward).parameters
         if slices:
             options["logits_to_keep"] = keep
-        with captured(self.model, layers) as outputs, grouped_heads(tokens.device):
+        if long is None:
+            long = positions >= (self.switch or 0)
+        factors = factors_by_token(self.model, self.switch, long)
+        with captured(self.model, layers) as outputs, grouped_heads(tokens.device), factors:
             result = self.model(
                 input_ids=tokens, position_ids=positions, past_key_values=cache, use_cache=True, **options
             )

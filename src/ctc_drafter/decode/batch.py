@@ -13,10 +13,10 @@ from ctc_drafter.decode.budget import Budget, Pace
 from ctc_drafter.decode.cache import compact
 from ctc_drafter.decode.choose import Chooser
 from ctc_drafter.decode.join import Extent, join
-from ctc_drafter.decode.prefill import Prefill, prefill
+from ctc_drafter.decode.prefill import Prefill, prefill, reread
 from ctc_drafter.decode.rows import Row
 from ctc_drafter.decode.stats import Stopwatch
-from ctc_drafter.decode.tree import build_tree
+from ctc_drafter.decode.tree import build_tree, up_to
 from ctc_drafter.decode.verify import verify
 from ctc_drafter.drafters.base import Drafter
 from ctc_drafter.drafters.lazy import LazySession
@@ -57,6 +57,7 @@ class Method:
             raise UserError(f"nodes is {self.nodes}; give at least 1, or use plain_generate")
         if not 0 <= self.floor < 1:
             raise UserError(f"floor is {self.floor}; give a probability, at least 0 and below 1")
+        self.target.check_drafter(self.drafter)
 
 
 class Batch:
@@ -127,12 +128,15 @@ class Batch:
 
     def advance(self) -> Step:
         """`step`, with all that it saw."""
+        target = self.method.target
+        with self.clock("prefill"):
+            reread(target, self.cache, self.lengths, self.rows)
         tree = self._draft() if self.pace is None else self._draft_what_pays(self.pace)
+        if target.reread_at is not None:
+            tree = up_to(tree, self.lengths, target.reread_at)
         with self.clock("verify"):
             slots = self.cache.get_seq_length()
-            verification = verify(
-                self.method.target, self.cache, self.lengths, tree, self.method.drafter.feature_layers
-            )
+            verification = verify(target, self.cache, self.lengths, tree, self.method.drafter.feature_layers)
         with self.clock("accept"):
             acceptance = follow(tree, self.method.chooser.along(tree, verification.logits, self.rows))
             path = acceptance.path[:, : int(acceptance.counts.max()) + 1]

@@ -13,7 +13,7 @@ from ctc_drafter.decode.batch import Batch, Method
 from ctc_drafter.decode.budget import Budget
 from ctc_drafter.decode.cache import compact
 from ctc_drafter.decode.choose import ARGMAX, Chooser
-from ctc_drafter.decode.prefill import prefill
+from ctc_drafter.decode.prefill import prefill, reread
 from ctc_drafter.decode.rows import Row
 from ctc_drafter.decode.stats import Stats, Stopwatch
 from ctc_drafter.decode.writer import OnTokens, Writer
@@ -58,8 +58,8 @@ def generate(
 
     Prefixes less likely than `floor` are not worth the time that a node adds to a verification. With a `budget` trees
     are as large as pays on this machine instead, and plain steps are taken where none does. Greedy, or as
-    `chooser` says: `Sampled(seeds, warpers(temperature=0.8))`. A row ends at an eos, at `max_new_tokens`, at the
-    target's context, or where `criteria` say so.
+    `chooser` says: `Sampled(seeds, warpers(temperature=0.8))`. A row ends at an eos, at `max_new_tokens`, or where
+    `criteria` say so; like transformers' own `generate` it may go on beyond the context that the target is made for.
 
     `on_tokens(row, tokens)` is called with what each verification emits. Rows may differ in length and finish
     at different times; a finished row leaves the batch.
@@ -131,6 +131,8 @@ def plain_generate(
             cache.batch_select_indices(kept)
             lengths, root, path = lengths[kept], root[kept], path[kept]
             active = [active[place] for place in places]
+        with clock("prefill"):
+            reread(target, cache, lengths, active)
         with clock("verify"):
             slots = cache.get_seq_length()
             logits = step(target, cache, lengths, root)
@@ -157,11 +159,22 @@ def step(target: Target, cache: Cache, lengths: torch.Tensor, root: torch.Tensor
 def new_rows(
     target: Target, prompts: Sequence[Sequence[int]], max_new_tokens: int, eos: Collection[int], first: int = 0
 ) -> list[Row]:
-    """Rows with room for as many new tokens as asked, or as the target's context still holds."""
+    """Rows with room for as many new tokens as asked. Raises `UserError` where the target has no positions for them."""
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens is {max_new_tokens}; give at least 1")
-    ends = frozenset(eos)
-    return [
-        Row(first + place, prompt, min(max_new_tokens, target.context - len(prompt)), ends)
-        for place, prompt in enumerate(prompts)
-    ]
+    rows = [Row(first + place, prompt, max_new_tokens, frozenset(eos)) for place, prompt in enumerate(prompts)]
+    check_room(rows, target.limit)
+    return rows
+
+
+def check_room(rows: Sequence[Row], limit: int) -> None:
+    """Raises `UserError` for rows whose prompt and answer need more positions than the target has.
+
+    The last token that is written is never read, and needs none.
+    """
+    for row in rows:
+        if len(row.prompt) + row.limit - 1 > limit:
+            raise UserError(
+                f"prompt {row.index} has {len(row.prompt)} tokens and may get {row.limit} more, but the target has "
+                f"{limit} positions; ask for at most {max(0, limit + 1 - len(row.prompt))} new tokens, or shorten it"
+            )

@@ -21,14 +21,14 @@ from transformers.generation import BaseStreamer, GenerateDecoderOnlyOutput
 from ctc_drafter.decode.batch import Method
 from ctc_drafter.decode.choose import ARGMAX, Chooser, Greedy, Sampled
 from ctc_drafter.decode.criteria import end_tokens, fills_up, refuse_criteria, remaining
-from ctc_drafter.decode.generate import DEFAULT_FLOOR, DEFAULT_NODES, run
+from ctc_drafter.decode.generate import DEFAULT_FLOOR, DEFAULT_NODES, check_room, run
 from ctc_drafter.decode.generate_settings import refuse_settings
 from ctc_drafter.decode.inputs import refuse_encoder, refuse_inputs
 from ctc_drafter.decode.outputs import Record, emitted_logits, scores_of
 from ctc_drafter.decode.rows import Row
 from ctc_drafter.decode.writer import OnTokens
 from ctc_drafter.drafters.base import Drafter
-from ctc_drafter.target import Target
+from ctc_drafter.target import UNLIMITED_CONTEXT, Target
 from ctc_drafter.types import UserError
 
 LARGEST_SEED = (1 << 63) - 1
@@ -78,7 +78,7 @@ def speculate(
         refuse_criteria(criteria, input_ids)
         target = wrap(model)
         method = Method(target, drafter, nodes, floor, chooser)
-        rows = rows_of(input_ids, mask, stopping_criteria, target.context)
+        rows = rows_of(input_ids, mask, stopping_criteria, target)
         told = on_tokens if streamer is None else streaming(streamer, input_ids, on_tokens)
         rows = decode_rows(method, rows, criteria, told, record, fills_up(stopping_criteria))
         if streamer is not None:
@@ -127,15 +127,27 @@ def chooser_of(
     return Sampled(seeds, processors)
 
 
-def rows_of(input_ids: torch.Tensor, mask: torch.Tensor, criteria: StoppingCriteriaList, context: int) -> list[Row]:
-    """Rows of `int64 [B, T]`, read without the padding that a 2-D mask marks, with their ends."""
+def rows_of(input_ids: torch.Tensor, mask: torch.Tensor, criteria: StoppingCriteriaList, target: Target) -> list[Row]:
+    """Rows of `int64 [B, T]`, read without the padding that a 2-D mask marks, with their ends.
+
+    Raises `UserError` where the target has no positions for all that may be written, and for rows of different lengths
+    that may come where a longrope target changes its factors: stock `generate` then looks at the padded length.
+    """
     lengths = [each.max_length for each in criteria if type(each) is MaxLengthCriteria]
-    room = min(lengths, default=context) - input_ids.shape[1]
+    room = min(lengths, default=UNLIMITED_CONTEXT) - input_ids.shape[1]
     eos = frozenset(end_tokens(criteria))
     rows = []
     for index, (given, keep) in enumerate(zip(input_ids, mask, strict=True)):
         prompt = given[keep.bool()].tolist()
-        rows.append(Row(index, prompt, min(room, context - len(prompt)), eos, given.tolist()))
+        rows.append(Row(index, prompt, room, eos, given.tolist()))
+    if lengths:
+        check_room(rows, target.limit)
+    padded = any(len(row.prompt) < input_ids.shape[1] for row in rows)
+    if padded and target.switch is not None and input_ids.shape[1] + room > target.switch:
+        raise UserError(
+            f"rows of different lengths may come to {target.switch} tokens, where this target changes its rotary "
+            "factors for the padded length; generate them one at a time"
+        )
     return rows
 
 

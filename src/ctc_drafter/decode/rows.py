@@ -28,6 +28,11 @@ class Row:
         return [*(self.prompt if self.given is None else self.given), *self.tokens]
 
     @property
+    def read(self) -> list[int]:
+        """What the target has read, the newest token included."""
+        return [*self.prompt, *self.tokens]
+
+    @property
     def ended(self) -> bool:
         """Whether the newest token is an eos or the last one there is room for."""
         return len(self.tokens) >= self.limit or self.tokens[-1] in self.eos

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 
@@ -51,6 +52,15 @@ def build_tree_statically(root: torch.Tensor, candidates: Candidates, nodes: int
         valid=_with_root(likely.gather(1, chosen), True),
         scores=_with_root(scores, 0.0),
     )
+
+
+def up_to(tree: TokenTree, lengths: torch.Tensor, switch: int) -> TokenTree:
+    """The tree without nodes at positions from `switch` on, in rows of `lengths int64 [B]` that have not come there.
+
+    There the target reads its text anew, so what it says of such nodes before that is not what it would write.
+    """
+    positions = lengths.unsqueeze(1) + tree.depths
+    return replace(tree, valid=tree.valid & ((positions < switch) | (lengths >= switch).unsqueeze(1)))
 
 
 def ancestor_matrix(parents: torch.Tensor) -> torch.Tensor:

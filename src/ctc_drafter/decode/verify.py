@@ -20,8 +20,8 @@ def verify(
     its longest row. A node stands at position length + depth.
     """
     slots = cache.get_seq_length()
-    # Positions past the context belong to nodes that can no longer be emitted; they only must not overflow.
-    positions = (lengths.unsqueeze(1) + tree.depths).clamp(max=target.context - 1)
+    # Positions past the limit belong to nodes that can no longer be emitted; they only must not overflow.
+    positions = (lengths.unsqueeze(1) + tree.depths).clamp(max=target.limit - 1)
     if tree.tokens.shape[1] == 1 and bool((lengths == slots).all()):  # nothing drafted: plain text needs no mask
         return target.forward(tree.tokens, positions, cache, layers=layers)
     cached = torch.arange(slots, device=lengths.device).expand(lengths.shape[0], -1)

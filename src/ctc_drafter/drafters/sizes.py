@@ -105,3 +105,22 @@ PASSED_BY_TRANSFORMERS = frozenset(
         "experts_implementation",
     }
 )
+
+
+def target_size(target: PreTrainedConfig, name: str) -> int | None:
+    """A size of a target's layers as one number: the largest where layers differ; None where there is none."""
+    try:
+        found = getattr(target, name, None)
+    except RuntimeError:  # transformers' way to say that it differs by layer
+        found = [getattr(layer, name, None) for layer in target.per_layer_config]
+    if isinstance(found, list | tuple):
+        found = max((size for size in found if size), default=None)
+    return found or None
+
+
+def needed_size(target: PreTrainedConfig, name: str) -> int:
+    """`target_size`. Raises `UserError` where the configuration has none."""
+    found = target_size(target, name)
+    if found is None:
+        raise UserError(f"the configuration of {target.model_type} has no {name}, which a drafter takes over")
+    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ctc_drafter.drafters.base import Drafter, DraftSession, refuse_call
 from ctc_drafter.drafters.borrowed import Borrowed
-from ctc_drafter.drafters.sizes import DrafterConfig
+from ctc_drafter.drafters.sizes import DrafterConfig, needed_size, target_size
 from ctc_drafter.types import Candidates, UserError
 
 # (what the drafter says of labels, labels int64 [N, U], valid bool [N, U]) -> loss of each anchor [N], in nats
@@ -160,12 +161,14 @@ class TrainableDrafter(PreTrainedModel):
         """The target's embedding and LM head made ready for drafting."""
 
     def borrow(self, embed: nn.Module, head: nn.Module) -> Any:
-        """`prepare`, kept until the modules or any weights change, or training goes on."""
+        """`prepare`, kept until the modules or any weights change, or training goes on. Raises as `check_modules`."""
+        self.check_modules(embed, head)
         weights = [*self.parameters(), *embed.parameters(), *head.parameters()]
         key = (id(embed), id(head), *((id(w), 0 if w.is_inference() else w._version) for w in weights))
-        if self._borrowed is None or self._borrowed[0] != key:
-            self._borrowed = (key, self.prepare(embed, head))
-        return self._borrowed[1]
+        found = self._borrowed  # read once: another thread may draft for another target
+        if found is None or found[0] != key:
+            found = self._borrowed = (key, self.prepare(embed, head))
+        return found[1]
 
     def train(self, mode: bool = True) -> Any:
         """As every module's. What was made of the weights goes: fused optimizers change them without a trace."""
@@ -186,17 +189,20 @@ class TrainableDrafter(PreTrainedModel):
     def for_target(cls, target: PreTrainedConfig, **overrides: Any) -> Any:
         """A fresh, untrained drafter with the target's sizes; `overrides` are keys of its config."""
         text = target.get_text_config(decoder=True)
-        depth, heads = text.num_hidden_layers, text.num_attention_heads
+        hidden, heads = needed_size(text, "hidden_size"), needed_size(text, "num_attention_heads")
+        grouped = target_size(text, "num_key_value_heads") or heads
+        depth = needed_size(text, "num_hidden_layers")
         sizes = {
-            "vocab_size": text.vocab_size,
-            "hidden_size": text.hidden_size,
+            "vocab_size": needed_size(text, "vocab_size"),
+            "hidden_size": hidden,
             "target_num_layers": depth,
-            "target_layer_ids": cls.feature_choice(depth),
-            "intermediate_size": getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+            # Some families count several layers for each of their `num_layers` blocks.
+            "target_layer_ids": cls.feature_choice(min(depth, target_size(text, "num_layers") or depth)),
+            "intermediate_size": target_size(text, "intermediate_size") or 4 * hidden,
             "num_attention_heads": heads,
-            "num_key_value_heads": getattr(text, "num_key_value_heads", None) or heads,
-            "head_dim": getattr(text, "head_dim", None) or text.hidden_size // heads,
-            "max_position_embeddings": getattr(text, "max_position_embeddings", None) or 32768,
+            "num_key_value_heads": math.gcd(heads, grouped),
+            "head_dim": target_size(text, "head_dim") or hidden // heads,
+            "max_position_embeddings": target_size(text, "max_position_embeddings") or 32768,
         }
         known = cls.config_class.__dataclass_fields__
         return cls(cls.config_class(**{key: size for key, size in sizes.items() if key in known} | overrides))
@@ -233,6 +239,23 @@ class TrainableDrafter(PreTrainedModel):
                 raise UserError(f"the drafter was made for a target with {what} {mine}, this one has {theirs}")
         if fingerprint and self.config.target_fingerprint and fingerprint != self.config.target_fingerprint:
             raise UserError("the drafter was made for another tokenizer; use the target that it was trained for")
+
+    def check_modules(self, embed: nn.Module, head: nn.Module | None) -> None:
+        """Raises `UserError` when the target's embedding or LM head is not as wide as its blocks."""
+        hidden, device = self.config.hidden_size, next(embed.parameters()).device
+        width = embed(torch.zeros(1, dtype=torch.long, device=device)).shape[-1]
+        if width != hidden:
+            raise UserError(
+                f"the target's embeddings have {width} numbers and its blocks {hidden}; a trained drafter needs a "
+                "target where both are the same"
+            )
+        reads, writes = getattr(head, "in_features", hidden), getattr(head, "out_features", self.config.vocab_size)
+        if head is None or (reads, writes) != (hidden, self.config.vocab_size):
+            found = "is missing" if head is None else f"makes {writes} logits of {reads} numbers"
+            raise UserError(
+                f"the target's LM head {found}, where a trained drafter needs {self.config.vocab_size} of {hidden}; "
+                "use prompt_lookup, or another target"
+            )
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear | nn.Embedding):

@@ -27,9 +27,15 @@ def step_bytes(target: Target, rows: int, context: int) -> int:
 
 def cached_bytes(config: PreTrainedConfig, dtype: torch.dtype) -> int:
     """Bytes of one token's keys and values in all layers."""
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    per_token: int = 2 * config.num_hidden_layers * heads * head_size(config) * dtype.itemsize
+    if getattr(config, "is_heterogeneous", False):
+        return sum(2 * layer_width(layer) * dtype.itemsize for layer in config.per_layer_config)
+    per_token: int = 2 * config.num_hidden_layers * layer_width(config) * dtype.itemsize
     return per_token
+
+
+def layer_width(config: PreTrainedConfig) -> int:
+    """Numbers of a token's keys in one layer."""
+    return (getattr(config, "num_key_value_heads", None) or config.num_attention_heads) * head_size(config)
 
 
 def head_size(config: PreTrainedConfig) -> int:

@@ -48,8 +48,10 @@ def time_steps(methods: Sequence[Method], rows: int, context: int, rounds: int =
         for place, batch in enumerate(batches):
             clock.total_ms.clear()
             begin = time.perf_counter()
-            batch.step()
+            tokens, accepted = batch.step()
             whole = (time.perf_counter() - begin) * 1e3
+            for row, emitted, count in zip(batch.rows, tokens, accepted, strict=True):
+                row.tokens += emitted[: count + 1]
             if turn >= WARM:
                 taken[place].append({"whole": whole, **{stage: clock.total_ms.get(stage, 0.0) for stage in STAGES}})
     return [median_of(each) for each in taken]
@@ -65,7 +67,9 @@ def started(method: Method, rows: int, context: int, clock: Stopwatch) -> Batch:
     batch = Batch(replace(method, drafter=network_of(method.drafter)), clock)  # made-up text may run in circles
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(method.target.vocab_size, (rows, context), generator=generator).tolist()
-    batch.admit([Row(place, prompt, method.target.context) for place, prompt in enumerate(prompts)])
+    made = [Row(place, prompt, method.target.context) for place, prompt in enumerate(prompts)]
+    for row, token in zip(made, batch.admit(made), strict=True):
+        row.tokens.append(token)
     return batch
 
 

@@ -339,6 +339,7 @@ def _check_data(
     target: Target, drafter: TrainableDrafter, dataset: DistilledDataset, held_out: DistilledDataset | None
 ) -> None:
     drafter.check_target(target.model.config)
+    target.check_drafter(drafter)
     if not len(dataset):
         raise UserError("there are no training rows; distill more, or hold out fewer")
     check_writer(dataset.manifest or {}, target.model)
