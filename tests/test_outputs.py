@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from transformers import LogitsProcessorList, StoppingCriteria
+from transformers import LlamaForCausalLM, LogitsProcessorList, Phi3ForCausalLM, StoppingCriteria
 
 from ctc_drafter.decode.generate import generate
 from ctc_drafter.decode.hf import speculate
 from ctc_drafter.drafters.lookup import PromptLookup
 from ctc_drafter.types import UserError
-from helpers import ScriptedDrafter, tiny_drafter, tiny_target
+from helpers import ScriptedDrafter, tiny_config, tiny_drafter, tiny_target
 
 TARGET = tiny_target()
 MODEL = TARGET.model
@@ -95,6 +95,30 @@ def test_long_prompts_with_an_early_end():
     options |= {"eos_token_id": free[0][2], **ASKED}
     plain = target.model.generate(ids, **options)
     ours = target.model.generate(ids, **options, custom_generate=speculate(PromptLookup()))
+    assert torch.equal(ours.sequences, plain.sequences)
+    close(torch.stack(ours.logits), torch.stack(plain.logits))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("kind", [Phi3ForCausalLM, LlamaForCausalLM])
+@pytest.mark.parametrize("end", [3, 12])
+def test_rows_that_end_before_and_after_rotary_factors_change(kind, end):
+    """Of Phi-3 stock reads the whole text anew at 24 tokens; of Llama it keeps what it has read."""
+    torch.manual_seed(0)
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 24}
+    rope |= {"short_factor": [1.0, 1.1, 1.2, 1.3] * 2, "long_factor": [2.0, 4.0, 8.0, 16.0] * 2}
+    own = {"original_max_position_embeddings": 24} if kind is Phi3ForCausalLM else {}
+    config = tiny_config(max_position_embeddings=96, rope_parameters=rope).to_dict()
+    config = {key: value for key, value in config.items() if key not in ("model_type", "architectures", "head_dim")}
+    model = kind(kind.config_class(**config | own | {"eos_token_id": None, "pad_token_id": 0})).eval()
+    ids = torch.randint(5, 90, (2, 16), generator=torch.Generator().manual_seed(0))
+    options = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": 0}
+    free = model.generate(ids, **options)[:, 16:].tolist()
+    options |= {"eos_token_id": next(token for token in free[0][end:] if token not in free[0][:end] + free[1])}
+    plain = model.generate(ids, **options, **ASKED)
+    assert plain.sequences.shape[1] == 40
+    assert (plain.sequences[0] == 0).any()
+    ours = model.generate(ids, **options, **ASKED, custom_generate=speculate(PromptLookup()))
     assert torch.equal(ours.sequences, plain.sequences)
     close(torch.stack(ours.logits), torch.stack(plain.logits))
 

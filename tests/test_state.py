@@ -234,11 +234,12 @@ def test_criteria_of_a_single_row_may_do_as_they_like(criterion):
     ("criterion", "message"), [(AfterCalls, "keeps a state"), (FirstRow, "each row"), (AnyRow, "each row")]
 )
 def test_criteria_of_a_batch_must_answer_row_by_row(criterion, message):
-    with pytest.raises(UserError, match=f"{criterion.__name__} .*{message}"):
-        MODEL.generate(
-            IDS, max_new_tokens=4, pad_token_id=0, stopping_criteria=[criterion()],
-            custom_generate=speculate(PromptLookup()),
-        )  # fmt: skip
+    for kept in ({}, {"return_dict_in_generate": True, "output_scores": True}):
+        with pytest.raises(UserError, match=f"{criterion.__name__} .*{message}"):
+            MODEL.generate(
+                IDS, max_new_tokens=4, pad_token_id=0, stopping_criteria=[criterion()], **kept,
+                custom_generate=speculate(PromptLookup()),
+            )  # fmt: skip
 
 
 class Ends(StoppingCriteria):

@@ -74,8 +74,8 @@ def speculate(
         chooser = chooser_of(config, logits_processor, seeds, len(input_ids))
         scored = bool(config.return_dict_in_generate and config.output_scores)
         record = Record() if config.return_dict_in_generate and (scored or config.output_logits) else None
+        refuse_criteria(remaining(stopping_criteria, scored=False), input_ids)
         criteria = remaining(stopping_criteria, scored)
-        refuse_criteria(criteria, input_ids)
         target = wrap(model)
         method = Method(target, drafter, nodes, floor, chooser)
         rows = rows_of(input_ids, mask, stopping_criteria, target)

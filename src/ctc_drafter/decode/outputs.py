@@ -9,6 +9,7 @@ import torch
 from transformers import LogitsProcessorList
 
 from ctc_drafter.decode.batch import Method
+from ctc_drafter.decode.choose import walk
 from ctc_drafter.decode.generate import run
 from ctc_drafter.decode.processors import process
 from ctc_drafter.decode.rows import Row
@@ -42,42 +43,49 @@ class Record:
 
 
 @dataclass(frozen=True)
-class Always:
-    """A `Chooser` that writes the same token whatever the target says."""
+class Dictated:
+    """A `Chooser` that writes these texts, by the rows' index, whatever the target says."""
 
-    token: int
+    texts: dict[int, list[int]]
 
     def check(self, row: Row, logits: torch.Tensor) -> None:
         return
 
     def next(self, logits: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
-        return torch.full((len(rows),), self.token, device=logits.device)
+        return torch.tensor([self.texts[row.index][len(row.tokens)] for row in rows], device=logits.device)
 
     def along(self, tree: TokenTree, logits: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
-        return torch.full_like(tree.tokens, self.token)
+        return walk(tree, logits, rows, self.next)
 
 
 def emitted_logits(method: Method, record: Record, rows: Sequence[Row], filler: int) -> tuple[torch.Tensor, ...]:
     """Logits `float32 [B, V]` of each step up to the longest row's last.
 
-    Stock `generate` goes on with rows that have ended, as if pad tokens were text, so pad tokens are written here as
-    well.
+    Stock `generate` goes on with rows that have ended, as if pad tokens were text. So such rows are decoded anew, with
+    their own tokens and then pad tokens dictated.
     """
     width = max(len(row.tokens) for row in rows)
-    padding = [Row(row.index, [*row.prompt, *row.tokens], width - len(row.tokens)) for row in rows]
-    padding, after = [row for row in padding if row.limit], Record()
-    if padding:
-        run(replace(method, chooser=Always(filler)), padding, on_logits=after)
-    tails = {row.index: [after.of(row)] for row in padding}
-    return tuple(torch.stack([torch.cat([record.of(row), *tails.get(row.index, [])]) for row in rows]).unbind(1))
+    again = [
+        replace(row, limit=width, eos=frozenset(), tokens=[], accepted=[]) for row in rows if len(row.tokens) < width
+    ]
+    anew, texts = Record(), padded(rows, filler, width)
+    if again:
+        run(replace(method, chooser=Dictated(texts)), again, on_logits=anew)
+    found = {row.index: record.of(row) for row in rows} | {row.index: anew.of(row) for row in again}
+    return tuple(torch.stack([found[row.index] for row in rows]).unbind(1))
+
+
+def padded(rows: Sequence[Row], filler: int, width: int) -> dict[int, list[int]]:
+    """What `generate` returns of each row, by its index."""
+    return {row.index: row.tokens + [filler] * (width - len(row.tokens)) for row in rows}
 
 
 def scores_of(
     processors: LogitsProcessorList, logits: Sequence[torch.Tensor], rows: Sequence[Row], filler: int
 ) -> tuple[torch.Tensor, ...]:
     """Processed scores `float32 [B, V]` of each step, from its logits; rows that ended go on with pad tokens."""
-    texts = [row.tokens + [filler] * (len(logits) - len(row.tokens)) for row in rows]
+    texts = padded(rows, filler, len(logits))
     return tuple(
-        process(processors, each, [replace(row, tokens=text[:step]) for row, text in zip(rows, texts, strict=True)])
+        process(processors, each, [replace(row, tokens=texts[row.index][:step]) for row in rows])
         for step, each in enumerate(logits)
     )
