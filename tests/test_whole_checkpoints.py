@@ -238,7 +238,8 @@ def test_what_a_class_allows_to_be_missing(tmp_path, extra, monkeypatch, caplog)
 
 @pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "fp_quant"])
 def test_quantised_targets_without_their_library(tmp_path, method):
-    settings = {"quant_method": method, "bits": 4, "group_size": 128, "load_in_4bit": True}
+    settings = {"quant_method": method, "bits": 4, "group_size": 128}
+    settings |= {"load_in_4bit": True} if method == "bitsandbytes" else {}
     configure(saved(tmp_path), quantization_config=settings)
     refused(tmp_path)
 

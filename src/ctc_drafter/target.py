@@ -232,9 +232,8 @@ def refuse_incomplete(name: str, model: PreTrainedModel, report: dict[str, Any])
     missing = set(report["missing_keys"])
     buffers = set() if getattr(model, "hf_quantizer", None) else dict(model.named_buffers()).keys() & missing
     if missing - buffers:
-        raise UserError(
-            f"the checkpoint in {name} is incomplete: {listed(missing - buffers)} missing; download it again"
-        )
+        lost = listed(missing - buffers, "missing")
+        raise UserError(f"the checkpoint in {name} is incomplete: {lost}; download it again")
     wrong = sorted(report["mismatched_keys"], key=lambda each: str(each[0]))
     if wrong:
         key, theirs, ours = wrong[0]
@@ -267,4 +266,6 @@ def padded(
 
 
 def first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    """What an error says, in a line; one that ends in a colon says nothing without the next."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return f"{lines[0]} {lines[1].strip()}" if lines[0].endswith(":") and len(lines) > 1 else lines[0]
