@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 
 import torch
 
@@ -50,6 +51,24 @@ def build_tree_statically(root: torch.Tensor, candidates: Candidates, nodes: int
         ancestors=ancestor_matrix(parents),
         valid=_with_root(likely.gather(1, chosen), True),
         scores=_with_root(scores, 0.0),
+    )
+
+
+def without_drafts(tree: TokenTree, places: Collection[int]) -> TokenTree:
+    """The same tree, but for the rows at these places, which take a plain step: their nodes are copies of the root.
+
+    Such a node computes what the root computes, so whatever a plain step can bear these can; shapes stay.
+    """
+    first = torch.arange(tree.tokens.shape[1], device=tree.tokens.device) == 0
+    rows = torch.tensor([place in places for place in range(len(tree.tokens))], device=first.device).unsqueeze(1)
+    alone = torch.eye(len(first), dtype=torch.bool, device=first.device)
+    return TokenTree(
+        tokens=torch.where(rows, tree.tokens[:, :1], tree.tokens),
+        parents=tree.parents.masked_fill(rows, 0),
+        depths=tree.depths.masked_fill(rows, 0),
+        ancestors=torch.where(rows.unsqueeze(2), alone, tree.ancestors),
+        valid=tree.valid & (first | ~rows),
+        scores=tree.scores.masked_fill(rows & ~first, float("-inf")),
     )
 
 
