@@ -97,10 +97,10 @@ class Lane:
         """
         try:
             return work()
-        except (RowErrors, *meant):
-            raise
         except Exception as error:
-            if not self.batch.rows or isinstance(self.batch.session.session, Silent):
+            if isinstance(error, (RowErrors, *meant)) or not self.batch.rows:
+                raise
+            if isinstance(self.batch.session.session, Silent):
                 raise
             session, self.batch.session = self.batch.session, LazySession(Silent())
             try:
