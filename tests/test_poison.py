@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from ctc_drafter.compiled_target import CompiledTarget
 from ctc_drafter.decode.batch import Batch, Method
 from ctc_drafter.decode.choose import ARGMAX, Greedy, Sampled, warpers
 from ctc_drafter.decode.generate import generate, new_rows, plain_generate
@@ -187,6 +188,19 @@ def test_token_0_in_padding(value, cache):
     assert max(right.accepted[0]) > 1  # and the padding cost no other row its drafts
     assert max(right.accepted[1]) > 1
     assert generate(target, tiny_drafter(target), prompts, max_new_tokens=LENGTH, floor=0.0).tokens == expected
+
+
+@pytest.mark.slow
+def test_compiled_steps():
+    """Their fillers are no token 0, and their caches are static."""
+    model, expected, token = poisoned(float("nan"))
+    with torch.no_grad():
+        model.model.embed_tokens.weight[0] = float("nan")
+    assert all(0 not in text for text in expected)
+    texts = [prompt + text for prompt, text in zip(PROMPTS, expected, strict=True)]
+    target = CompiledTarget(model, backend="eager")
+    drafter = PoisonDrafter(texts, (4, 0, 2), token, pause=2)
+    assert generate(target, drafter, PROMPTS, max_new_tokens=LENGTH, floor=0.0).tokens == expected
 
 
 class Uneven(PoisonDrafter):
