@@ -10,6 +10,7 @@ import torch
 from transformers import Cache, StoppingCriteriaList
 
 from ctc_drafter.decode.batch import Batch, Method
+from ctc_drafter.decode.blame import chosen
 from ctc_drafter.decode.budget import Budget
 from ctc_drafter.decode.cache import compact
 from ctc_drafter.decode.choose import ARGMAX, Chooser
@@ -119,7 +120,7 @@ def plain_generate(
     with clock("prefill"):
         state = prefill(target, prompts)
         chooser.check(rows[0], state.logits[:1])
-    cache, lengths, root, active = state.cache, state.lengths, chooser.next(state.logits, rows), rows
+    cache, lengths, root, active = state.cache, state.lengths, chosen(chooser, state.logits, rows), rows
     writer = Writer(stats, on_tokens, criteria, target.device)
     places = writer.start(active, root.tolist())
     stats.prefill_seconds = time.perf_counter() - begin
@@ -139,7 +140,7 @@ def plain_generate(
         with clock("compact"):
             compact(cache, lengths, slots, path, torch.zeros_like(lengths))
         with clock("accept"):
-            lengths, root = lengths + 1, chooser.next(logits[:, -1], active)
+            lengths, root = lengths + 1, chosen(chooser, logits[:, -1], active)
         places = writer.write(active, root.unsqueeze(1).tolist(), [0] * len(active))
 
     stats.seconds, stats.stages_ms = time.perf_counter() - begin, dict(clock.total_ms)

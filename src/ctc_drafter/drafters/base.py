@@ -38,7 +38,7 @@ class DraftSession(Protocol):
         when memory does not suffice, nothing has changed."""
 
     def select(self, rows: torch.Tensor) -> None:
-        """Keeps only these rows of the batch, `int64 [R]`, in this order."""
+        """Keeps only these rows of the batch, `int64 [R]`, in this order. Not asked before the first `extend`."""
 
 
 class Drafter(Protocol):
