@@ -72,11 +72,12 @@ class CompiledTarget(Target):
         slots, more = reserve(cache, size), size - count
         allowed = pad(allowed, (0, slots - allowed.shape[2], 0, more))
         key_positions = pad(key_positions, (0, slots - key_positions.shape[1]))
-        positions = pad(positions, (0, more))
+        # Filled up with the first token again, not with one that the target may be unable to compute.
+        tokens, positions = (torch.cat([x, x[:, :1].expand(-1, more)], 1) for x in (tokens, positions))
         masks = self._masks(allowed, positions, key_positions)
         kinds, masks = (tuple(masks), list(masks.values())) if isinstance(masks, dict) else ((), [masks])
         first = torch.tensor([start], device=tokens.device)
-        inputs = [pad(tokens, (0, more)), positions, first, *masks, *states_of(cache)]
+        inputs = [tokens, positions, first, *masks, *states_of(cache)]
 
         fixed = slots if sizes_are_fixed(self.device) else 0
         shape = Shape(self._rows(rows), size, tuple(layers) or self.layers, kinds, fixed)

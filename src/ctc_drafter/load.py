@@ -100,6 +100,7 @@ def load_drafter(name: str | None, target: Target, tokenizer: PreTrainedTokenize
 def published_drafter(start: Start, target: Target, tokenizer: PreTrainedTokenizerBase) -> TrainableDrafter:
     """A drafter in its authors' format, with what the target has to add (Medusa's final norm)."""
     drafter = fresh_drafter(target, tokenizer, 0, start.method, **start.sizes(start.method))
+    start.refuse_incomplete(drafter)
     start.give_to(drafter)
     return drafter
 

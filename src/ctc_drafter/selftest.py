@@ -262,7 +262,10 @@ def plain_logits(model: PreTrainedModel, rows: torch.Tensor, last: int) -> torch
 def resumed_logits(model: PreTrainedModel, rows: torch.Tensor, length: int) -> torch.Tensor:
     """Logits `[B, T - length, V]` of the rest of rows, their first `length` tokens lying in the model's own cache."""
     cache = model(input_ids=rows[:, :length], use_cache=True).past_key_values
-    return model(input_ids=rows[:, length:], past_key_values=cache, use_cache=True).logits
+    options: dict[str, Any] = {}
+    if getattr(model.base_model, "rope_deltas", None) is not None:  # of the rows and images of an earlier call
+        options["position_ids"] = torch.arange(length, rows.shape[1], device=rows.device).expand(len(rows), -1)
+    return model(input_ids=rows[:, length:], past_key_values=cache, use_cache=True, **options).logits
 
 
 def difference(mine: torch.Tensor, other: torch.Tensor) -> float:

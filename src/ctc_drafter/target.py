@@ -8,10 +8,12 @@ lies beyond is garbage that masks hide, so ragged rows need no padding on the le
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+import logging
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, ClassVar
 
 import torch
@@ -27,6 +29,7 @@ from ctc_drafter.static_cache import reserve, static_cache
 from ctc_drafter.support import position_limit, refuse_config, refuse_unsupported
 from ctc_drafter.types import UserError, Verification
 
+LOG = logging.getLogger(__name__)
 UNLIMITED_CONTEXT = 1 << 30
 CACHES = ("dynamic", "static")
 
@@ -61,20 +64,9 @@ class Target:
     ) -> Target:
         """Loads a folder or hub id; `options` go to `from_pretrained`, such as a `quantization_config`.
 
-        Raises `UserError` for missing, corrupt or unsupported checkpoints.
+        Raises `UserError` for missing, incomplete, corrupt or unsupported checkpoints.
         """
-        if Path(name).is_absolute() and not Path(name).is_dir():
-            raise UserError(f"no causal LM could be loaded from {name}: there is no such folder; give one, or a hub id")
-        try:
-            config = AutoConfig.from_pretrained(name)
-            refuse_config(config)
-            model = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype), **options)
-        except (SafetensorError, RuntimeError, EOFError) as error:
-            raise UserError(f"the checkpoint in {name} is corrupt ({first_line(error)}); download it again") from error
-        except (OSError, ValueError, KeyError) as error:
-            if isinstance(error, UserError):
-                raise
-            raise UserError(f"no causal LM could be loaded from {name}: {first_line(error)}") from error
+        model = load_causal_lm(name, dtype=getattr(torch, dtype), **options)
         model = model.to(device).eval()
         columns_first(model)
         return cls.wrap(model, cache)
@@ -235,6 +227,65 @@ class Target:
         return mask.masked_fill_(~allowed, torch.finfo(self.dtype).min).unsqueeze(1)
 
 
+def load_causal_lm(name: str, **options: Any) -> PreTrainedModel:
+    """A causal LM of a folder or hub id, every weight of which was in its checkpoint. options: of `from_pretrained`.
+
+    transformers fills in what a checkpoint lacks with random numbers, and says so in a warning that nobody may see.
+    Raises `UserError`, one line, for whatever cannot be loaded whole; tensors that have no place are named in the log.
+    """
+    if Path(name).is_absolute() and not Path(name).is_dir():
+        raise UserError(f"no causal LM could be loaded from {name}: there is no such folder; give one, or a hub id")
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # refused below, by name
+    try:
+        config = AutoConfig.from_pretrained(name)
+        refuse_config(config)
+        model, report = AutoModelForCausalLM.from_pretrained(name, **options)
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except ImportError as error:
+        raise UserError(f"{name} needs a library that is missing: {first_line(error)}") from error
+    except UnpicklingError as error:  # torch's own words advise to run the file
+        raise UserError(f"the checkpoint in {name} holds more than tensors, which is never run; convert it") from error
+    except (SafetensorError, RuntimeError, EOFError) as error:
+        raise UserError(f"the checkpoint in {name} is corrupt ({first_line(error)}); download it again") from error
+    except Exception as error:  # configurations fail wherever the model's own code meets them
+        raise UserError(f"no causal LM could be loaded from {name}: {first_line(error)}") from error
+    refuse_incomplete(name, model, report)
+    return model
+
+
+def refuse_incomplete(name: str, model: PreTrainedModel, report: dict[str, Any]) -> None:
+    """Raises `UserError` for weights that were missing or of another shape, by transformers' `report` of a loading.
+
+    It lists no tied weights whose other name is there, none that the class need not have, no buffers that are never
+    saved. Other buffers hold what the class computed, unless weights lie in buffers as quantised ones may.
+    """
+    missing = set(report["missing_keys"])
+    buffers = set() if getattr(model, "hf_quantizer", None) else dict(model.named_buffers()).keys() & missing
+    if missing - buffers:
+        lost = listed(missing - buffers, "missing")
+        raise UserError(f"the checkpoint in {name} is incomplete: {lost}; download it again")
+    wrong = sorted(report["mismatched_keys"], key=lambda each: str(each[0]))
+    if wrong:
+        key, theirs, ours = wrong[0]
+        raise UserError(
+            f"the checkpoint in {name} does not fit its config.json: {key} is {tuple(theirs)} instead of {tuple(ours)}"
+            "; download both again"
+        )
+    if buffers:
+        LOG.warning("%s: %s", name, listed(buffers, "computed, since not stored"))
+    if report["unexpected_keys"]:
+        LOG.warning("%s: %s", name, listed(report["unexpected_keys"], "stored, but not used"))
+
+
+def listed(names: Collection[str], what: str) -> str:
+    """How many tensors are what, and a few of their names."""
+    first = sorted(names)
+    if len(first) == 1:
+        return f"{first[0]} is {what}"
+    return f"{len(first)} tensors are {what} ({', '.join(first[:3])}{', ...' if len(first) > 3 else ''})"
+
+
 def padded(
     slots: int, allowed: torch.Tensor | None, key_positions: torch.Tensor | None
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -246,4 +297,6 @@ def padded(
 
 
 def first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    """What an error says, in a line; one that ends in a colon says nothing without the next."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return f"{lines[0]} {lines[1].strip()}" if lines[0].endswith(":") and len(lines) > 1 else lines[0]

@@ -33,6 +33,7 @@ SHARED = {
     *("head_dim", "rms_norm_eps", "rope_theta", "max_position_embeddings", "mask_token_id", "carry"),
 }
 OF_THE_TARGET = {"vocab_size", "hidden_size", "target_num_layers"}
+FROM_THE_TARGET = {"norm.weight"}  # Medusa's heads read states behind the target's own norm
 MEDUSA_FILES = ("medusa_lm_head.safetensors", "medusa_lm_head.pt")
 RESIDUAL = re.compile(r"(?:medusa_head\.)?(\d+)\.(\d+)\.linear\.(weight|bias)")
 OUTPUT = re.compile(r"(?:medusa_head\.)?(\d+)\.(\d+)\.weight")
@@ -84,6 +85,12 @@ class Start:
             )
         fresh, unused = sorted(own.keys() - shared), sorted(self.weights.keys() - shared)
         logger.info("%s: %d tensors; fresh: %s; not used: %s", self.name, len(shared), _names(fresh), _names(unused))
+
+    def refuse_incomplete(self, drafter: TrainableDrafter) -> None:
+        """Raises `UserError` where a drafter that is used as it is would keep weights of its own: random ones."""
+        missing = sorted(drafter.state_dict().keys() - self.weights.keys() - FROM_THE_TARGET)
+        if missing:
+            raise UserError(f"{self.name} is not a whole drafter: {missing[0]} is missing; download it again")
 
 
 def read_start(name: str) -> Start:

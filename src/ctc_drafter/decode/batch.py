@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
 from transformers import Cache
 
 from ctc_drafter.decode.accept import follow
+from ctc_drafter.decode.blame import RowErrors, chosen, tokens_along
 from ctc_drafter.decode.budget import Budget, Pace
-from ctc_drafter.decode.cache import compact
+from ctc_drafter.decode.cache import compact, erase
 from ctc_drafter.decode.choose import Chooser
 from ctc_drafter.decode.join import Extent, join
 from ctc_drafter.decode.prefill import Prefill, prefill, reread
 from ctc_drafter.decode.rows import Row
 from ctc_drafter.decode.stats import Stopwatch
-from ctc_drafter.decode.tree import build_tree, up_to
-from ctc_drafter.decode.verify import verify
+from ctc_drafter.decode.tree import build_tree, up_to, without_drafts
+from ctc_drafter.decode.verify import no_numbers, verify
 from ctc_drafter.drafters.base import Drafter
 from ctc_drafter.drafters.lazy import LazySession
 from ctc_drafter.target import Target
-from ctc_drafter.types import Acceptance, Candidates, TokenTree, UserError
+from ctc_drafter.types import Acceptance, Candidates, TokenTree, UserError, Verification
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,24 @@ class Step:
     tree: TokenTree
     logits: torch.Tensor
     acceptance: Acceptance
+
+    def emitted_logits(self) -> torch.Tensor:
+        """The logits `[B, 1+D, V]` that each token of `Acceptance.tokens` was chosen from."""
+        return self.logits.take_along_dim(self.acceptance.path.unsqueeze(-1), 1)
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A verification: what is accepted, None if nothing could be chosen, and the longest path of any row.
+
+    broken: places of rows whose logits are no numbers.
+    """
+
+    tree: TokenTree
+    verification: Verification
+    acceptance: Acceptance | None
+    longest: int
+    broken: set[int]
 
 
 @dataclass(frozen=True)
@@ -84,7 +103,7 @@ class Batch:
             first = rows[0].index if rows else 0
             state = prefill(target, [row.prompt for row in rows], drafter.feature_layers, first)
             chooser.check(rows[0], state.logits[:1])
-            root = chooser.next(state.logits, rows)
+            root = chosen(chooser, state.logits, rows)
             if self.rows:
                 self._join(state)
                 self.lengths = torch.cat([self.lengths, state.lengths])
@@ -109,41 +128,78 @@ class Batch:
         """Leaves only these places of the batch."""
         if len(places) == len(self.rows):
             return
-        self.rows = [self.rows[place] for place in places]
         if not places:
+            self.rows = []
             return
         rows = torch.tensor(places, device=self.root.device)
+        self.session.select(rows)  # first: the others do not fail
+        self.rows = [self.rows[place] for place in places]
         self.cache.batch_select_indices(rows)
-        self.session.select(rows)
         self.lengths, self.root = self.lengths[rows], self.root[rows]
 
     def step(self) -> tuple[list[list[int]], list[int]]:
         """One verification of every row: tokens to emit, as in `Acceptance`, and accepted nodes."""
-        acceptance = self.advance().acceptance
+        try:
+            acceptance = self.advance().acceptance
+        except RowErrors as failed:
+            raise failed.first from failed
         return acceptance.tokens.tolist(), acceptance.counts.tolist()
 
     def advance(self) -> Step:
-        """`step`, with all that it saw."""
+        """`step`, with all that it saw. Where it raises, the batch is as it was; `RowErrors` where single rows are why.
+
+        Drafts that the target cannot compute spoil their row, rejected or not (`no_numbers`): such rows are verified
+        again without drafts, before anything is kept. What is no number then is the target's own answer.
+        """
         target = self.method.target
         with self.clock("prefill"):
             reread(target, self.cache, self.lengths, self.rows)
         tree = self._draft() if self.pace is None else self._draft_what_pays(self.pace)
         if target.reread_at is not None:
             tree = up_to(tree, self.lengths, target.reread_at)
-        with self.clock("verify"):
-            slots = self.cache.get_seq_length()
-            verification = verify(target, self.cache, self.lengths, tree, self.method.drafter.feature_layers)
-        with self.clock("accept"):
-            acceptance = follow(tree, self.method.chooser.along(tree, verification.logits, self.rows))
-            path = acceptance.path[:, : int(acceptance.counts.max()) + 1]
-        with self.clock("compact"):
-            compact(self.cache, self.lengths, slots, path, acceptance.counts)
-        with self.clock("draft"):
-            self.session.extend(*committed(tree.tokens, verification.features, path), acceptance.counts + 1)
+        plain = {place for place, row in enumerate(self.rows) if row.broken}
+        slots = self.cache.get_seq_length()
+        try:
+            judged = self._judge(without_drafts(tree, plain) if plain else tree, plain)
+            if again := judged.broken - plain:
+                erase(self.cache, slots)
+                judged = self._judge(without_drafts(judged.tree, again), again | plain)
+            assert judged.acceptance is not None
+            tree, acceptance, verification = judged.tree, judged.acceptance, judged.verification
+            path = acceptance.path[:, : judged.longest + 1]
+            with self.clock("compact"):
+                compact(self.cache, self.lengths, slots, path, acceptance.counts)
+            with self.clock("draft"):
+                self.session.extend(*committed(tree.tokens, verification.features, path), acceptance.counts + 1)
+        except Exception:
+            erase(self.cache, slots)
+            raise
         if self.pace is not None:
             self.pace.note(slots, tree, acceptance)
         self.lengths, self.root = self.lengths + acceptance.counts + 1, acceptance.bonus
+        for place, row in enumerate(self.rows):
+            row.broken = place in judged.broken
         return Step(tree, verification.logits, acceptance)
+
+    def _judge(self, tree: TokenTree, final: Collection[int]) -> Judged:
+        """Verifies a tree and chooses the paths; final: rows without drafts, which are not verified again."""
+        with self.clock("verify"):
+            verification = verify(
+                self.method.target, self.cache, self.lengths, tree, self.method.drafter.feature_layers
+            )
+        drafted = tree.tokens.shape[1] > 1
+        with self.clock("accept"):
+            broken = no_numbers(verification.logits)
+            try:
+                acceptance = follow(tree, tokens_along(self.method.chooser, tree, verification.logits, self.rows))
+            except Exception:
+                found = {place for place, is_broken in enumerate(broken.tolist()) if is_broken}
+                if not drafted or not found.difference(final):
+                    raise
+                return Judged(tree, verification, None, 0, found)
+            longest, *each = torch.cat([acceptance.counts.amax(0, keepdim=True), broken]).tolist()  # one wait for a GPU
+        found = {place for place, is_broken in enumerate(each) if is_broken}
+        return Judged(tree, verification, acceptance, longest, found)
 
     def _draft(self) -> TokenTree:
         nodes, floor = self.method.nodes, self.method.floor

@@ -38,6 +38,20 @@ def truncate(layer: CacheLayerMixin, slots: int) -> None:
         layer.values = layer.values[:, :, :slots]
 
 
+def erase(cache: Cache, slots: int) -> None:
+    """Takes out all that lies behind the first `slots` slots, as if it had never been computed.
+
+    Static layers hand out their free slots, too, and a mask gives them weight 0; 0 times NaN is NaN, hence the zeros.
+    """
+    for layer in cache.layers:
+        if layer.keys is None:
+            continue
+        if isinstance(layer, StaticLayer):
+            layer.keys[:, :, slots:] = 0
+            layer.values[:, :, slots:] = 0
+        truncate(layer, slots)
+
+
 def move(states: torch.Tensor, source: torch.Tensor, goal: torch.Tensor) -> None:
     """Copies slots `source [B, M]` of states `[B, heads, S, dim]` to slots `goal [B, M]`, in place."""
     shape = (-1, states.shape[1], -1, states.shape[3])

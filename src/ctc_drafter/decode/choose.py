@@ -89,7 +89,9 @@ class Sampled:
     def next(self, logits: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
         scores = process(self.processors, logits, rows)
         allowed = scores > float("-inf")
-        if not allowed.any(1).all():
+        if not (scores.amax(1) > float("-inf")).all():  # NaN anywhere in a row fails, as in stock sampling
+            if logits.isnan().any():
+                raise UserError("the target's logits are not numbers (NaN), nothing can be drawn; try another dtype")
             raise UserError("the logits processors left no token to draw; loosen them")
         possible = allowed.any(0).nonzero().squeeze(1)  # after top-k, few need noise
         if len(possible) < scores.shape[1]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from transformers import Cache, StoppingCriteriaList
 
 from ctc_drafter.decode.batch import Batch, Method
+from ctc_drafter.decode.blame import chosen
 from ctc_drafter.decode.budget import Budget
 from ctc_drafter.decode.cache import compact
 from ctc_drafter.decode.choose import ARGMAX, Chooser
@@ -24,6 +25,7 @@ from ctc_drafter.types import UserError
 DEFAULT_NODES = 16
 DEFAULT_FLOOR = 0.05
 NO_CRITERIA = StoppingCriteriaList()
+OnLogits = Callable[[Sequence[Row], torch.Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -75,16 +77,27 @@ def run(
     criteria: StoppingCriteriaList = NO_CRITERIA,
     on_tokens: OnTokens | None = None,
     timed: bool = False,
+    on_logits: OnLogits | None = None,
 ) -> Generation:
-    """Decodes rows that start together until all of them are done; see `generate`."""
+    """Decodes rows that start together until all of them are done; see `generate`.
+
+    `on_logits(rows, logits [R, 1+D, V])` is told, before they are emitted, what tokens were chosen from: of a row's
+    first logits as many count as it emits.
+    """
     device = method.target.device
     begin, clock, stats = time.perf_counter(), Stopwatch(device, timed), Stats()
     batch, writer = Batch(method, clock), Writer(stats, on_tokens, criteria, device)
-    batch.keep(writer.start(rows, batch.admit(rows)))
+    first, logits = batch.enter(rows)
+    if on_logits is not None:
+        on_logits(rows, logits.unsqueeze(1))
+    batch.keep(writer.start(rows, first.tolist()))
     stats.prefill_seconds = time.perf_counter() - begin
     while batch.rows:
-        tokens, accepted = batch.step()
-        batch.keep(writer.write(batch.rows, tokens, accepted))
+        made = batch.advance()
+        if on_logits is not None:
+            on_logits(batch.rows, made.emitted_logits())
+        acceptance = made.acceptance
+        batch.keep(writer.write(batch.rows, acceptance.tokens.tolist(), acceptance.counts.tolist()))
     stats.seconds, stats.stages_ms = time.perf_counter() - begin, dict(clock.total_ms)
     return Generation([row.tokens for row in rows], stats, [row.accepted for row in rows])
 
@@ -107,7 +120,7 @@ def plain_generate(
     with clock("prefill"):
         state = prefill(target, prompts)
         chooser.check(rows[0], state.logits[:1])
-    cache, lengths, root, active = state.cache, state.lengths, chooser.next(state.logits, rows), rows
+    cache, lengths, root, active = state.cache, state.lengths, chosen(chooser, state.logits, rows), rows
     writer = Writer(stats, on_tokens, criteria, target.device)
     places = writer.start(active, root.tolist())
     stats.prefill_seconds = time.perf_counter() - begin
@@ -127,7 +140,7 @@ def plain_generate(
         with clock("compact"):
             compact(cache, lengths, slots, path, torch.zeros_like(lengths))
         with clock("accept"):
-            lengths, root = lengths + 1, chooser.next(logits[:, -1], active)
+            lengths, root = lengths + 1, chosen(chooser, logits[:, -1], active)
         places = writer.write(active, root.unsqueeze(1).tolist(), [0] * len(active))
 
     stats.seconds, stats.stages_ms = time.perf_counter() - begin, dict(clock.total_ms)

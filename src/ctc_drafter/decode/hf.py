@@ -3,31 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import (
-    EosTokenCriteria,
     GenerationConfig,
     LogitsProcessorList,
     MaxLengthCriteria,
     PreTrainedModel,
     StoppingCriteriaList,
 )
-from transformers.generation import BaseStreamer, GenerateDecoderOnlyOutput, GenerationMode
+from transformers.generation import BaseStreamer, GenerateDecoderOnlyOutput
 
 from ctc_drafter.decode.batch import Method
 from ctc_drafter.decode.choose import ARGMAX, Chooser, Greedy, Sampled
+from ctc_drafter.decode.criteria import end_tokens, fills_up, refuse_criteria, remaining
 from ctc_drafter.decode.generate import DEFAULT_FLOOR, DEFAULT_NODES, check_room, run
+from ctc_drafter.decode.generate_settings import refuse_settings
+from ctc_drafter.decode.inputs import refuse_encoder, refuse_inputs
+from ctc_drafter.decode.outputs import Record, emitted_logits, scores_of
 from ctc_drafter.decode.rows import Row
 from ctc_drafter.decode.writer import OnTokens
 from ctc_drafter.drafters.base import Drafter
 from ctc_drafter.target import UNLIMITED_CONTEXT, Target
 from ctc_drafter.types import UserError
 
-# What `generate` prepares for every callable, and we make ourselves.
-PREPARED = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "cache_position"}
 LARGEST_SEED = (1 << 63) - 1
 
 
@@ -44,10 +47,11 @@ def speculate(
     counted, has a seed of its own: from `generate(..., seeds=[...])`, else drawn from PyTorch's generator, so that
     `torch.manual_seed` repeats a run. Rows that stop early are filled up with the pad token.
 
-    `on_tokens(row, tokens)` streams; so does a streamer of transformers, which is given here, since `generate` does
-    not hand its own to callables. What cannot be honoured, and a drafter of another target, raises `UserError`.
+    `on_tokens(row, tokens)` streams; so does a streamer of transformers, which is given here: `generate` keeps its own
+    `streamer`, `assistant_model`, `tokenizer` and `synced_gpus` from callables, and nothing here can notice them. What
+    cannot be honoured, and a drafter of another target, raises `UserError`; docs/generate.md has every parameter.
     """
-
+    refuse_drafter(drafter)
     wrap = lru_cache(maxsize=1)(Target.wrap)  # tries a model once, not in every call
 
     def decode(
@@ -60,38 +64,52 @@ def speculate(
         **prepared: Any,  # naming attention_mask here would make `generate` pass it twice
     ) -> torch.Tensor | GenerateDecoderOnlyOutput:
         """Returns what `generate` returns: ids `[B, T + new]`, or a `GenerateDecoderOnlyOutput` around them."""
-        refuse_settings(generation_config)
-        refuse_inputs(input_ids, prepared)
+        config = generation_config
+        refuse_encoder(model)
+        refuse_settings(config, model.generation_config)
+        mask = refuse_inputs(model, input_ids, prepared)
         check = getattr(drafter, "check_target", None)
         if check is not None:
             check(model.config)
+        chooser = chooser_of(config, logits_processor, seeds, len(input_ids))
+        scored = bool(config.return_dict_in_generate and config.output_scores)
+        record = Record() if config.return_dict_in_generate and (scored or config.output_logits) else None
+        refuse_criteria(remaining(stopping_criteria, scored=False), input_ids)
+        criteria = remaining(stopping_criteria, scored)
         target = wrap(model)
-        chooser = chooser_of(generation_config, logits_processor, seeds, len(input_ids))
-        rows = rows_of(input_ids, prepared.get("attention_mask"), stopping_criteria, target)
+        method = Method(target, drafter, nodes, floor, chooser)
+        rows = rows_of(input_ids, mask, stopping_criteria, target)
         told = on_tokens if streamer is None else streaming(streamer, input_ids, on_tokens)
-        generation = run(Method(target, drafter, nodes, floor, chooser), rows, remaining(stopping_criteria), told)
+        rows = decode_rows(method, rows, criteria, told, record, fills_up(stopping_criteria))
         if streamer is not None:
             streamer.end()
-        filler = filler_of(generation_config.pad_token_id, stopping_criteria)
-        width = max(map(len, generation.tokens))
-        new = [row + [filler] * (width - len(row)) for row in generation.tokens]
+        filler = filler_of(config.pad_token_id, stopping_criteria)
+        width = max(len(row.tokens) for row in rows)
+        new = [row.tokens + [filler] * (width - len(row.tokens)) for row in rows]
         sequences = torch.cat([input_ids, torch.tensor(new, device=input_ids.device)], 1)
-        if generation_config.return_dict_in_generate:
-            return GenerateDecoderOnlyOutput(sequences=sequences)
-        return sequences
+        if not config.return_dict_in_generate:
+            return sequences
+        logits = None if record is None else emitted_logits(method, record, rows, filler)
+        scores = scores_of(logits_processor, logits, rows, filler) if scored and logits else None
+        return GenerateDecoderOnlyOutput(
+            sequences=sequences, scores=scores, logits=logits if config.output_logits else None
+        )
 
     return decode
+
+
+def refuse_drafter(drafter: Any) -> None:
+    """Raises `UserError` for what is no loaded drafter."""
+    if isinstance(drafter, str | Path):
+        raise UserError(f"{drafter} is a name; load the drafter first: CTCDrafter.from_pretrained({str(drafter)!r})")
+    if isinstance(drafter, type) or not callable(getattr(drafter, "begin", None)):
+        name = drafter.__name__ if isinstance(drafter, type) else type(drafter).__name__
+        raise UserError(f"{name} is no drafter; give one that is loaded, such as CTCDrafter.from_pretrained(folder)")
 
 
 def filler_of(pad: int | None, criteria: StoppingCriteriaList) -> int:
     """What rows that ended are filled up with: as in `generate`, the first of several end tokens if there is no pad."""
     return pad if pad is not None else next(iter(end_tokens(criteria)), 0)
-
-
-def end_tokens(criteria: StoppingCriteriaList) -> list[int]:
-    """In the order in which they were given."""
-    found = (each.eos_token_id.flatten().tolist() for each in criteria if type(each) is EosTokenCriteria)
-    return [token for tokens in found for token in tokens]
 
 
 def chooser_of(
@@ -109,9 +127,7 @@ def chooser_of(
     return Sampled(seeds, processors)
 
 
-def rows_of(
-    input_ids: torch.Tensor, attention_mask: torch.Tensor | None, criteria: StoppingCriteriaList, target: Target
-) -> list[Row]:
+def rows_of(input_ids: torch.Tensor, mask: torch.Tensor, criteria: StoppingCriteriaList, target: Target) -> list[Row]:
     """Rows of `int64 [B, T]`, read without the padding that a 2-D mask marks, with their ends.
 
     Raises `UserError` where the target has no positions for all that may be written, and for rows of different lengths
@@ -120,7 +136,6 @@ def rows_of(
     lengths = [each.max_length for each in criteria if type(each) is MaxLengthCriteria]
     room = min(lengths, default=UNLIMITED_CONTEXT) - input_ids.shape[1]
     eos = frozenset(end_tokens(criteria))
-    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     rows = []
     for index, (given, keep) in enumerate(zip(input_ids, mask, strict=True)):
         prompt = given[keep.bool()].tolist()
@@ -136,9 +151,35 @@ def rows_of(
     return rows
 
 
-def remaining(criteria: StoppingCriteriaList) -> StoppingCriteriaList:
-    """Without those that rows know themselves."""
-    return StoppingCriteriaList(each for each in criteria if type(each) not in (MaxLengthCriteria, EosTokenCriteria))
+def decode_rows(
+    method: Method,
+    rows: Sequence[Row],
+    criteria: StoppingCriteriaList,
+    on_tokens: OnTokens | None,
+    record: Record | None,
+    filled: bool,
+) -> list[Row]:
+    """Decodes the rows until each has ended, or, unless those that have are `filled` up, until all of them have."""
+    run(method, rows, criteria, on_tokens, on_logits=record)
+    width = max(len(row.tokens) for row in rows)
+    short = [row for row in rows if len(row.tokens) < width and not row.ended]
+    if filled or not short:
+        return list(rows)
+    longer = [replace(row, limit=width, tokens=[], accepted=[]) for row in short]
+    shown = {row.index: len(row.tokens) for row in short}
+
+    def tell(index: int, tokens: list[int]) -> None:
+        new = tokens[max(0, shown[index]) :]
+        shown[index] -= len(tokens)
+        if on_tokens is not None and new:
+            on_tokens(index, new)
+
+    again = None if record is None else Record()
+    run(method, longer, on_tokens=tell, on_logits=again)  # the same tokens, and those that follow
+    if record is not None and again is not None:
+        record.parts.update(again.parts)
+    replaced = {row.index: row for row in longer}
+    return [replaced.get(row.index, row) for row in rows]
 
 
 def streaming(streamer: BaseStreamer, input_ids: torch.Tensor, on_tokens: OnTokens | None) -> OnTokens:
@@ -154,41 +195,3 @@ def streaming(streamer: BaseStreamer, input_ids: torch.Tensor, on_tokens: OnToke
             on_tokens(row, tokens)
 
     return tell
-
-
-def refuse_settings(config: GenerationConfig) -> None:
-    """Raises `UserError` for decoding modes other than greedy and sampling, and for outputs that are not kept."""
-    if config.num_beams and config.num_beams > 1:
-        raise UserError("speculate has no beams; call generate with num_beams=1")
-    if config.use_cache is False:
-        raise UserError("speculate needs the cache; call generate without use_cache=False")
-    drafts = [
-        name for name in ("prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp") if getattr(config, name, None)
-    ]
-    if drafts:
-        raise UserError(f"{drafts[0]} and custom_generate both ask for drafts; leave out {drafts[0]}")
-    mode = config.get_generation_mode()
-    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
-        raise UserError(f"speculate cannot do {mode.value}; leave out the settings that ask for it")
-    kept = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
-    asked = [name for name in kept if getattr(config, name, False)]
-    if asked:
-        raise UserError(f"speculate does not keep what {asked[0]} asks for; leave it out")
-
-
-def refuse_inputs(input_ids: torch.Tensor, prepared: dict[str, Any]) -> None:
-    """Raises `UserError` for inputs other than ids from position 0 on."""
-    if not input_ids.numel():
-        raise UserError("speculate reads token ids; call generate with input_ids")
-    unknown = sorted(name for name, value in prepared.items() if name not in PREPARED and value is not None)
-    if unknown:
-        raise UserError(f"speculate cannot hand {unknown[0]} to the model; leave it out")
-    cache = prepared.get("past_key_values")
-    if cache is not None and cache.get_seq_length():
-        raise UserError("speculate reads the whole prompt itself; leave out past_key_values")
-    positions, mask = prepared.get("position_ids"), prepared.get("attention_mask")
-    if positions is not None:
-        mask = torch.ones_like(input_ids) if mask is None else mask
-        usual = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 0)
-        if not torch.equal(positions.masked_fill(mask == 0, 0).to(usual), usual):
-            raise UserError("speculate counts positions from 0; leave out position_ids")

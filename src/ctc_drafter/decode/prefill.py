@@ -48,12 +48,13 @@ def prefill(
     short factors of a longrope target; the target's own `switch` if it is not given.
 
     Rows are padded on the right: causal attention keeps the padding from everything before it, and later
-    masks hide its slots. Long prompts go through in chunks, so that no mask and no attention matrix is as wide
-    as the prompt in both directions.
+    masks hide its slots. It repeats the row's last token: masks give padding weight 0, and 0 times NaN is NaN, so
+    a token that the target cannot compute must not be there unless the prompt holds it. Long prompts go through in
+    chunks, so that no mask and no attention matrix is as wide as the prompt in both directions.
     """
     check_prompts(target, prompts, first)
     width = max(len(prompt) for prompt in prompts)
-    rows = [list(prompt) + [0] * (width - len(prompt)) for prompt in prompts]
+    rows = [list(prompt) + [prompt[-1]] * (width - len(prompt)) for prompt in prompts]
     tokens = torch.tensor(rows, device=target.device)
     positions = torch.arange(width, device=target.device).expand_as(tokens)
     cache = target.new_cache(width)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.generation import logits_process as stock
 
 from ctc_drafter.decode.rows import Row
+from ctc_drafter.decode.state import snapshot
 from ctc_drafter.types import UserError
 
 # They look at the scores alone, so rows of any length go through them together.
@@ -72,34 +73,41 @@ def refuse_unsuitable(processors: LogitsProcessorList) -> None:
 
 
 def refuse_changing(processors: LogitsProcessorList, row: Row, logits: torch.Tensor) -> None:
-    """Asks the user's own processors twice about this row, logits `[1, V]`. Raises `UserError` if they differ.
+    """Asks the user's own processors twice the same about this row, logits `[1, V]`. Raises `UserError` if they change.
 
     A token tree needs processors that are functions of a row's text and scores, as all stock ones are: the text
-    may branch, and rows are not always the same ones. Counters that change are caught as well.
+    may branch, and rows are not always the same ones. State that has changed is noticed wherever it lies
+    (`state.py`), though it may not show in the scores yet.
     """
     text = torch.tensor([row.text], device=logits.device)
     for processor in processors:
-        if type(processor).__module__ == stock.__name__:
+        users: Any = processor
+        if type(processor) is stock.PrefixConstrainedLogitsProcessor:
+            users = processor._prefix_allowed_tokens_fn
+        elif type(processor).__module__ == stock.__name__:
             continue
+        alone = for_row(processor, row.index)
         scores = logits.to(torch.float32)
-        first = processor(text, scores.clone())
-        before = plain_values(processor)
+        first = alone(text.clone(), scores.clone())
+        before = snapshot(users)
         try:
-            again = processor(text.expand(2, -1), scores.repeat(2, 1))
-            same = torch.equal(again, first.repeat(2, 1)) and plain_values(processor) == before
+            again = alone(text.clone(), scores.clone())
+            same = snapshot(users) == before and torch.equal(again, first)
+            beside = alone(text.repeat(2, 1), scores.repeat(2, 1)) if same else first
+            same = same and torch.equal(beside, first.repeat(2, 1))
         except Exception as error:
-            raise changing(processor) from error
+            raise changing(users) from error
         if not same:
-            raise changing(processor)
+            raise changing(users)
 
 
-def plain_values(processor: Callable[..., Any]) -> dict[str, Any]:
-    values = getattr(processor, "__dict__", {})
-    return {name: value for name, value in values.items() if isinstance(value, int | float | str)}
-
-
-def changing(processor: LogitsProcessor) -> UserError:
+def changing(thing: Any) -> UserError:
     return UserError(
-        f"{type(processor).__name__} keeps a state or looks at a row's place in the batch; "
+        f"{name_of(thing)} keeps a state or looks at a row's place in the batch; "
         "make it a function of the text and scores of each row"
     )
+
+
+def name_of(thing: Any) -> str:
+    """Of a function its own name, else that of the class."""
+    return getattr(thing, "__name__", None) or type(thing).__name__

@@ -12,6 +12,7 @@ class Row:
     prompt: what the target reads. limit: new tokens at most. eos: tokens that end the row.
     given: the prompt as processors and stopping criteria see it; `generate` shows them its padding.
     tokens: emitted so far, eos included. accepted: drafted tokens that each verification accepted.
+    broken: whether the newest logits were no numbers, without a draft; then the next step is a plain one, too.
     """
 
     index: int
@@ -21,6 +22,7 @@ class Row:
     given: Sequence[int] | None = None
     tokens: list[int] = field(default_factory=list)
     accepted: list[int] = field(default_factory=list)
+    broken: bool = False
 
     @property
     def text(self) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import replace
 
 import torch
@@ -61,6 +62,24 @@ def up_to(tree: TokenTree, lengths: torch.Tensor, switch: int) -> TokenTree:
     """
     positions = lengths.unsqueeze(1) + tree.depths
     return replace(tree, valid=tree.valid & ((positions < switch) | (lengths >= switch).unsqueeze(1)))
+
+
+def without_drafts(tree: TokenTree, places: Collection[int]) -> TokenTree:
+    """The same tree, but for the rows at these places, which take a plain step: their nodes are copies of the root.
+
+    Such a node computes what the root computes, so whatever a plain step can bear these can; shapes stay.
+    """
+    first = torch.arange(tree.tokens.shape[1], device=tree.tokens.device) == 0
+    rows = torch.tensor([place in places for place in range(len(tree.tokens))], device=first.device).unsqueeze(1)
+    alone = torch.eye(len(first), dtype=torch.bool, device=first.device)
+    return TokenTree(
+        tokens=torch.where(rows, tree.tokens[:, :1], tree.tokens),
+        parents=tree.parents.masked_fill(rows, 0),
+        depths=tree.depths.masked_fill(rows, 0),
+        ancestors=torch.where(rows.unsqueeze(2), alone, tree.ancestors),
+        valid=tree.valid & (first | ~rows),
+        scores=tree.scores.masked_fill(rows & ~first, float("-inf")),
+    )
 
 
 def ancestor_matrix(parents: torch.Tensor) -> torch.Tensor:

@@ -22,12 +22,23 @@ def verify(
     slots = cache.get_seq_length()
     # Positions past the limit belong to nodes that can no longer be emitted; they only must not overflow.
     positions = (lengths.unsqueeze(1) + tree.depths).clamp(max=target.limit - 1)
+    # Padding is a token that the row has anyway: one that the target cannot compute would spoil the others.
+    tokens = torch.where(tree.valid, tree.tokens, tree.tokens[:, :1])
     if tree.tokens.shape[1] == 1 and bool((lengths == slots).all()):  # nothing drafted: plain text needs no mask
-        return target.forward(tree.tokens, positions, cache, layers=layers)
+        return target.forward(tokens, positions, cache, layers=layers)
     cached = torch.arange(slots, device=lengths.device).expand(lengths.shape[0], -1)
     allowed = tree_mask(tree, cached < lengths.unsqueeze(1))
     key_positions = torch.cat([cached, positions], 1)
-    return target.forward(tree.tokens, positions, cache, allowed, key_positions, layers)
+    return target.forward(tokens, positions, cache, allowed, key_positions, layers)
+
+
+def no_numbers(logits: torch.Tensor) -> torch.Tensor:
+    """Rows, `bool [B]`, whose root has NaN among its logits `[B, 1+N, V]`.
+
+    A node that cannot be computed (NaN, infinity, an overflow) spoils all nodes of its row, the root included: a mask
+    gives it weight 0, and 0 times NaN is NaN. So what the root says tells of all. -inf may well be meant.
+    """
+    return logits[:, 0].amax(-1).isnan()
 
 
 def tree_mask(tree: TokenTree, committed: torch.Tensor) -> torch.Tensor:

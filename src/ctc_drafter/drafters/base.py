@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 import torch
 from torch import nn
 
-from ctc_drafter.types import Candidates
+from ctc_drafter.types import Candidates, UserError
+
+
+def refuse_call(drafter: object, *_given: object, **_options: object) -> NoReturn:
+    """`__call__` of drafters: `generate` calls what stands in `custom_generate`, and ignores what cannot be called.
+
+    Raises `UserError`.
+    """
+    name = type(drafter).__name__
+    raise UserError(
+        f"a {name} cannot be called; write custom_generate=speculate(drafter), from ctc_drafter import speculate"
+    )
 
 
 class DraftSession(Protocol):
@@ -27,7 +38,7 @@ class DraftSession(Protocol):
         when memory does not suffice, nothing has changed."""
 
     def select(self, rows: torch.Tensor) -> None:
-        """Keeps only these rows of the batch, `int64 [R]`, in this order."""
+        """Keeps only these rows of the batch, `int64 [R]`, in this order. Not asked before the first `extend`."""
 
 
 class Drafter(Protocol):

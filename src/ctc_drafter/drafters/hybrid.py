@@ -30,8 +30,8 @@ class HybridSession:
         self.trained, self.lookup = trained, lookup
 
     def extend(self, tokens: torch.Tensor, features: torch.Tensor | None, counts: torch.Tensor) -> None:
+        self.trained.extend(tokens, features, counts)  # first, as in `join`: where it raises, nothing has changed
         self.lookup.extend(tokens, features, counts)
-        self.trained.extend(tokens, features, counts)
 
     def propose(self, root: torch.Tensor, nodes: int, floor: float = 0.0) -> Candidates:
         copied = self.copied(root, nodes, floor)

@@ -27,22 +27,27 @@ class Committed:
 
 
 class LazySession:
-    """See `DraftSession`."""
+    """See `DraftSession`. Where the inner session raises, what was committed goes on waiting, and nothing is lost."""
 
     def __init__(self, session: DraftSession):
         self.session = session
+        self.begun = False  # whether the session was given any text
         self.waiting: list[Committed] = []
 
     def extend(self, tokens: torch.Tensor, features: torch.Tensor | None, counts: torch.Tensor) -> None:
         self.waiting.append(Committed(tokens, features, counts))
         if sum(each.tokens.shape[1] for each in self.waiting) > MOST:
-            self.catch_up()
+            try:
+                self.catch_up()
+            except Exception:
+                self.waiting.pop()
+                raise
 
     def catch_up(self) -> None:
         if self.waiting:
             whole = end_to_end(self.waiting)
-            self.waiting = []
             self.session.extend(whole.tokens, whole.features, whole.counts)
+            self.waiting, self.begun = [], True
 
     def propose(self, root: torch.Tensor, nodes: int, floor: float = 0.0) -> Candidates:
         self.catch_up()
@@ -62,6 +67,8 @@ class LazySession:
         self.session.join(tokens, features, counts)
 
     def select(self, rows: torch.Tensor) -> None:
+        if not self.begun:  # its rows are not there yet: whoever ends with a first token leaves before any draft
+            self.catch_up()
         self.waiting = [each.select(rows) for each in self.waiting]
         self.session.select(rows)
 

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ctc_drafter.drafters.base import refuse_call
 from ctc_drafter.drafters.host import Prefix, padded
 from ctc_drafter.types import Candidates, UserError
 
@@ -48,6 +49,8 @@ class PromptLookup:
     @property
     def feature_layers(self) -> tuple[int, ...]:
         return ()
+
+    __call__ = refuse_call
 
     def begin(self, embed: nn.Module, head: nn.Module, batch_size: int) -> LookupSession:
         """See `Drafter.begin`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from ctc_drafter.drafters.base import refuse_call
 from ctc_drafter.types import Candidates
 
 
@@ -12,6 +13,8 @@ class Silent:
     """See `Drafter`. It is its own session, since there is nothing to remember."""
 
     feature_layers: tuple[int, ...] = ()
+
+    __call__ = refuse_call
 
     def begin(self, embed: nn.Module, head: nn.Module, batch_size: int) -> Silent:
         return self

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ctc_drafter.drafters.base import Drafter, DraftSession
+from ctc_drafter.drafters.base import Drafter, DraftSession, refuse_call
 from ctc_drafter.drafters.borrowed import Borrowed
 from ctc_drafter.drafters.sizes import DrafterConfig, needed_size, target_size
 from ctc_drafter.types import Candidates, UserError
@@ -35,6 +35,12 @@ class TrainableDrafter(PreTrainedModel):
     def __init__(self, config: DrafterConfig):
         super().__init__(config)
         self._borrowed: tuple[Any, Borrowed] | None = None
+
+    def __call__(self, *given: Any, **options: Any) -> Any:
+        """`forward`. Raises `UserError` where `generate` calls it: a drafter is no `custom_generate` by itself."""
+        if "generation_config" in options:
+            refuse_call(self)
+        return super().__call__(*given, **options)
 
     def forward(self, work: Callable[[Any], torch.Tensor]) -> torch.Tensor:
         """`work(self)`. Wrappers that gather gradients (DDP) must see a call of the module they wrap."""
@@ -208,16 +214,18 @@ class TrainableDrafter(PreTrainedModel):
     def from_pretrained(cls, name: Any, *args: Any, **kwargs: Any) -> Any:
         """Loads a folder or hub id. Raises `UserError` for missing, corrupt or incomplete checkpoints."""
         try:
-            kwargs["output_loading_info"] = True
+            kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # refused below, by name
             drafter, report = super().from_pretrained(name, *args, **kwargs)
         except UserError:
             raise
         except Exception as error:  # every reader down to safetensors has errors of its own
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UserError(f"no drafter could be loaded from {name}: {reason}") from error
-        wrong = sorted(report["missing_keys"]) + sorted(report["unexpected_keys"])
-        if wrong or report["mismatched_keys"]:
-            raise UserError(f"{name} is not a whole drafter: tensor {wrong[0] if wrong else 'shapes'} does not fit")
+        wrong = [f"{key} is missing" for key in sorted(report["missing_keys"])]
+        wrong += [f"{key} has another shape" for key in sorted(key for key, *_ in report["mismatched_keys"])]
+        wrong += [f"{key} is not known" for key in sorted(report["unexpected_keys"])]
+        if wrong:
+            raise UserError(f"{name} is not a whole drafter: {wrong[0]}; download it again")
         return drafter.eval()
 
     def check_target(self, target: PreTrainedConfig, fingerprint: str = "") -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ctc_drafter.decode.tree import best_chain
-from ctc_drafter.drafters.base import Drafter, DraftSession
+from ctc_drafter.drafters.base import Drafter, DraftSession, refuse_call
 from ctc_drafter.types import Candidates
 
 POOL = 64  # prefixes among which the path is looked for, as in the held-out β of training
@@ -28,6 +28,8 @@ class Chained:
     @property
     def feature_layers(self) -> tuple[int, ...]:
         return self.drafter.feature_layers
+
+    __call__ = refuse_call
 
     def begin(self, embed: nn.Module, head: nn.Module, batch_size: int) -> ChainedSession:
         """See `Drafter.begin`."""

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from ctc_drafter.drafters.base import refuse_call
 from ctc_drafter.types import Candidates
 
 SIBLINGS = 3
@@ -27,6 +28,8 @@ class ScriptedDrafter:
     ):
         self.scripts, self.depth, self.vocab_size = [list(script) for script in scripts], depth, vocab_size
         self.wrong_after = [wrong_after] if isinstance(wrong_after, int) else list(wrong_after)
+
+    __call__ = refuse_call
 
     def begin(self, embed: nn.Module, head: nn.Module, batch_size: int) -> ScriptedSession:
         return ScriptedSession(self, list(range(batch_size)))

@@ -13,14 +13,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, CompileConfig, GenerationConfig, PreTrainedModel
+from transformers import CompileConfig, GenerationConfig, PreTrainedModel
 from transformers.generation import BaseStreamer
 
 from ctc_drafter.decode.generate import Generation
 from ctc_drafter.decode.stats import Stats
 from ctc_drafter.evaluate.calibration import Calibration
 from ctc_drafter.evaluate.contenders import Contender, Decoding
-from ctc_drafter.target import first_line
+from ctc_drafter.target import load_causal_lm
 from ctc_drafter.types import UserError
 
 HF, HF_COMPILED, HF_LOOKUP, HF_ASSISTED = "hf", "hf-compiled", "hf-lookup", "hf-assisted"
@@ -94,9 +94,9 @@ def load_assistant(place: str, decoding: Decoding) -> PreTrainedModel:
     """The assistant, in the target's dtype and on its device. Raises `UserError` for one that cannot be it."""
     target = decoding.target
     try:
-        assistant = AutoModelForCausalLM.from_pretrained(place, dtype=target.dtype)
-    except (OSError, ValueError) as error:
-        raise UserError(f"no assistant could be loaded from {place}: {first_line(error)}") from error
+        assistant = load_causal_lm(place, dtype=target.dtype)
+    except UserError as error:
+        raise UserError(f"no assistant could be loaded: {error}") from error
     if assistant.config.get_text_config().vocab_size != target.model.config.get_text_config().vocab_size:
         raise UserError(f"the assistant {place} has another vocabulary than the target; give one of its tokenizer")
     return assistant.to(target.device).eval()

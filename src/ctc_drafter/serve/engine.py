@@ -14,7 +14,7 @@ from types import TracebackType
 import torch
 
 from ctc_drafter.decode.batch import Method
-from ctc_drafter.serve.jobs import Failure, Job
+from ctc_drafter.serve.jobs import ERROR, Failure, Job, failure
 from ctc_drafter.serve.lane import Lane
 from ctc_drafter.serve.speedup import Speedup
 from ctc_drafter.serve.worker import Worker
@@ -23,7 +23,6 @@ from ctc_drafter.types import UserError
 LOG = logging.getLogger(__name__)
 SHUTDOWN = Failure("shutdown", "the server is shutting down; try another one, or later")
 TIMEOUT = Failure("timeout", "the answer took longer than the server allows; ask for fewer tokens")
-ERROR = Failure("error", "decoding failed; the server's log says why")
 
 
 class QueueFull(Exception):
@@ -185,10 +184,10 @@ class Engine:
         try:
             self.lanes[job.lane].admit(job)
             self._served += 1
-        except Exception:
+        except Exception as error:
             LOG.exception("a prompt of %d tokens could not be decoded", len(job.prompt))
             job.cancelled = True  # should it have come as far as the batch
-            job.deliver(ERROR)
+            job.deliver(failure(error))
 
     def _step(self, lane: Lane) -> None:
         try:

@@ -11,6 +11,7 @@ from ctc_drafter.decode.choose import ARGMAX, Chooser
 from ctc_drafter.decode.rows import Row
 from ctc_drafter.decode.stats import Stats
 from ctc_drafter.serve.answer_text import AnswerText
+from ctc_drafter.types import UserError
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,14 @@ class Failure:
 
     reason: Literal["timeout", "shutdown", "error"]
     message: str
+
+
+ERROR = Failure("error", "decoding failed; the server's log says why")
+
+
+def failure(error: Exception) -> Failure:
+    """What a client is told when its row fails: what is wrong if that was meant to be read, else where to look."""
+    return Failure("error", " ".join(str(error).split())) if isinstance(error, UserError) else ERROR
 
 
 Event = Burst | Finish | Failure

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 
 from ctc_drafter.decode.batch import Batch, Method, Step
+from ctc_drafter.decode.blame import RowErrors
 from ctc_drafter.decode.choose import Chooser
 from ctc_drafter.decode.mixed import ByRow
 from ctc_drafter.decode.rows import Row
 from ctc_drafter.decode.stats import Stats, Stopwatch
-from ctc_drafter.serve.jobs import Burst, Job, Likelihood, Node
+from ctc_drafter.drafters.lazy import LazySession
+from ctc_drafter.drafters.silent import Silent
+from ctc_drafter.serve.jobs import Burst, Job, Likelihood, Node, failure
+from ctc_drafter.types import UserError
+
+LOG = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 def own_chooser(row: Row) -> Chooser:
@@ -23,7 +33,11 @@ def own_chooser(row: Row) -> Chooser:
 
 
 class Lane:
-    """Rows decoded by one method; each chooses its tokens by its own `Job.chooser`. `stats` and `clock` hold totals."""
+    """Rows decoded by one method; each chooses its tokens by its own `Job.chooser`. `stats` and `clock` hold totals.
+
+    A row that fails is told so and leaves; its neighbours go on as if it had never been there. A drafter that fails is
+    left out until the batch is empty, since no answer needs it. Only what fails without it, too, fails for all rows.
+    """
 
     def __init__(self, method: Method):
         self.method = replace(method, chooser=ByRow(own_chooser))
@@ -34,27 +48,75 @@ class Lane:
         self.batch = Batch(self.method, self.clock)
 
     def admit(self, job: Job) -> None:
-        """Prefills a row and tells its first token. If the prefill fails, the rows at work are as they were."""
+        """Prefills a row and tells its first token. Where the prefill raises, the rows at work are as they were."""
         job.begin = time.perf_counter()
-        roots, logits = self.batch.enter([job])
+        meant = (UserError, torch.OutOfMemoryError)  # for want of memory it is this row that stays out
+        roots, logits = self._with_or_without_drafts(lambda: self.batch.enter([job]), meant)
         self.jobs.append(job)
-        job.stats.prefill_seconds = time.perf_counter() - job.begin
-        likelihoods = likely(logits, roots, job.top)
-        job.stats.tokens += 1
-        self.stats.tokens += 1
-        text = job.write(int(roots[0]), likelihoods[0] if likelihoods else None)
-        job.deliver(Burst(text, job.released(), bonus=True, seconds=time.perf_counter() - job.begin))
+        try:
+            job.stats.prefill_seconds = time.perf_counter() - job.begin
+            likelihoods = likely(logits, roots, job.top)
+            job.stats.tokens += 1
+            self.stats.tokens += 1
+            text = job.write(int(roots[0]), likelihoods[0] if likelihoods else None)
+            job.deliver(Burst(text, job.released(), bonus=True, seconds=time.perf_counter() - job.begin))
+        except Exception as error:
+            self._fail(job, error)
         self._leave()
 
     def step(self) -> int:
-        """One verification of every row; returns the tokens that they took."""
-        step = self.batch.advance()
+        """One verification of every row; returns the tokens that they took. Raises what fails for all of them."""
+        step = self._advance()
+        if step is None:
+            return 0
         tokens, counts = step.acceptance.tokens.tolist(), step.acceptance.counts.tolist()
         before = self.stats.tokens
         for place, job in enumerate(self.jobs):
-            self._write(job, tokens[place][: counts[place] + 1], step, place)
+            try:
+                self._write(job, tokens[place][: counts[place] + 1], step, place)
+            except Exception as error:
+                self._fail(job, error)
         self._leave()
         return self.stats.tokens - before
+
+    def _advance(self) -> Step | None:
+        """A step of the rows that can take one; None if there is none left."""
+        while self.jobs:
+            try:
+                return self._with_or_without_drafts(self.batch.advance)
+            except RowErrors as failed:
+                for place, error in failed.errors.items():
+                    self._fail(self.jobs[place], error)
+                self.drop()
+        return None
+
+    def _with_or_without_drafts(self, work: Callable[[], T], meant: tuple[type[Exception], ...] = ()) -> T:
+        """`work` on the batch, which leaves it as it was where it raises; without a drafter if that alone helps.
+
+        meant: errors that have nothing to do with the drafter.
+        """
+        try:
+            return work()
+        except Exception as error:
+            if isinstance(error, (RowErrors, *meant)) or not self.batch.rows:
+                raise
+            if isinstance(self.batch.session.session, Silent):
+                raise
+            session, self.batch.session = self.batch.session, LazySession(Silent())
+            try:
+                result = work()
+            except Exception:
+                self.batch.session = session
+                raise
+            LOG.error("%d rows go on without drafts", len(self.batch.rows), exc_info=error)
+            return result
+
+    def _fail(self, job: Job, error: Exception) -> None:
+        """The end of one row; `drop` and `_leave` take it out."""
+        LOG.error("a row failed behind %d tokens", len(job.tokens), exc_info=error)
+        job.cancelled = True
+        with suppress(Exception):  # what failed may be the telling
+            job.deliver(failure(error))
 
     def drop(self) -> None:
         """Lets the rows go that nobody waits for."""
@@ -88,16 +150,19 @@ class Lane:
 
     def _leave(self) -> None:
         for job in self.jobs:
-            if job.over:
-                job.deliver(job.finish())
-        self._keep([place for place, job in enumerate(self.jobs) if not job.over])
+            try:
+                if not job.cancelled and job.over:
+                    job.deliver(job.finish())
+            except Exception as error:
+                self._fail(job, error)
+        self._keep([place for place, job in enumerate(self.jobs) if not (job.cancelled or job.over)])
 
     def _keep(self, places: list[int]) -> None:
-        self.jobs = [self.jobs[place] for place in places]
         if places:
-            self.batch.keep(places)
+            self._with_or_without_drafts(lambda: self.batch.keep(places))
         elif self.batch.rows:
             self.batch = Batch(self.method, self.clock)  # an idle server holds no cache
+        self.jobs = [self.jobs[place] for place in places]
 
 
 def likely(logits: torch.Tensor, tokens: torch.Tensor, top: int | None) -> list[Likelihood]:

@@ -1,0 +1,41 @@
+"""docs/generate.md from the tables of settings: `python -m ctc_drafter.decode.generate_page > docs/generate.md`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ctc_drafter.decode.generate_settings import FIELDS, INPUTS, PARAMETERS, Setting, Status
+
+HEAD = """# What `generate(..., custom_generate=speculate(drafter))` takes
+
+Made by `python -m ctc_drafter.decode.generate_page` from `decode/generate_settings.py`; do not edit it.
+
+- **honoured**: the output is that of stock `generate` (of `do_sample=True`: of its distribution).
+- **refused**: an error of one line before anything is decoded. It is the text in the last column.
+- **without effect**: it changes no output of greedy decoding or sampling, in stock `generate` neither.
+- **not handed over**: transformers keeps it from every callable in `custom_generate`, so it can be neither honoured nor
+  refused here. Also `cache_implementation="paged"` turns to continuous batching before `custom_generate` is looked at.
+"""
+
+
+def table(title: str, settings: Sequence[Setting]) -> str:
+    lines = [f"## {title}", "", "| Name | | |", "|---|---|---|"]
+    for setting in settings:
+        note = f"{setting.note} ({setting.but})" if setting.but else setting.note
+        mark = f"**{setting.status}**" if setting.status in (Status.REFUSED, Status.UNSEEN) else str(setting.status)
+        lines.append(f"| `{setting.name}` | {mark} | {note} |")
+    return "\n".join(lines) + "\n"
+
+
+def page() -> str:
+    """The page as Markdown."""
+    tables = (
+        ("Parameters of `generate`", PARAMETERS),
+        ("Inputs of the model", INPUTS),
+        ("Fields of `GenerationConfig`", FIELDS),
+    )
+    return "\n".join([HEAD, *(table(title, settings) for title, settings in tables)])
+
+
+if __name__ == "__main__":
+    print(page(), end="")
