@@ -7,6 +7,7 @@ what is left. Sliding windows, chunks and original contexts of scaled rotary emb
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
 from collections.abc import Iterable
@@ -116,7 +117,8 @@ def small(kind: type[PreTrainedConfig], sizes: dict[str, Any], tower: bool = Fal
         part = getattr(default, name, None)
         if isinstance(part, PreTrainedConfig):
             chosen[name] = small(type(part), sizes.get(name, {}), tower or "text" not in name)
-    return kind(**chosen | {name: value for name, value in sizes.items() if name not in parts or name not in chosen})
+    chosen |= {name: value for name, value in sizes.items() if name not in parts or name not in chosen}
+    return kind(**copy.deepcopy(chosen))  # some configurations write into the dictionaries that they are given
 
 
 def small_config(family: Family) -> PreTrainedConfig:

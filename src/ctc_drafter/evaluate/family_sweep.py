@@ -68,7 +68,12 @@ def sweep_page(outcomes: Sequence[Outcome]) -> str:
     refused = [each for each in outcomes if each.refusal]
     types = len({each.family.model_type for each in exact})
     lines = [HEAD, f"{len(exact)} configurations of {types} types are taken, {len(refused)} are refused,"]
-    lines += [f"{len(UNBUILT)} are not tried.", "", "| type | configurations | output |", "|---|---|---|"]
+    lines += [
+        f"{len(UNBUILT)} are not tried. *as it comes*: what the class's own defaults make, small.",
+        "",
+        "| type | configurations | output |",
+        "|---|---|---|",
+    ]
     for kind in dict.fromkeys(each.family.model_type for each in exact):
         own = [each for each in exact if each.family.model_type == kind]
         names = "; ".join(each.family.name.removeprefix(kind).removeprefix(", ") or "as it comes" for each in own)
@@ -87,10 +92,10 @@ HEAD = f"""
 
 Each class of transformers' mappings for causal LMs and for image and text (text alone) was built small and random in
 float32, with its length thresholds inside the text: sliding and kept windows of {WINDOW} tokens, chunks and temperature
-steps of {CHUNK}, scaled rotary embeddings with an original context of {ORIGINAL}. Prompts of {LENGTHS[0]}, {LENGTHS[1]}
-and {LENGTHS[2]} tokens were continued by {NEW_TOKENS}, alone and together, with trees of 1, 8 and 32 nodes of up to 11
-levels and drafts that are never, always and sometimes right: greedy against transformers' own `generate`, sampled
-against plain sampled decoding. *exact* means no difference in {len(CELLS)} comparisons. The same tests spoil the
-product on purpose (a mask without branches, positions without depth, accepted nodes left where they were), and every
-type that is taken notices each.
+steps of {CHUNK}, scaled rotary embeddings with an original context of {ORIGINAL}. Prompts of {LENGTHS[0]}, {LENGTHS[1]} and {LENGTHS[2]}
+tokens were continued by {NEW_TOKENS}, alone and together, with trees of 1, 8 and 32 nodes of up to 11 levels and drafts
+that are never, always and sometimes right: greedy against transformers' own `generate`, sampled against plain sampled
+decoding. *exact* means no difference in {len(CELLS)} comparisons. The same tests spoil the product on purpose (a mask
+without branches, positions without depth, accepted nodes left where they were), and every type that is taken notices
+each; positions where it has any.
 """
