@@ -196,10 +196,10 @@ untrained CTC drafter. *exact* means the same {NEW_TOKENS} tokens per prompt as 
 time. Sliding windows are shorter than the prompts. *not offered*: transformers has no such kernel for the family.
 
 No family is known by name. A target is taken when its configuration, its `forward` and its cache can serve a token
-tree, and when a trial at load agrees with plain text: a tree of 5 nodes against its paths, and the step after its
+tree, and when a trial at load agrees with plain text: a tree of 7 nodes against its paths, and the step after its
 compaction. So families that are not listed work, or are refused, by the same rule. Flash and flex attention are
-refused: they take no tree mask. The trial crosses a sliding window only where that is cheap: always for small models,
-up to about four thousand tokens for 7 billion parameters on a GPU.
+refused: they take no tree mask. The trial is repeated at every length that the configuration names, over a cache that
+is filled up to there.
 """
 REFUSED = "Refused, each with its reason when it is loaded:"
 
