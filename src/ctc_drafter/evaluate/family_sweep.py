@@ -93,7 +93,8 @@ HEAD = f"""
 Each class of transformers' mappings for causal LMs and for image and text (text alone) was built small and random in
 float32, with its length thresholds inside the text: sliding and kept windows of {WINDOW} tokens, chunks and temperature
 steps of {CHUNK}, scaled rotary embeddings with an original context of {ORIGINAL}. Prompts of
-{LENGTHS[0]}, {LENGTHS[1]} and {LENGTHS[2]} tokens were continued by {NEW_TOKENS}, alone and together, with trees of 1, 8 and 32 nodes of up to 11 levels and drafts
+{LENGTHS[0]}, {LENGTHS[1]} and {LENGTHS[2]} tokens were continued by {NEW_TOKENS}, alone and together,
+with trees of 1, 8 and 32 nodes of up to 11 levels and drafts
 that are never, always and sometimes right: greedy against transformers' own `generate`, sampled against plain sampled
 decoding. *exact* means no difference in {len(CELLS)} comparisons. The same tests spoil the product on purpose (a mask
 without branches, positions without depth, accepted nodes left where they were), and every type that is taken notices
