@@ -286,7 +286,7 @@ def test_what_is_no_drafter_is_named(tmp_path: Path) -> None:
     fresh(target, "hydra").save_pretrained(tmp_path / "hydra")
     weights = tmp_path / "hydra" / "model.safetensors"
     save_file({k: v for k, v in load_file(weights).items() if "heads.0" not in k}, weights, {"format": "pt"})
-    with pytest.raises(UserError, match=r"not a whole drafter: tensor heads\.0"):
+    with pytest.raises(UserError, match=r"not a whole drafter: heads\.0.* missing"):
         open_drafter(str(tmp_path / "hydra"))
     assert method_of(open_drafter("prompt_lookup")) == "prompt_lookup"
     assert isinstance(open_drafter("prompt_lookup"), PromptLookup)

@@ -33,6 +33,10 @@ class Step:
     logits: torch.Tensor
     acceptance: Acceptance
 
+    def emitted(self) -> tuple[list[list[int]], list[int]]:
+        """Tokens to emit, as in `Acceptance`, and accepted nodes of each row."""
+        return self.acceptance.tokens.tolist(), self.acceptance.counts.tolist()
+
     def emitted_logits(self) -> torch.Tensor:
         """The logits `[B, 1+D, V]` that each token of `Acceptance.tokens` was chosen from."""
         return self.logits.take_along_dim(self.acceptance.path.unsqueeze(-1), 1)
@@ -137,16 +141,15 @@ class Batch:
         self.cache.batch_select_indices(rows)
         self.lengths, self.root = self.lengths[rows], self.root[rows]
 
-    def step(self) -> tuple[list[list[int]], list[int]]:
-        """One verification of every row: tokens to emit, as in `Acceptance`, and accepted nodes."""
+    def step(self) -> Step:
+        """One verification of every row, for a call that ends with the first error, which names its row."""
         try:
-            acceptance = self.advance().acceptance
+            return self.advance()
         except RowErrors as failed:
             raise failed.first from failed
-        return acceptance.tokens.tolist(), acceptance.counts.tolist()
 
     def advance(self) -> Step:
-        """`step`, with all that it saw. Where it raises, the batch is as it was; `RowErrors` where single rows are why.
+        """One verification of every row. The batch is as it was where it raises: `RowErrors` if single rows are why.
 
         Drafts that the target cannot compute spoil their row, rejected or not (`no_numbers`): such rows are verified
         again without drafts, before anything is kept. What is no number then is the target's own answer.

@@ -93,11 +93,10 @@ def run(
     batch.keep(writer.start(rows, first.tolist()))
     stats.prefill_seconds = time.perf_counter() - begin
     while batch.rows:
-        made = batch.advance()
+        step = batch.step()
         if on_logits is not None:
-            on_logits(batch.rows, made.emitted_logits())
-        acceptance = made.acceptance
-        batch.keep(writer.write(batch.rows, acceptance.tokens.tolist(), acceptance.counts.tolist()))
+            on_logits(batch.rows, step.emitted_logits())
+        batch.keep(writer.write(batch.rows, *step.emitted()))
     stats.seconds, stats.stages_ms = time.perf_counter() - begin, dict(clock.total_ms)
     return Generation([row.tokens for row in rows], stats, [row.accepted for row in rows])
 

@@ -57,7 +57,7 @@ def flow(batch: Batch, writer: Writer, arriving: Iterator[Row], in_flight: int) 
             going = writer.start(new, batch.admit(new))
             yield from leave(batch, [*range(there), *(there + place for place in going)])
         if batch.rows:
-            tokens, accepted = batch.step()
+            tokens, accepted = batch.step().emitted()
             yield from leave(batch, writer.write(batch.rows, tokens, accepted))
 
 

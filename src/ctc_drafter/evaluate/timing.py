@@ -48,7 +48,7 @@ def time_steps(methods: Sequence[Method], rows: int, context: int, rounds: int =
         for place, batch in enumerate(batches):
             clock.total_ms.clear()
             begin = time.perf_counter()
-            tokens, accepted = batch.step()
+            tokens, accepted = batch.step().emitted()
             whole = (time.perf_counter() - begin) * 1e3
             for row, emitted, count in zip(batch.rows, tokens, accepted, strict=True):
                 row.tokens += emitted[: count + 1]
