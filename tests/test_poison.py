@@ -6,13 +6,12 @@ import itertools
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, LogitsProcessorList
 
 from ctc_drafter.compiled_target import CompiledTarget
 from ctc_drafter.decode.batch import Batch, Method
 from ctc_drafter.decode.choose import ARGMAX, Greedy, Sampled, warpers
 from ctc_drafter.decode.generate import generate, new_rows, plain_generate
-from ctc_drafter.decode.processors import LogitsProcessorList
 from ctc_drafter.decode.queue import generate_many
 from ctc_drafter.decode.stats import Stopwatch
 from ctc_drafter.evaluate import scripted

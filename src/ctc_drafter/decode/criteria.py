@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 import torch
 from transformers import EosTokenCriteria, MaxLengthCriteria, StoppingCriteria, StoppingCriteriaList
-from transformers.generation import stopping_criteria as stock
+from transformers.generation import stopping_criteria as stock_criteria
 
 from ctc_drafter.decode.state import snapshot
 from ctc_drafter.types import UserError
@@ -60,7 +60,7 @@ def refuse_criteria(criteria: Iterable[StoppingCriteria], input_ids: torch.Tenso
         return
     texts = torch.cat([input_ids, input_ids[:, -1:]], 1)  # no criterion is ever asked about a prompt alone
     for criterion in criteria:
-        if type(criterion).__module__ == stock.__name__:
+        if type(criterion).__module__ == stock_criteria.__name__:
             continue
         alone = [criterion(text.unsqueeze(0), None) for text in texts]
         before = snapshot(criterion)
