@@ -69,7 +69,7 @@ bench: $(STAMP) ## evaluate the shipped model into results/ and the README: TASK
 
 clean: ## remove caches and build folders; .venv and runs/ stay
 	rm -rf build dist src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
-	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find src tests benchmarks recipes -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV): $(STAMP) ## set up or refresh the virtual environment
 

@@ -1,0 +1,1 @@
+"""What writes this repository's pages and figures; not part of the package."""

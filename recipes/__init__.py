@@ -1,0 +1,1 @@
+"""Recipes of trainings, and what made the shipped model; not part of the package."""
