@@ -12,6 +12,7 @@ import torch
 from openai import OpenAI
 
 import tiny_models
+from ctc_drafter.chat import TextStream, eos_ids
 from ctc_drafter.decode.batch import Method
 from ctc_drafter.decode.choose import ARGMAX, Sampled, warpers
 from ctc_drafter.decode.generate import plain_generate
@@ -21,7 +22,6 @@ from ctc_drafter.serve.engine import Engine
 from ctc_drafter.serve.run import Server, bind, make_engine, make_server
 from ctc_drafter.serve.service import Limits, Service
 from ctc_drafter.target import Target
-from ctc_drafter.text import TextStream, eos_ids
 from ctc_drafter.types import Candidates
 
 NAME = "tiny"

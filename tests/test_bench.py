@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from ctc_drafter.chat import encode_conversation
 from ctc_drafter.cli import main
 from ctc_drafter.decode.generate import Generation, generate
 from ctc_drafter.drafters.lookup import PromptLookup
@@ -17,7 +18,6 @@ from ctc_drafter.evaluate.chain import Chained, ChainedSession
 from ctc_drafter.evaluate.facts import facts
 from ctc_drafter.evaluate.tasks import Prompt, Task
 from ctc_drafter.target import Target
-from ctc_drafter.text import encode_conversation
 from ctc_drafter.types import Candidates, TokenTree, UserError
 from tiny_models import save_pair, tiny_drafter, tiny_llama, tiny_tokenizer
 

@@ -11,10 +11,9 @@ from transformers import Gemma3TextConfig
 
 from ctc_drafter.cli import main
 from ctc_drafter.integrations.head import CTCHead
-from ctc_drafter.integrations.settings import HeadSettings, check_vllm
+from ctc_drafter.integrations.settings import ARCHITECTURE, HeadSettings, check_vllm
 from ctc_drafter.integrations.speculators import embedding_scale, export
 from ctc_drafter.integrations.vllm.cpu import expand
-from ctc_drafter.integrations.vllm.plugin import ARCHITECTURE
 from ctc_drafter.types import UserError
 from ctc_oracle import prefix_probs, sequence_probs
 from helpers import tiny_config, tiny_drafter, tiny_target

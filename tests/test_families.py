@@ -18,9 +18,9 @@ from ctc_drafter.evaluate.families import (
     family_config,
     family_model,
     main,
-    stock_continuations,
     verdict,
 )
+from ctc_drafter.evaluate.family_checks import stock_continuations
 from ctc_drafter.features import decoder_blocks, final_norm
 from ctc_drafter.load import fresh_drafter
 from ctc_drafter.target import CACHES, Target

@@ -5,12 +5,11 @@ import torch
 
 from ctc_drafter.decode.generate import generate, plain_generate
 from ctc_drafter.decode.queue import generate_many
-from ctc_drafter.drafters.host import padded
 from ctc_drafter.drafters.hybrid import HybridSession
 from ctc_drafter.drafters.lazy import MOST, LazySession
 from ctc_drafter.drafters.lookup import PromptLookup
 from ctc_drafter.drafters.trainable import network_of
-from ctc_drafter.types import Candidates, UserError
+from ctc_drafter.types import Candidates, UserError, padded
 from helpers import tiny_drafter, tiny_target
 
 PROMPTS = [[3, 1, 4, 1, 5, 3, 1, 4], [2, 7, 2, 7, 2], [8]]

@@ -77,9 +77,7 @@ ON_THE_WAY = {
     "static_cache",
     "support",
     "target",
-    "text",
     "train",
-    "types",
     "warm_start",
 }
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ctc_drafter.train.manifest import claim
+from ctc_drafter.provenance import claim
 from ctc_drafter.train.settings import TrainSettings
 from ctc_drafter.train.trainer import train_drafter
 from ctc_drafter.types import UserError

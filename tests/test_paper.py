@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from ctc_drafter.ctc.collapse import collapse
-from ctc_drafter.drafters.host import padded
 from ctc_drafter.drafters.paper import collapsed, static_tree
+from ctc_drafter.types import padded
 
 BLANK, FRAMES, RANKS = 3, 5, 4
 

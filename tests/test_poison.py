@@ -15,7 +15,8 @@ from ctc_drafter.decode.generate import generate, new_rows, plain_generate
 from ctc_drafter.decode.queue import generate_many
 from ctc_drafter.decode.stats import Stopwatch
 from ctc_drafter.evaluate import scripted
-from ctc_drafter.evaluate.families import family_model, stock_continuations
+from ctc_drafter.evaluate.families import family_model
+from ctc_drafter.evaluate.family_checks import stock_continuations
 from ctc_drafter.target import CACHES, Target
 from ctc_drafter.types import Candidates, UserError
 from helpers import VOCABULARY, tiny_config, tiny_drafter

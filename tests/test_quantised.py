@@ -10,7 +10,8 @@ from transformers import TorchAoConfig
 from ctc_drafter.decode.generate import generate, plain_generate
 from ctc_drafter.drafters.borrowed import draft_head
 from ctc_drafter.drafters.ctc import CTCDrafter
-from ctc_drafter.evaluate.families import NEW_TOKENS, PROMPTS, exact, family_model, stock_continuations
+from ctc_drafter.evaluate.families import NEW_TOKENS, PROMPTS, exact, family_model
+from ctc_drafter.evaluate.family_checks import stock_continuations
 from ctc_drafter.selftest import disagreement
 from ctc_drafter.target import CACHES, Target
 

@@ -11,9 +11,9 @@ from ctc_drafter.evaluate import quick
 from ctc_drafter.evaluate.quick import Recipe, TrainedAlike, recipes, sample_rows, selected
 from ctc_drafter.load import load_target
 from ctc_drafter.methods import TRAINED
+from ctc_drafter.provenance import config_hash
 from ctc_drafter.quickstart.sample import write_sample
 from ctc_drafter.train.data import DistilledDataset
-from ctc_drafter.train.manifest import config_hash
 from ctc_drafter.types import UserError
 
 

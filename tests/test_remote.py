@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from ctc_drafter.chat import decode
 from ctc_drafter.cli import main
-from ctc_drafter.text import decode
 from ctc_drafter.train import remote
 from ctc_drafter.train.data import DistilledDataset
 from ctc_drafter.train.distill import GREEDY, Sampling, distill

@@ -8,15 +8,16 @@ import pytest
 import torch
 from rich.console import Console
 
+from ctc_drafter.chat import decode
 from ctc_drafter.decode.generate import Generation
 from ctc_drafter.decode.stats import Stats
 from ctc_drafter.evaluate import contenders, run
 from ctc_drafter.evaluate.contenders import Contender
 from ctc_drafter.evaluate.report import results_table
-from ctc_drafter.evaluate.run import evaluate, write_json
+from ctc_drafter.evaluate.run import evaluate
 from ctc_drafter.evaluate.tasks import Prompt, Task
+from ctc_drafter.files import write_json
 from ctc_drafter.target import Target
-from ctc_drafter.text import decode
 from ctc_drafter.types import UserError
 from tiny_models import tiny_drafter, tiny_llama, tiny_tokenizer
 
@@ -198,10 +199,10 @@ def test_meta_names_dtype_and_settings() -> None:
 
 
 def test_commit_is_none_outside_a_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
-    from ctc_drafter.evaluate import environment
+    from ctc_drafter import provenance
 
     def no_git(*_args: object, **_options: object) -> SimpleNamespace:
         raise FileNotFoundError("git")
 
-    monkeypatch.setattr(environment.subprocess, "run", no_git)
-    assert environment.environment()["commit"] is None
+    monkeypatch.setattr(provenance.subprocess, "run", no_git)
+    assert provenance.environment()["commit"] is None

@@ -3,7 +3,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from ctc_drafter.text import TextStream, decode, encode_conversation, eos_ids
+from ctc_drafter.chat import TextStream, decode, encode_conversation, eos_ids
 from ctc_drafter.types import UserError
 from tiny_models import tiny_tokenizer
 

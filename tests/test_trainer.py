@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file
 
 from ctc_drafter.drafters.ctc import CTCDrafter
+from ctc_drafter.provenance import check_writer, config_hash, weights_hash
 from ctc_drafter.train import trainer as trainer_module
 from ctc_drafter.train.data import DistilledDataset, DistilledRow, collate
-from ctc_drafter.train.manifest import check_writer, config_hash, weights_hash
 from ctc_drafter.train.settings import TrainSettings
 from ctc_drafter.train.trainer import DrafterTrainer, Trained, train_drafter
 from ctc_drafter.types import UserError

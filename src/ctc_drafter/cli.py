@@ -88,8 +88,8 @@ def generate(
     """Answers a prompt, or every prompt of a file, in the target's own words."""
     from ctc_drafter.answer import Answerer, AnswerSettings, answer
     from ctc_drafter.decode.generate import DEFAULT_NODES
-    from ctc_drafter.evaluate.run import check_place
     from ctc_drafter.evaluate.tasks import Prompt, read_prompts
+    from ctc_drafter.files import check_place
     from ctc_drafter.load import compiled_for, load_drafter, load_target, pair
 
     if (prompt is None) == (prompts_file is None):

@@ -44,7 +44,7 @@ def profile(
     from rich.console import Console
 
     from ctc_drafter.decode.generate import DEFAULT_NODES
-    from ctc_drafter.evaluate.run import check_place, write_json
+    from ctc_drafter.files import check_place, write_json
     from ctc_drafter.load import compiled_for, load_pair
     from ctc_drafter.profile import measured_again, profile_json, profile_table
 
@@ -93,10 +93,10 @@ def evaluate(
 
     from ctc_drafter.decode.generate import DEFAULT_FLOOR, DEFAULT_NODES
     from ctc_drafter.evaluate.report import results_table
-    from ctc_drafter.evaluate.run import check_place, write_json
     from ctc_drafter.evaluate.run import evaluate as measure
     from ctc_drafter.evaluate.stock import NAMES, parse_also
     from ctc_drafter.evaluate.tasks import read_tasks
+    from ctc_drafter.files import check_place, write_json
     from ctc_drafter.load import compiled_for, load_pair
     from ctc_drafter.methods import PROMPT_LOOKUP
     from ctc_drafter.profile import budget_for
@@ -200,9 +200,9 @@ def bench(
     from ctc_drafter.evaluate.named import chosen_entries
     from ctc_drafter.evaluate.quick import QUICK, TASKS, TrainedAlike
     from ctc_drafter.evaluate.report import results_table
-    from ctc_drafter.evaluate.run import check_place
     from ctc_drafter.evaluate.stock import parse_also
     from ctc_drafter.evaluate.tasks import read_tasks
+    from ctc_drafter.files import check_place
     from ctc_drafter.load import compiled_for_all, load_target
 
     check_place(json_out)
@@ -262,7 +262,7 @@ def report(
     """Writes tables and figures of benches, with intervals, into a page."""
     from ctc_drafter.evaluate.page import draw, page
     from ctc_drafter.evaluate.results import read_results
-    from ctc_drafter.evaluate.run import check_place
+    from ctc_drafter.files import check_place
 
     check_place(out)
     results = read_results(files)
@@ -297,8 +297,8 @@ def exactness(
     from ctc_drafter.demo import PROMPTS
     from ctc_drafter.evaluate.exactness import exactness as compare
     from ctc_drafter.evaluate.exactness import exactness_table
-    from ctc_drafter.evaluate.run import check_place, write_json
     from ctc_drafter.evaluate.tasks import Prompt, Task, read_tasks
+    from ctc_drafter.files import check_place, write_json
     from ctc_drafter.load import load_drafter, load_target
 
     if (tasks_path is None) != (not tasks):

@@ -21,12 +21,12 @@ def export(
     """Writes a drafter as vLLM and SGLang load it, with our plugin: vllm serve OUT."""
     import torch
 
+    from ctc_drafter.chat import fingerprint
     from ctc_drafter.drafters.ctc import CTCDrafter
     from ctc_drafter.integrations.speculators import export as write
     from ctc_drafter.load import load_config, pair, shipped
     from ctc_drafter.methods import open_drafter
     from ctc_drafter.quickstart import DRAFTER_DIR, TARGET_DIR
-    from ctc_drafter.text import fingerprint
 
     names = pair(target, drafter)
     name = names[0] or shipped(TARGET_DIR)

@@ -214,10 +214,10 @@ def train(
     )
     from ctc_drafter.methods import trained_method
     from ctc_drafter.model_card import Made, corpora, write_model_card
+    from ctc_drafter.provenance import check_writer
     from ctc_drafter.quickstart import TARGET_DIR
     from ctc_drafter.train.data import DistilledDataset
     from ctc_drafter.train.estimate import Plan, TextSize, memory_errors
-    from ctc_drafter.train.manifest import check_writer
     from ctc_drafter.train.processes import join_processes
     from ctc_drafter.train.settings import TrainSettings
     from ctc_drafter.train.trainer import train_drafter

@@ -13,6 +13,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from ctc_drafter.chat import fingerprint
 from ctc_drafter.drafters.base import Drafter
 from ctc_drafter.drafters.ctc import CTCDrafter
 from ctc_drafter.drafters.trainable import TrainableDrafter
@@ -20,9 +21,8 @@ from ctc_drafter.drafters.vocabulary import most_frequent
 from ctc_drafter.layout import columns_first
 from ctc_drafter.methods import PROMPT_LOOKUP, open_drafter, trained_method
 from ctc_drafter.quickstart import DRAFTER_DIR, TARGET_DIR
-from ctc_drafter.target import Target, first_line
-from ctc_drafter.text import fingerprint
-from ctc_drafter.types import UserError
+from ctc_drafter.target import Target
+from ctc_drafter.types import UserError, first_line
 from ctc_drafter.warm_start import Start, is_published, read_start
 
 

@@ -12,7 +12,8 @@ from huggingface_hub import ModelCardData
 from ctc_drafter.drafters.trainable import TrainableDrafter
 from ctc_drafter.evaluate.learning import learning_curves
 from ctc_drafter.evaluate.plots import save
-from ctc_drafter.train.manifest import MANIFEST, disk_errors, read_manifest, versions, write_atomic
+from ctc_drafter.files import disk_errors, write_atomic
+from ctc_drafter.provenance import MANIFEST, read_manifest, versions
 from ctc_drafter.train.records import hub_name
 
 CARD, CURVES = "README.md", "training"

@@ -21,8 +21,8 @@ from ctc_drafter.decode.batch import Method
 from ctc_drafter.decode.budget import Budget, StepTimes
 from ctc_drafter.decode.choose import ARGMAX
 from ctc_drafter.drafters.base import Drafter
-from ctc_drafter.evaluate.environment import environment, source_hash
 from ctc_drafter.evaluate.timing import fitting, plain_method, time_steps
+from ctc_drafter.provenance import environment, source_hash
 from ctc_drafter.target import Target
 
 BATCHES = (1, 4, 16)

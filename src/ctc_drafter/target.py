@@ -27,7 +27,7 @@ from ctc_drafter.rope import factors_by_token, rereads, scaled_context, switch_l
 from ctc_drafter.selftest import self_test
 from ctc_drafter.static_cache import reserve, static_cache
 from ctc_drafter.support import position_limit, refuse_config, refuse_unsupported
-from ctc_drafter.types import UserError, Verification
+from ctc_drafter.types import UserError, Verification, first_line
 
 LOG = logging.getLogger(__name__)
 UNLIMITED_CONTEXT = 1 << 30
@@ -294,9 +294,3 @@ def padded(
         return None, None
     missing = (0, slots - allowed.shape[2])
     return nn.functional.pad(allowed, missing), nn.functional.pad(key_positions, missing)
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, in a line; one that ends in a colon says nothing without the next."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return f"{lines[0]} {lines[1].strip()}" if lines[0].endswith(":") and len(lines) > 1 else lines[0]

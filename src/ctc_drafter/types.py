@@ -6,6 +6,8 @@ V vocabulary, T tokens of a row, S slots of a cache, H hidden size, K feature si
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -91,3 +93,30 @@ class Acceptance:
     counts: torch.Tensor
     tokens: torch.Tensor
     bonus: torch.Tensor
+
+
+# Prefixes that were found on the host, as candidates.
+
+# (token, log-probability, index of its parent or -1, depth)
+Prefix = tuple[int, float, int, int]
+PADDING: Prefix = (0, -math.inf, -1, 1)
+
+
+def padded(rows: Sequence[Sequence[Prefix]], device: torch.device) -> Candidates:
+    """Candidates of rows that differ in length."""
+    width = max(map(len, rows))
+    filled = [[*row, *[PADDING] * (width - len(row))] for row in rows]
+    tokens, scores, parents, depths = ([[prefix[part] for prefix in row] for row in filled] for part in range(4))
+    whole = torch.tensor([tokens, parents, depths], dtype=torch.long, device=device)
+    return Candidates(whole[0], whole[1], whole[2], torch.tensor(scores, dtype=torch.float32, device=device))
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in a line; one that ends in a colon says nothing without the next."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return f"{lines[0]} {lines[1].strip()}" if lines[0].endswith(":") and len(lines) > 1 else lines[0]
+
+
+def lacks_memory(error: Exception) -> bool:
+    """Whether this is how a device or the machine says that it has no memory left."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error)

@@ -22,7 +22,7 @@ from transformers.utils import cached_file
 
 from ctc_drafter.drafters.trainable import TrainableDrafter
 from ctc_drafter.methods import TRAINED, trained_method
-from ctc_drafter.train.manifest import tensors_hash
+from ctc_drafter.provenance import tensors_hash
 from ctc_drafter.types import UserError
 
 logger = logging.getLogger(__name__)

@@ -14,10 +14,9 @@ from itertools import takewhile
 
 import torch
 
-from ctc_drafter.drafters.host import Prefix, padded
 from ctc_drafter.drafters.lazy import LazySession
 from ctc_drafter.drafters.lookup import LookupSession
-from ctc_drafter.types import Candidates
+from ctc_drafter.types import Candidates, Prefix, padded
 
 # Tokens that a copied tree must be expected to get accepted, in every row. docs/log.md has what others gave.
 ENOUGH = 1.5

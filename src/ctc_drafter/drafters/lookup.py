@@ -25,8 +25,7 @@ import torch
 from torch import nn
 
 from ctc_drafter.drafters.base import refuse_call
-from ctc_drafter.drafters.host import Prefix, padded
-from ctc_drafter.types import Candidates, UserError
+from ctc_drafter.types import Candidates, Prefix, UserError, padded
 
 PRIOR = 2.0
 RECENCY = 0.8

@@ -23,9 +23,8 @@ from ctc_drafter.ctc.lattice import Lattice, lattice
 from ctc_drafter.ctc.loss import ctc_objective
 from ctc_drafter.drafters.borrowed import Borrowed, draft_head
 from ctc_drafter.drafters.frames import FramesConfig, FramesModel
-from ctc_drafter.drafters.host import Prefix, padded
 from ctc_drafter.drafters.trainable import Objective
-from ctc_drafter.types import Candidates, UserError
+from ctc_drafter.types import Candidates, Prefix, UserError, padded
 
 RANKS = 10  # likeliest symbols of a frame
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import typer
 
-from ctc_drafter.evaluate.results import read_json
+from ctc_drafter.files import read_json
 from ctc_drafter.types import UserError
 
 END = "<!-- end of figures -->"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
+from ctc_drafter.chat import eos_ids
 from ctc_drafter.decode.budget import Budget
 from ctc_drafter.decode.choose import ARGMAX, Chooser
 from ctc_drafter.decode.generate import Generation, generate, plain_generate
@@ -17,7 +18,6 @@ from ctc_drafter.evaluate.chain import POOL, Chained
 from ctc_drafter.evaluate.records import PLAIN, Key
 from ctc_drafter.methods import method_of
 from ctc_drafter.target import Target
-from ctc_drafter.text import eos_ids
 
 CHAIN, BUDGET = "chain", "budget"
 

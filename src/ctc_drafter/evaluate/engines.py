@@ -29,11 +29,11 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from ctc_drafter.evaluate.clients import PATIENCE, Reply, ask_all
 from ctc_drafter.evaluate.command import run, write_figures
-from ctc_drafter.evaluate.environment import environment
 from ctc_drafter.evaluate.report import number
-from ctc_drafter.evaluate.run import check_place, write_json
 from ctc_drafter.evaluate.serving import bodies_of
 from ctc_drafter.evaluate.tasks import read_tasks
+from ctc_drafter.files import check_place, write_json
+from ctc_drafter.provenance import environment
 from ctc_drafter.types import UserError
 
 PLAIN, NGRAM, CTC = "plain", "vLLM n-gram", "CTC"

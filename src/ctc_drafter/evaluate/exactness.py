@@ -19,14 +19,14 @@ from rich import box
 from rich.table import Column, Table
 from transformers import Cache, PreTrainedTokenizerBase
 
+from ctc_drafter.chat import decode, encode_conversation, eos_ids
 from ctc_drafter.decode.generate import DEFAULT_FLOOR, generate, plain_generate
 from ctc_drafter.drafters.base import Drafter
-from ctc_drafter.evaluate.environment import environment
 from ctc_drafter.evaluate.scripted import ScriptedDrafter
 from ctc_drafter.evaluate.tasks import Prompt, Task
+from ctc_drafter.provenance import environment
 from ctc_drafter.support import KERNELS
 from ctc_drafter.target import Target
-from ctc_drafter.text import decode, encode_conversation, eos_ids
 from ctc_drafter.types import UserError, Verification
 
 RIGHT = (3, 1, 4, 0, 2)  # right tokens of the drafts that stand in for a drafter's

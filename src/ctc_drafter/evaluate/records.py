@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ctc_drafter.train.manifest import disk_errors, write_atomic
+from ctc_drafter.files import disk_errors, write_atomic
 from ctc_drafter.types import UserError
 
 PLAIN = "plain"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 
 from ctc_drafter.evaluate.contenders import CHAIN
 from ctc_drafter.evaluate.records import PLAIN, Key
+from ctc_drafter.files import read_json
 from ctc_drafter.types import UserError
 
 PLAIN_KEY: Key = (PLAIN, None)
@@ -98,13 +98,3 @@ def read_results(files: Sequence[Path]) -> list[Results]:
     if not found:
         raise UserError("none of these files is a bench's; write one with ctc-drafter bench --json FILE")
     return found
-
-
-def read_json(file: Path) -> Any:
-    """Raises `UserError` for files that are missing or hold something else."""
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {file}: {error.strerror}; give results files") from error
-    except ValueError as error:
-        raise UserError(f"{file} is not JSON; give results files") from error

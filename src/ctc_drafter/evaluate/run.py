@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,20 +14,19 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedTokenizerBase
 
+from ctc_drafter.chat import decode, encode_conversation
 from ctc_drafter.decode.budget import Budget
 from ctc_drafter.decode.generate import DEFAULT_FLOOR, DEFAULT_NODES
 from ctc_drafter.drafters.base import Drafter
 from ctc_drafter.drafters.lookup import PromptLookup
 from ctc_drafter.evaluate.calibration import Calibration
 from ctc_drafter.evaluate.contenders import Contender, contenders_of, decoding
-from ctc_drafter.evaluate.environment import environment
 from ctc_drafter.evaluate.records import Journal, Record, histogram, row_of
 from ctc_drafter.evaluate.stock import stock_contenders
 from ctc_drafter.evaluate.tasks import Prompt, Task
 from ctc_drafter.methods import PROMPT_LOOKUP
+from ctc_drafter.provenance import environment
 from ctc_drafter.target import Target
-from ctc_drafter.text import decode, encode_conversation
-from ctc_drafter.types import UserError
 
 TIMED = 5  # batches of a task that run once more with a clock on each stage
 STAGES_NOTE = (
@@ -283,28 +280,3 @@ def rows_of(bench: Bench, tasks: Sequence[Task], journal: Journal) -> list[dict[
                     row |= {name: extra[name] for name in ("stages_ms", "calibration") if name in extra}
             rows.append(row)
     return rows
-
-
-def check_place(path: Path | None) -> None:
-    """Raises `UserError` before the work, not after it, when results cannot be written there."""
-    if path is not None and (path.is_dir() or not path.parent.is_dir()):
-        raise UserError(f"cannot write {path}; give a file in a folder that exists")
-
-
-def write_json(path: Path, value: object) -> None:
-    """Writes the whole file or nothing. Raises `UserError` when the place cannot be written."""
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        temporary.write_text(json_text(value) + "\n", encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error.strerror}; give a place that can be written") from error
-
-
-def json_text(value: object) -> str:
-    """Indented, but a line for each record of a result."""
-    if not isinstance(value, dict) or not value.get("records"):
-        return json.dumps(value, indent=1)
-    lines = ",\n".join("  " + json.dumps(record) for record in value["records"])
-    return json.dumps(value | {"records": []}, indent=1).replace('"records": []', f'"records": [\n{lines}\n ]')

@@ -21,10 +21,10 @@ import typer
 
 from ctc_drafter.evaluate.clients import Reply, ask_all, served, totals
 from ctc_drafter.evaluate.command import run, write_figures
-from ctc_drafter.evaluate.environment import environment
 from ctc_drafter.evaluate.report import number
-from ctc_drafter.evaluate.run import check_place, write_json
 from ctc_drafter.evaluate.tasks import Prompt, read_tasks
+from ctc_drafter.files import check_place, write_json
+from ctc_drafter.provenance import environment
 from ctc_drafter.types import UserError
 
 PLAIN = "plain"

@@ -16,12 +16,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ctc_drafter.drafters.ctc import CTCDrafter
 from ctc_drafter.load import choose_vocabulary, fresh_drafter, load_target, run_alone
+from ctc_drafter.provenance import tensors_hash
 from ctc_drafter.quickstart import MODEL_DIR
 from ctc_drafter.quickstart.card import write_card
 from ctc_drafter.quickstart.pretrain import PERPLEXITY, pretrain
 from ctc_drafter.train.data import DistilledDataset
 from ctc_drafter.train.distill import distill
-from ctc_drafter.train.manifest import tensors_hash
 from ctc_drafter.train.prompts import read_prompts
 from ctc_drafter.train.settings import TrainSettings
 from ctc_drafter.train.trainer import train_drafter

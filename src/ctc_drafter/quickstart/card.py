@@ -11,6 +11,7 @@ from typing import cast
 from safetensors import safe_open
 from transformers import PreTrainedTokenizerBase
 
+from ctc_drafter.chat import decode, encode_conversation, eos_ids
 from ctc_drafter.decode.generate import plain_generate
 from ctc_drafter.drafters.config import CTCDrafterConfig
 from ctc_drafter.drafters.ctc import CTCDrafter
@@ -18,7 +19,6 @@ from ctc_drafter.load import load_drafter, load_target
 from ctc_drafter.quickstart.corpus import MIX, read_source
 from ctc_drafter.quickstart.pretrain import PERPLEXITY, PHASES, TOKENS_PER_STEP
 from ctc_drafter.target import Target
-from ctc_drafter.text import decode, encode_conversation, eos_ids
 from ctc_drafter.train.data import DistilledDataset
 from ctc_drafter.train.validate import offline_beta
 

@@ -14,8 +14,8 @@ from torch.utils.data import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
+from ctc_drafter.files import write_atomic
 from ctc_drafter.quickstart.corpus import MIX, mixed_records, pack, read_source, train_tokenizer
-from ctc_drafter.train.manifest import write_atomic
 
 VOCAB_SIZE = 8192
 HEAD_DIM = 64

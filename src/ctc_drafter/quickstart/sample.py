@@ -12,9 +12,9 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from ctc_drafter.provenance import MANIFEST
 from ctc_drafter.quickstart import SAMPLE_DIR
 from ctc_drafter.train.data import DistilledDataset, DistilledRow
-from ctc_drafter.train.manifest import MANIFEST
 from ctc_drafter.types import UserError
 
 TOKENS = 400_000

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from ctc_drafter.text import TextStream
+from ctc_drafter.chat import TextStream
 
 
 class AnswerText:

@@ -11,6 +11,7 @@ from typing import Protocol
 from pydantic import BaseModel
 from transformers import PreTrainedTokenizerBase
 
+from ctc_drafter.chat import REPLACEMENT
 from ctc_drafter.serve.exchange import Answer
 from ctc_drafter.serve.jobs import Job, Written
 from ctc_drafter.serve.replies import (
@@ -29,7 +30,6 @@ from ctc_drafter.serve.replies import (
     TokenLogprob,
     Usage,
 )
-from ctc_drafter.text import REPLACEMENT
 
 
 class Form(Protocol):

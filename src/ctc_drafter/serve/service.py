@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
+from ctc_drafter.chat import eos_ids
 from ctc_drafter.decode.choose import ARGMAX, Chooser, Sampled, warpers
 from ctc_drafter.decode.prefill import check_prompts
 from ctc_drafter.serve.answer_text import AnswerText
@@ -19,7 +20,6 @@ from ctc_drafter.serve.errors import APIError
 from ctc_drafter.serve.jobs import Job
 from ctc_drafter.serve.schema import MOST_CHOICES, Message, Sampling
 from ctc_drafter.target import Target
-from ctc_drafter.text import eos_ids
 from ctc_drafter.types import UserError
 
 

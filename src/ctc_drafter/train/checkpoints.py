@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from ctc_drafter.train.manifest import write_atomic
+from ctc_drafter.files import write_atomic
 from ctc_drafter.types import UserError
 
 logger = logging.getLogger(__name__)

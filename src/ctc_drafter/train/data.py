@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset, Sampler
 
-from ctc_drafter.train.manifest import MANIFEST, different, read_manifest
+from ctc_drafter.provenance import MANIFEST, different, read_manifest
 from ctc_drafter.types import UserError
 
 logger = logging.getLogger(__name__)

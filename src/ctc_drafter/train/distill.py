@@ -9,16 +9,15 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from ctc_drafter.chat import eos_ids
 from ctc_drafter.decode.choose import ARGMAX, Chooser, Sampled, warpers
 from ctc_drafter.decode.generate import plain_generate
 from ctc_drafter.decode.noise import row_seeds
+from ctc_drafter.provenance import digest, weights_hash
 from ctc_drafter.target import Target
-from ctc_drafter.text import eos_ids
-from ctc_drafter.train.footprint import lacks_memory
-from ctc_drafter.train.manifest import digest, weights_hash
 from ctc_drafter.train.prompts import Prompt
 from ctc_drafter.train.shards import Distilled, Shards, fitting, origin
-from ctc_drafter.types import UserError
+from ctc_drafter.types import UserError, lacks_memory
 
 
 @dataclass(frozen=True)

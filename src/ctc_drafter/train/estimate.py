@@ -22,9 +22,9 @@ from ctc_drafter.drafters.trainable import TrainableDrafter
 from ctc_drafter.features import captured, concatenate
 from ctc_drafter.train.anchors import chunked_losses, usual_chunk
 from ctc_drafter.train.data import DistilledDataset
-from ctc_drafter.train.footprint import PeakMemory, lacks_memory
+from ctc_drafter.train.footprint import PeakMemory
 from ctc_drafter.train.settings import TrainSettings
-from ctc_drafter.types import UserError
+from ctc_drafter.types import UserError, lacks_memory
 
 GB = 1e9
 

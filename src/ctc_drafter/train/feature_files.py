@@ -17,18 +17,10 @@ from rich.progress import track
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from ctc_drafter.files import disk_errors, whole_or_nothing
+from ctc_drafter.provenance import MANIFEST, claim, config_hash, digest, versions, weights_hash
 from ctc_drafter.target import Target
 from ctc_drafter.train.data import NOTHING, STATES, DistilledDataset, collate
-from ctc_drafter.train.manifest import (
-    MANIFEST,
-    claim,
-    config_hash,
-    digest,
-    disk_errors,
-    versions,
-    weights_hash,
-    whole_or_nothing,
-)
 from ctc_drafter.types import UserError
 
 logger = logging.getLogger(__name__)

@@ -11,11 +11,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
-def lacks_memory(error: Exception) -> bool:
-    """Whether this is how a device or the machine says that it has no memory left."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error)
-
-
 class PeakMemory(TorchDispatchMode):
     """While open, counts the bytes of tensors that are made and let go; `peak` is the most that were there at a time.
 

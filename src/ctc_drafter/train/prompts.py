@@ -14,8 +14,9 @@ from pathlib import Path
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from ctc_drafter.train.manifest import digest
-from ctc_drafter.train.records import EXPECTED, BadRow, Messages, Row, read_corpus
+from ctc_drafter.chat import Messages, encode_messages
+from ctc_drafter.provenance import digest
+from ctc_drafter.train.records import EXPECTED, BadRow, Row, read_corpus
 from ctc_drafter.types import UserError
 
 logger = logging.getLogger(__name__)
@@ -185,13 +186,3 @@ def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
             f"the chat template has no generation prompt ({missing!r} must stand at the end of a prompt); "
             "give one that has: --chat-template FILE"
         )
-
-
-def encode_messages(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[int]:
-    """Ids of a conversation that waits for its answer; empty if template or tokenizer refuse it."""
-    try:
-        if not tokenizer.chat_template:
-            return list(tokenizer("\n".join(message["content"] for message in messages)).input_ids)
-        return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
-    except (TemplateError, TypeError, ValueError):
-        return []

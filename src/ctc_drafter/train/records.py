@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from ctc_drafter.chat import Messages
 from ctc_drafter.types import UserError
 
 EXPECTED = (
@@ -35,8 +36,6 @@ ROLES = {
     "bot": "assistant",
     "model": "assistant",
 }
-
-Messages = list[dict[str, str]]
 
 
 class BadRow(ValueError):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from ctc_drafter.text import REPLACEMENT, decode
+from ctc_drafter.chat import REPLACEMENT, decode
 from ctc_drafter.train.distill import GREEDY, Sampling
 from ctc_drafter.train.prompts import Prompt
 from ctc_drafter.train.shards import Distilled, Shards, fitting, known_ids, origin

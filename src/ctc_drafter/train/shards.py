@@ -15,18 +15,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.text import Text
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from ctc_drafter.text import fingerprint
-from ctc_drafter.train.manifest import (
-    MANIFEST,
-    claim,
-    config_hash,
-    digest,
-    disk_errors,
-    read_manifest,
-    template_hash,
-    versions,
-    write_atomic,
-)
+from ctc_drafter.chat import fingerprint
+from ctc_drafter.files import disk_errors, write_atomic
+from ctc_drafter.provenance import MANIFEST, claim, config_hash, digest, read_manifest, template_hash, versions
 from ctc_drafter.train.prompts import Prompt
 from ctc_drafter.types import UserError
 

@@ -18,21 +18,13 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_utils import EvalLoopOutput
 
 from ctc_drafter.drafters.trainable import TrainableDrafter
+from ctc_drafter.files import disk_errors, write_atomic
+from ctc_drafter.provenance import check_writer, claim, config_hash, digest, versions, weights_hash
 from ctc_drafter.target import Target
 from ctc_drafter.train.anchors import anchor_counts, draft_loss, draw_anchors, label_anchors
 from ctc_drafter.train.checkpoints import latest_checkpoint, seal, trainer_state
 from ctc_drafter.train.data import NOTHING, DistilledDataset, LengthSampler, collate
 from ctc_drafter.train.feature_files import FeatureFiles, WithFeatures
-from ctc_drafter.train.manifest import (
-    check_writer,
-    claim,
-    config_hash,
-    digest,
-    disk_errors,
-    versions,
-    weights_hash,
-    write_atomic,
-)
 from ctc_drafter.train.processes import join_processes, shard_layers, share_of
 from ctc_drafter.train.settings import FREE, TrainSettings
 from ctc_drafter.train.validate import draft_positions, offline_beta

@@ -1,22 +1,26 @@
-"""What made a folder: hashes and settings in a JSON file, so that another run cannot mix its own into it."""
+"""Where data and results come from: hashes and manifests of folders; commit, versions, hardware."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import logging
-import os
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from importlib.metadata import version
+import platform
+import subprocess
+from collections.abc import Collection, Iterable, Mapping
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ctc_drafter.text import fingerprint
+from ctc_drafter.chat import fingerprint
+from ctc_drafter.files import write_atomic
 from ctc_drafter.types import UserError
+
+# What made a folder: hashes and settings in a JSON file, so that another run cannot mix its own into it.
 
 logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
@@ -69,38 +73,6 @@ def template_hash(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def versions() -> dict[str, str]:
     return {name: version(name) for name in ("torch", "transformers")}
-
-
-@contextmanager
-def whole_or_nothing(path: Path) -> Iterator[Path]:
-    """A temporary file in the same folder to write to; it is on disk before it gets its name."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_atomic(path: Path, lines: Iterable[str]) -> None:
-    """All lines or none."""
-    with whole_or_nothing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
-        file.writelines(line + "\n" for line in lines)
-
-
-@contextmanager
-def disk_errors(out: Path) -> Iterator[None]:
-    """Turns a full or unwritable disk into one line that says how to go on."""
-    try:
-        yield
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise UserError(
-            f"cannot write to {out}: {reason}; finished parts are kept: make room there, "
-            "then run the same command again to go on"
-        ) from error
 
 
 def read_manifest(path: Path) -> dict[str, Any] | None:
@@ -196,3 +168,62 @@ def different(key: str, before: dict[str, Any], now: dict[str, Any]) -> str:
         inner = next(k for k in sorted(old.keys() | new.keys()) if old.get(k, NOT_SAID) != new.get(k, NOT_SAID))
         return different(inner, old, new)
     return f"{key} was {old}, is now {new}"
+
+
+# What a measurement ran on: commit, versions, hardware.
+
+PACKAGES = ("ctc-drafter", "torch", "transformers", "tokenizers")
+
+
+def environment() -> dict[str, Any]:
+    """`commit`, `versions` and `hardware` of a results file. Names no host, user or path."""
+    return {"commit": _commit(), "versions": _versions(), "hardware": _hardware()}
+
+
+def source_hash() -> str:
+    """Of the package's code, whatever commit it is of, or none."""
+    package = Path(__file__).parent
+    files = sorted(package.rglob("*.py"))
+    parts = [f"{file.relative_to(package)}\n{file.read_text(encoding='utf-8')}" for file in files]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def _commit() -> str | None:
+    """Commit of this source, with `-dirty` after local changes to the package; None outside a checkout."""
+    here = Path(__file__)
+    git = ["git", "-C", str(here.parent)]
+    try:
+        subprocess.run([*git, "ls-files", "--error-unmatch", str(here)], check=True, capture_output=True)
+        head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True)
+        # The package alone: a bench that writes its results into the checkout must not mark itself.
+        changes = subprocess.run([*git, "status", "--porcelain", "--", "."], check=True, capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head.stdout.strip() + ("-dirty" if changes.stdout.strip() else "")
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:  # run from a source tree that is not installed
+            continue
+    return found
+
+
+def _hardware() -> dict[str, Any]:
+    return {
+        "cpu": _cpu_name(),
+        "cores": psutil.cpu_count(logical=False) or psutil.cpu_count(),
+        "memory_gb": round(psutil.virtual_memory().total / 2**30, 1),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def _cpu_name() -> str:
+    """The model name; `platform.processor` is empty or only the architecture on Linux."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 
+from jinja2 import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ctc_drafter.types import UserError
@@ -87,3 +88,16 @@ class TextStream:
         new = text[len(decode(self.tokenizer, self.window[: self.shown])) :]
         self.window, self.shown = self.window[self.shown :], end - self.shown
         return new
+
+
+def encode_messages(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[int]:
+    """Ids of a conversation that waits for its answer; empty if template or tokenizer refuse it."""
+    try:
+        if not tokenizer.chat_template:
+            return list(tokenizer("\n".join(message["content"] for message in messages)).input_ids)
+        return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+    except (TemplateError, TypeError, ValueError):
+        return []
+
+
+Messages = list[dict[str, str]]
