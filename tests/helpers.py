@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from ctc_drafter.drafters.ctc import CTCDrafter
 from ctc_drafter.evaluate import scripted
-from ctc_drafter.target import Target
+from ctc_drafter.target.model import Target
 
 VOCABULARY = 97
 

@@ -21,7 +21,7 @@ from ctc_drafter.drafters.silent import Silent
 from ctc_drafter.serve.engine import Engine
 from ctc_drafter.serve.run import Server, bind, make_engine, make_server
 from ctc_drafter.serve.service import Limits, Service
-from ctc_drafter.target import Target
+from ctc_drafter.target.model import Target
 from ctc_drafter.types import Candidates
 
 NAME = "tiny"

@@ -9,9 +9,9 @@ from unittest.mock import patch
 import torch
 
 from ctc_drafter.decode import batch
-from ctc_drafter.decode.cache import compact
 from ctc_drafter.evaluate.family_checks import Cell, Plain, same
-from ctc_drafter.target import Target
+from ctc_drafter.target.cache import compact
+from ctc_drafter.target.model import Target
 
 CELLS = (Cell(32, "always", 3), Cell(8, "sometimes", 3), Cell(32, "never", 3), Cell(32, "sometimes", 3))
 

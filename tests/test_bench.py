@@ -17,7 +17,7 @@ from ctc_drafter.evaluate.calibration import BINS, Calibration
 from ctc_drafter.evaluate.chain import Chained, ChainedSession
 from ctc_drafter.evaluate.facts import facts
 from ctc_drafter.evaluate.tasks import Prompt, Task
-from ctc_drafter.target import Target
+from ctc_drafter.target.model import Target
 from ctc_drafter.types import Candidates, TokenTree, UserError
 from tiny_models import save_pair, tiny_drafter, tiny_llama, tiny_tokenizer
 

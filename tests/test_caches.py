@@ -13,8 +13,8 @@ from ctc_drafter.decode.generate import generate, plain_generate
 from ctc_drafter.decode.prefill import prefill
 from ctc_drafter.evaluate.families import family_model
 from ctc_drafter.evaluate.family_checks import stock_continuations
-from ctc_drafter.static_cache import BLOCK, RoomyLayer, reserve, static_cache
-from ctc_drafter.target import CACHES, Target
+from ctc_drafter.target.cache import BLOCK, RoomyLayer, reserve, static_cache
+from ctc_drafter.target.model import CACHES, Target
 from ctc_drafter.types import UserError
 from helpers import VOCABULARY, ScriptedDrafter, tiny_drafter, tiny_target
 
@@ -131,7 +131,7 @@ from transformers import LlamaForCausalLM
 sys.path.insert(0, sys.argv[1])
 from helpers import ScriptedDrafter, tiny_config
 from ctc_drafter.decode.generate import generate
-from ctc_drafter.target import Target
+from ctc_drafter.target.model import Target
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

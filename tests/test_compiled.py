@@ -6,14 +6,13 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from ctc_drafter import compiled_target, graphs
-from ctc_drafter.compiled_target import SIZES, CompiledTarget, compile_target, size_for
 from ctc_drafter.decode.generate import generate, plain_generate
 from ctc_drafter.evaluate.families import family_model
-from ctc_drafter.graphs import MANY
 from ctc_drafter.profile import grid, key
-from ctc_drafter.static_cache import BLOCK
-from ctc_drafter.target import Target
+from ctc_drafter.target import compiled
+from ctc_drafter.target.cache import BLOCK
+from ctc_drafter.target.compiled import MANY, SIZES, CompiledTarget, compile_target, size_for
+from ctc_drafter.target.model import Target
 from ctc_drafter.types import UserError
 from helpers import VOCABULARY, ScriptedDrafter, tiny_drafter, tiny_target
 
@@ -114,8 +113,8 @@ def test_times_of_compiled_steps_are_kept_apart():
 @pytest.mark.slow
 def test_where_sizes_are_fixed_each_has_a_graph_of_its_own(monkeypatch):
     """As for CUDA graphs: a text that outgrows its cache, and other numbers of rows, get new graphs."""
-    monkeypatch.setattr(graphs, "sizes_are_fixed", lambda _: True)
-    monkeypatch.setattr(compiled_target, "sizes_are_fixed", lambda _: True)
+    monkeypatch.setattr(compiled, "sizes_are_fixed", lambda _: True)
+    monkeypatch.setattr(compiled, "sizes_are_fixed", lambda _: True)
     target = tiny_target(max_position_embeddings=1024, num_hidden_layers=1)
     made = compile_target(target, backend="eager")
     check(target, made, [text(BLOCK - 6)], 14)

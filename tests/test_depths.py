@@ -17,7 +17,7 @@ from ctc_drafter.evaluate.depths import at_depths, parse_depths, shortened
 from ctc_drafter.evaluate.page import page
 from ctc_drafter.evaluate.results import read_results
 from ctc_drafter.methods import TRAINED, trained_method
-from ctc_drafter.target import Target
+from ctc_drafter.target.model import Target
 from ctc_drafter.types import UserError
 from tiny_models import save_pair, tiny_drafter, tiny_llama
 

@@ -13,7 +13,7 @@ import torch
 
 from ctc_drafter import provenance as manifest_module
 from ctc_drafter.decode.generate import plain_generate
-from ctc_drafter.target import Target
+from ctc_drafter.target.model import Target
 from ctc_drafter.train import distill as distill_module
 from ctc_drafter.train.data import DistilledDataset
 from ctc_drafter.train.distill import Sampling, distill

@@ -18,10 +18,10 @@ from ctc_drafter.decode.generate import generate
 from ctc_drafter.drafters.lookup import PromptLookup
 from ctc_drafter.drafters.trainable import TrainableDrafter
 from ctc_drafter.evaluate.roofline import cached_bytes
-from ctc_drafter.features import decoder_blocks, decoder_stack, final_norm
 from ctc_drafter.load import fresh_drafter
 from ctc_drafter.methods import TRAINED, open_drafter
-from ctc_drafter.target import Target
+from ctc_drafter.target.features import decoder_blocks, decoder_stack, final_norm
+from ctc_drafter.target.model import Target
 from ctc_drafter.types import UserError
 from tiny_models import tiny_tokenizer
 

@@ -20,7 +20,7 @@ from ctc_drafter.serve.engine import Engine
 from ctc_drafter.serve.jobs import Failure, Finish
 from ctc_drafter.serve.schema import Sampling
 from ctc_drafter.serve.service import Limits, Service
-from ctc_drafter.target import Target
+from ctc_drafter.target.model import Target
 from helpers import tiny_target
 
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6], [2, 7], [5, 5, 9]]

@@ -6,7 +6,7 @@ import torch
 from ctc_drafter.decode.generate import plain_generate
 from ctc_drafter.evaluate.exactness import Case, Margins, exactness, exactness_table, first_difference, kernel_of
 from ctc_drafter.evaluate.tasks import Prompt, Task
-from ctc_drafter.target import Target
+from ctc_drafter.target.model import Target
 from tiny_models import tiny_drafter, tiny_llama, tiny_tokenizer
 
 TASKS = [

@@ -21,9 +21,9 @@ from ctc_drafter.evaluate.families import (
     verdict,
 )
 from ctc_drafter.evaluate.family_checks import stock_continuations
-from ctc_drafter.features import decoder_blocks, final_norm
 from ctc_drafter.load import fresh_drafter
-from ctc_drafter.target import CACHES, Target
+from ctc_drafter.target.features import decoder_blocks, final_norm
+from ctc_drafter.target.model import CACHES, Target
 from ctc_drafter.types import UserError
 from tiny_models import tiny_tokenizer
 

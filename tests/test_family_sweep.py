@@ -11,8 +11,8 @@ from ctc_drafter.evaluate.family_checks import FEW, Plain, differences
 from ctc_drafter.evaluate.family_configs import CAUSAL, PICTURES, small_config, small_model
 from ctc_drafter.evaluate.family_sweep import Outcome, every_family, outcome, sweep_page, taken
 from ctc_drafter.evaluate.family_table import OVERRIDES, UNBUILT, Family
-from ctc_drafter.support import refuse_config, refuse_unsupported
-from ctc_drafter.target import Target
+from ctc_drafter.target.checks import refuse_config, refuse_unsupported
+from ctc_drafter.target.model import Target
 from ctc_drafter.types import UserError
 from spoilt import POSITIONS, knows_positions, unnoticed
 

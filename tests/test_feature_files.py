@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ctc_drafter.methods import trained_method
-from ctc_drafter.target import Target
+from ctc_drafter.target.model import Target
 from ctc_drafter.train import feature_files
 from ctc_drafter.train.data import NOTHING, collate
 from ctc_drafter.train.feature_files import FeatureFiles, WithFeatures, consecutive

@@ -5,7 +5,7 @@ import torch
 
 from ctc_drafter.decode.choose import Sampled, warpers
 from ctc_drafter.decode.generate import generate, plain_generate
-from ctc_drafter.target import Target
+from ctc_drafter.target.model import Target
 from helpers import ScriptedDrafter, tiny_drafter, tiny_target
 
 pytestmark = [

@@ -23,7 +23,7 @@ from ctc_drafter.decode.generate import generate, plain_generate
 from ctc_drafter.decode.hf import speculate
 from ctc_drafter.decode.processors import process
 from ctc_drafter.decode.rows import Row
-from ctc_drafter.target import Target
+from ctc_drafter.target.model import Target
 from helpers import VOCABULARY, ScriptedDrafter, tiny_drafter, tiny_target
 
 PROMPTS = [[3, 1, 4, 1, 5, 9], [2, 7]]

@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import Cache, DynamicCache
 
-from ctc_drafter.decode.join import join
-from ctc_drafter.layout import GROWTH, GrowingLayer, Switch, columns_first
+from ctc_drafter.target.cache import GROWTH, GrowingLayer, join
+from ctc_drafter.target.layout import Switch, columns_first
 
 
 def test_columns_first_changes_no_value_and_keeps_ties():

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from ctc_drafter.decode.hf import speculate
 from ctc_drafter.drafters.lookup import PromptLookup
-from ctc_drafter.target import Target
+from ctc_drafter.target.model import Target
 from ctc_drafter.types import UserError
 from helpers import ScriptedDrafter, tiny_drafter
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM, LogitsProcessorList
 
-from ctc_drafter.compiled_target import CompiledTarget
 from ctc_drafter.decode.batch import Batch, Method
 from ctc_drafter.decode.choose import ARGMAX, Greedy, Sampled, warpers
 from ctc_drafter.decode.generate import generate, new_rows, plain_generate
@@ -17,7 +16,8 @@ from ctc_drafter.decode.stats import Stopwatch
 from ctc_drafter.evaluate import scripted
 from ctc_drafter.evaluate.families import family_model
 from ctc_drafter.evaluate.family_checks import stock_continuations
-from ctc_drafter.target import CACHES, Target
+from ctc_drafter.target.compiled import CompiledTarget
+from ctc_drafter.target.model import CACHES, Target
 from ctc_drafter.types import Candidates, UserError
 from helpers import VOCABULARY, tiny_config, tiny_drafter
 

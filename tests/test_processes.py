@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
-from ctc_drafter.features import decoder_blocks
+from ctc_drafter.target.features import decoder_blocks
 from ctc_drafter.train import trainer as trainer_module
 from ctc_drafter.train.anchors import draw_anchors
 from ctc_drafter.train.data import NOTHING, DistilledDataset, LengthSampler

@@ -12,8 +12,8 @@ from ctc_drafter.drafters.borrowed import draft_head
 from ctc_drafter.drafters.ctc import CTCDrafter
 from ctc_drafter.evaluate.families import NEW_TOKENS, PROMPTS, exact, family_model
 from ctc_drafter.evaluate.family_checks import stock_continuations
-from ctc_drafter.selftest import disagreement
-from ctc_drafter.target import CACHES, Target
+from ctc_drafter.target.model import CACHES, Target
+from ctc_drafter.target.self_test import disagreement
 
 pytest.importorskip("torchao")
 with warnings.catch_warnings():

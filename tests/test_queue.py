@@ -2,17 +2,17 @@ import pytest
 import torch
 from transformers import DynamicCache, MistralConfig
 
-from ctc_drafter.decode import join as join_module
 from ctc_drafter.decode.batch import Batch, Method
 from ctc_drafter.decode.choose import ARGMAX, Sampled
 from ctc_drafter.decode.generate import generate, plain_generate
-from ctc_drafter.decode.join import join
 from ctc_drafter.decode.prefill import prefill
 from ctc_drafter.decode.queue import generate_many
 from ctc_drafter.decode.rows import Row
 from ctc_drafter.decode.stats import Stopwatch
 from ctc_drafter.drafters.context import ContextCache
-from ctc_drafter.target import Target
+from ctc_drafter.target import cache as join_module
+from ctc_drafter.target.cache import join
+from ctc_drafter.target.model import Target
 from ctc_drafter.types import UserError
 from helpers import ScriptedDrafter, tiny_drafter, tiny_target
 

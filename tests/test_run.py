@@ -17,7 +17,7 @@ from ctc_drafter.evaluate.report import results_table
 from ctc_drafter.evaluate.run import evaluate
 from ctc_drafter.evaluate.tasks import Prompt, Task
 from ctc_drafter.files import write_json
-from ctc_drafter.target import Target
+from ctc_drafter.target.model import Target
 from ctc_drafter.types import UserError
 from tiny_models import tiny_drafter, tiny_llama, tiny_tokenizer
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 import transformers
 
-from ctc_drafter import selftest
 from ctc_drafter.evaluate.families import FAMILIES, GROUPED, MIXED, WINDOW, family_config, family_model
-from ctc_drafter.selftest import disagreement, is_quantised, prompt_length, self_test, thresholds
-from ctc_drafter.target import CACHES, Target
+from ctc_drafter.target import self_test as self_test_module
+from ctc_drafter.target.model import CACHES, Target
+from ctc_drafter.target.self_test import disagreement, is_quantised, prompt_length, self_test, thresholds
 from ctc_drafter.types import UserError
 from helpers import tiny_config, tiny_target
 
@@ -107,8 +107,8 @@ def test_a_cache_that_is_not_compacted_is_caught(monkeypatch, kind):
     def first_nodes(cache, lengths, first, path, counts):
         selftest_compact(cache, lengths, first, torch.arange(path.shape[1]).expand_as(path), counts)
 
-    selftest_compact = selftest.compact
-    monkeypatch.setattr(selftest, "compact", first_nodes)
+    selftest_compact = self_test_module.compact
+    monkeypatch.setattr(self_test_module, "compact", first_nodes)
     with pytest.raises(UserError, match="cannot be a target"):
         self_test(target)
 
@@ -173,14 +173,16 @@ def test_a_window_that_is_one_too_wide_is_caught_however_long_it_is(size, dtype)
 
 @pytest.mark.parametrize("kind", CACHES)
 def test_where_memory_is_short_only_positions_cross(monkeypatch, kind):
-    monkeypatch.setattr(selftest, "LEAST", 0)
+    monkeypatch.setattr(self_test_module, "LEAST", 0)
     lengths = []
-    fill = selftest.fill
+    fill = self_test_module.fill
     monkeypatch.setattr(
-        selftest, "fill", lambda cache, states, rows: lengths.append(states[0][0].shape[2]) or fill(cache, states, rows)
+        self_test_module,
+        "fill",
+        lambda cache, states, rows: lengths.append(states[0][0].shape[2]) or fill(cache, states, rows),
     )
     self_test(Target(long_window(4096), kind))
-    assert set(lengths) == {selftest.SHORT}
+    assert set(lengths) == {self_test_module.SHORT}
 
 
 def test_the_lengths_that_a_configuration_names():
@@ -195,7 +197,7 @@ def test_the_lengths_that_a_configuration_names():
 
 
 def test_the_prompt_is_short_and_fits_the_positions():
-    assert prompt_length(Target(family_model("Gemma 3"))) == selftest.SHORT
+    assert prompt_length(Target(family_model("Gemma 3"))) == self_test_module.SHORT
     assert prompt_length(Target(transformers.GPT2LMHeadModel(transformers.GPT2Config(**SMALL, n_positions=10)))) == 2
 
 

@@ -23,7 +23,7 @@ import httpx2 as httpx
 import psutil
 import pytest
 
-from ctc_drafter.target import Target
+from ctc_drafter.target.model import Target
 from serve_helpers import KEY, plain_texts, tiny_service
 from tiny_models import save_pair
 

@@ -19,7 +19,7 @@ from ctc_drafter.serve.engine import Engine
 from ctc_drafter.serve.jobs import Failure, Finish, Job
 from ctc_drafter.serve.schema import Sampling
 from ctc_drafter.serve.service import Limits, Service
-from ctc_drafter.target import CACHES, Target
+from ctc_drafter.target.model import CACHES, Target
 from ctc_drafter.types import UserError
 
 PROMPTS = [[5, 9, 2, 7, 7, 3], [8, 2], [3, 1, 4], [6], [2, 7, 1, 8]]

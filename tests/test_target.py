@@ -5,8 +5,8 @@ import torch
 import transformers
 from transformers import DynamicCache
 
-from ctc_drafter.features import decoder_blocks
-from ctc_drafter.target import Target
+from ctc_drafter.target.features import decoder_blocks
+from ctc_drafter.target.model import Target
 from ctc_drafter.types import UserError
 from helpers import VOCABULARY, tiny_target
 

@@ -16,8 +16,8 @@ from ctc_drafter.decode.choose import Sampled, warpers
 from ctc_drafter.decode.generate import plain_generate
 from ctc_drafter.drafters.lookup import PromptLookup
 from ctc_drafter.drafters.medusa import MedusaDrafter
-from ctc_drafter.features import captured
-from ctc_drafter.target import Target
+from ctc_drafter.target.features import captured
+from ctc_drafter.target.model import Target
 
 THREADS, CALLS = 4, 20
 LAYERS = (0, 2)

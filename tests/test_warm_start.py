@@ -13,7 +13,7 @@ from ctc_drafter.cli import main
 from ctc_drafter.drafters.dflash import DFlashDrafter
 from ctc_drafter.drafters.trainable import TrainableDrafter
 from ctc_drafter.load import fresh_drafter, load_drafter
-from ctc_drafter.target import Target
+from ctc_drafter.target.model import Target
 from ctc_drafter.types import UserError
 from ctc_drafter.warm_start import read_start
 from tiny_models import save_pair, tiny_llama, tiny_tokenizer

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from ctc_drafter.cli import main
 from ctc_drafter.evaluate.families import family_model
 from ctc_drafter.load import load_drafter, load_target
-from ctc_drafter.target import Target
+from ctc_drafter.target.model import Target
 from ctc_drafter.types import UserError
 from helpers import tiny_target
 from tiny_models import save_pair, tiny_tokenizer

@@ -19,7 +19,7 @@ from ctc_drafter.serve.engine import Engine
 from ctc_drafter.serve.jobs import Failure, Finish
 from ctc_drafter.serve.schema import Sampling
 from ctc_drafter.serve.worker import Worker
-from ctc_drafter.target import Target
+from ctc_drafter.target.model import Target
 from ctc_drafter.types import UserError
 from serve_helpers import tiny_service, wait_until
 from tiny_models import save_pair

@@ -9,7 +9,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 import helpers
 from ctc_drafter.drafters.ctc import CTCDrafter
-from ctc_drafter.target import Target
+from ctc_drafter.target.model import Target
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"

@@ -11,7 +11,7 @@ import torch
 
 from ctc_drafter.decode.generate import plain_generate
 from ctc_drafter.drafters.ctc import CTCDrafter
-from ctc_drafter.target import Target
+from ctc_drafter.target.model import Target
 from ctc_drafter.train.data import DistilledDataset, DistilledRow, row_key
 from ctc_drafter.train.settings import TrainSettings
 from helpers import tiny_drafter, tiny_target

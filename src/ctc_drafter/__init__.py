@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ctc_drafter.decode.stats import Stats
     from ctc_drafter.drafters.config import CTCDrafterConfig
     from ctc_drafter.drafters.ctc import CTCDrafter
-    from ctc_drafter.target import Target
+    from ctc_drafter.target.model import Target
     from ctc_drafter.types import UserError
 
 __all__ = [
@@ -43,7 +43,7 @@ _HOMES = {
     "Generation": "decode.generate",
     "Sampled": "decode.choose",
     "Stats": "decode.stats",
-    "Target": "target",
+    "Target": "target.model",
     "UserError": "types",
     "generate": "decode.generate",
     "generate_many": "decode.queue",

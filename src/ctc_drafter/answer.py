@@ -23,7 +23,7 @@ from ctc_drafter.drafters.base import Drafter
 from ctc_drafter.evaluate.tasks import Prompt
 from ctc_drafter.files import write_json
 from ctc_drafter.profile import budget_for
-from ctc_drafter.target import Target
+from ctc_drafter.target.model import Target
 from ctc_drafter.types import UserError
 
 

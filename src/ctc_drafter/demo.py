@@ -16,7 +16,7 @@ from ctc_drafter.chat import TextStream, encode_conversation, eos_ids
 from ctc_drafter.decode.generate import Generation, generate, plain_generate
 from ctc_drafter.decode.stats import Stats
 from ctc_drafter.drafters.base import Drafter
-from ctc_drafter.target import Target
+from ctc_drafter.target.model import Target
 
 PROMPTS = (
     "Maya bakes 4 trays of 12 muffins. She sells 30 of them for $2 each. How much money does she make?",

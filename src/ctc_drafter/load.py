@@ -18,10 +18,10 @@ from ctc_drafter.drafters.base import Drafter
 from ctc_drafter.drafters.ctc import CTCDrafter
 from ctc_drafter.drafters.trainable import TrainableDrafter
 from ctc_drafter.drafters.vocabulary import most_frequent
-from ctc_drafter.layout import columns_first
 from ctc_drafter.methods import PROMPT_LOOKUP, open_drafter, trained_method
 from ctc_drafter.quickstart import DRAFTER_DIR, TARGET_DIR
-from ctc_drafter.target import Target
+from ctc_drafter.target.layout import columns_first
+from ctc_drafter.target.model import Target
 from ctc_drafter.types import UserError, first_line
 from ctc_drafter.warm_start import Start, is_published, read_start
 
@@ -121,7 +121,7 @@ def compiled_for(target: Target, drafter: Drafter | None, nodes: int, rows: int)
 
 def compiled_for_all(target: Target, drafters: Sequence[Drafter], nodes: int, rows: int) -> Target:
     """As `compiled_for`, for several drafters, which may ask for features of other layers; plain steps without any."""
-    from ctc_drafter.compiled_target import compile_target
+    from ctc_drafter.target.compiled import compile_target
 
     layers = list(dict.fromkeys(tuple(drafter.feature_layers) for drafter in drafters)) or [()]
     made = compile_target(target, layers[0])

@@ -23,7 +23,7 @@ from ctc_drafter.decode.choose import ARGMAX
 from ctc_drafter.drafters.base import Drafter
 from ctc_drafter.evaluate.timing import fitting, plain_method, time_steps
 from ctc_drafter.provenance import environment, source_hash
-from ctc_drafter.target import Target
+from ctc_drafter.target.model import Target
 
 BATCHES = (1, 4, 16)
 CONTEXTS = (128, 768)

@@ -11,9 +11,7 @@ from transformers import Cache
 from ctc_drafter.decode.accept import follow
 from ctc_drafter.decode.blame import RowErrors, chosen, tokens_along
 from ctc_drafter.decode.budget import Budget, Pace
-from ctc_drafter.decode.cache import compact, erase
 from ctc_drafter.decode.choose import Chooser
-from ctc_drafter.decode.join import Extent, join
 from ctc_drafter.decode.prefill import Prefill, prefill, reread
 from ctc_drafter.decode.rows import Row
 from ctc_drafter.decode.stats import Stopwatch
@@ -21,7 +19,8 @@ from ctc_drafter.decode.tree import build_tree, up_to, without_drafts
 from ctc_drafter.decode.verify import no_numbers, verify
 from ctc_drafter.drafters.base import Drafter
 from ctc_drafter.drafters.lazy import LazySession
-from ctc_drafter.target import Target
+from ctc_drafter.target.cache import Extent, compact, erase, join
+from ctc_drafter.target.model import Target
 from ctc_drafter.types import Acceptance, Candidates, TokenTree, UserError, Verification
 
 

@@ -12,14 +12,14 @@ from transformers import Cache, StoppingCriteriaList
 from ctc_drafter.decode.batch import Batch, Method
 from ctc_drafter.decode.blame import chosen
 from ctc_drafter.decode.budget import Budget
-from ctc_drafter.decode.cache import compact
 from ctc_drafter.decode.choose import ARGMAX, Chooser
 from ctc_drafter.decode.prefill import prefill, reread
 from ctc_drafter.decode.rows import Row
 from ctc_drafter.decode.stats import Stats, Stopwatch
 from ctc_drafter.decode.writer import OnTokens, Writer
 from ctc_drafter.drafters.base import Drafter
-from ctc_drafter.target import Target
+from ctc_drafter.target.cache import compact
+from ctc_drafter.target.model import Target
 from ctc_drafter.types import UserError
 
 DEFAULT_NODES = 16

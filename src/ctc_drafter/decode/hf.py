@@ -28,7 +28,7 @@ from ctc_drafter.decode.outputs import Record, emitted_logits, scores_of
 from ctc_drafter.decode.rows import Row
 from ctc_drafter.decode.writer import OnTokens
 from ctc_drafter.drafters.base import Drafter
-from ctc_drafter.target import UNLIMITED_CONTEXT, Target
+from ctc_drafter.target.model import UNLIMITED_CONTEXT, Target
 from ctc_drafter.types import UserError
 
 LARGEST_SEED = (1 << 63) - 1

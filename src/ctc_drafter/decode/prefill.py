@@ -9,7 +9,7 @@ import torch
 from transformers import Cache
 
 from ctc_drafter.decode.rows import Row
-from ctc_drafter.target import Target
+from ctc_drafter.target.model import Target
 from ctc_drafter.types import UserError
 
 CHUNK = 512  # tokens of a forward

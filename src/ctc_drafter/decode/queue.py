@@ -15,7 +15,7 @@ from ctc_drafter.decode.rows import Row
 from ctc_drafter.decode.stats import Stats, Stopwatch
 from ctc_drafter.decode.writer import OnTokens, Writer
 from ctc_drafter.drafters.base import Drafter
-from ctc_drafter.target import Target
+from ctc_drafter.target.model import Target
 from ctc_drafter.types import UserError
 
 

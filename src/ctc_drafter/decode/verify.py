@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from transformers import Cache
 
-from ctc_drafter.target import Target
+from ctc_drafter.target.model import Target
 from ctc_drafter.types import TokenTree, Verification
 
 

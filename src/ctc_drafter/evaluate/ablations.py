@@ -20,7 +20,7 @@ from ctc_drafter.drafters.ctc import CTCDrafter
 from ctc_drafter.drafters.paper import PaperConfig, PaperDrafter
 from ctc_drafter.evaluate.bench import Entry
 from ctc_drafter.evaluate.quick import Recipe, ready, train_entries
-from ctc_drafter.target import Target
+from ctc_drafter.target.model import Target
 from ctc_drafter.train.data import DistilledDataset
 from ctc_drafter.types import UserError
 

@@ -21,7 +21,7 @@ from ctc_drafter.evaluate.tasks import Task
 from ctc_drafter.files import write_json
 from ctc_drafter.methods import PROMPT_LOOKUP
 from ctc_drafter.provenance import source_hash
-from ctc_drafter.target import Target
+from ctc_drafter.target.model import Target
 from ctc_drafter.types import UserError
 
 SIZES: tuple[int | str, ...] = (CHAIN, 8, 16, 32, 64)

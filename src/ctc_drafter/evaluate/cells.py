@@ -22,7 +22,7 @@ from ctc_drafter.evaluate.roofline import read_bandwidth, step_bytes
 from ctc_drafter.evaluate.shapes import named_shape, random_drafter, random_target
 from ctc_drafter.evaluate.timing import WARM, StepTime, fitting, plain_method, time_steps
 from ctc_drafter.load import compiled_for, load_drafter, load_target
-from ctc_drafter.target import Target
+from ctc_drafter.target.model import Target
 
 SHIPPED = "shipped"
 NODES = (8, 16, 32, 64)

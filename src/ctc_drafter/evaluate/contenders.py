@@ -17,7 +17,7 @@ from ctc_drafter.evaluate.calibration import Calibration, Watched
 from ctc_drafter.evaluate.chain import POOL, Chained
 from ctc_drafter.evaluate.records import PLAIN, Key
 from ctc_drafter.methods import method_of
-from ctc_drafter.target import Target
+from ctc_drafter.target.model import Target
 
 CHAIN, BUDGET = "chain", "budget"
 

@@ -25,8 +25,8 @@ from ctc_drafter.drafters.base import Drafter
 from ctc_drafter.evaluate.scripted import ScriptedDrafter
 from ctc_drafter.evaluate.tasks import Prompt, Task
 from ctc_drafter.provenance import environment
-from ctc_drafter.support import KERNELS
-from ctc_drafter.target import Target
+from ctc_drafter.target.checks import KERNELS
+from ctc_drafter.target.model import Target
 from ctc_drafter.types import UserError, Verification
 
 RIGHT = (3, 1, 4, 0, 2)  # right tokens of the drafts that stand in for a drafter's

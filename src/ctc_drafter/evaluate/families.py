@@ -23,8 +23,8 @@ from ctc_drafter.drafters.ctc import CTCDrafter
 from ctc_drafter.evaluate.family_checks import stock_continuations
 from ctc_drafter.evaluate.family_sweep import every_family, outcome, sweep_page
 from ctc_drafter.evaluate.scripted import ScriptedDrafter
-from ctc_drafter.support import KERNELS, refuse_config
-from ctc_drafter.target import CACHES, Target
+from ctc_drafter.target.checks import KERNELS, refuse_config
+from ctc_drafter.target.model import CACHES, Target
 from ctc_drafter.types import UserError
 
 PROMPTS = ((3, 1, 4, 1, 5, 9, 2, 6), (2, 7), (8, 2, 8, 1))

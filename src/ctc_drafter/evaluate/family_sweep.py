@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 from ctc_drafter.evaluate.family_checks import CELLS, LENGTHS, NEW_TOKENS, Cell, Plain, differences
 from ctc_drafter.evaluate.family_configs import CAUSAL, PICTURES, small_config, small_model
 from ctc_drafter.evaluate.family_table import CHUNK, ORIGINAL, UNBUILT, VARIANTS, WINDOW, Family
-from ctc_drafter.support import refuse_config
-from ctc_drafter.target import Target
+from ctc_drafter.target.checks import refuse_config
+from ctc_drafter.target.model import Target
 from ctc_drafter.types import UserError
 
 

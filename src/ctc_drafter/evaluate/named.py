@@ -14,7 +14,7 @@ from ctc_drafter.evaluate.quick import TrainedAlike, recipes, selected, train_en
 from ctc_drafter.load import load_drafter
 from ctc_drafter.methods import method_of
 from ctc_drafter.quickstart import DRAFTER_DIR
-from ctc_drafter.target import Target
+from ctc_drafter.target.model import Target
 
 
 def open_entries(named: Mapping[str, str], target: Target, tokenizer: PreTrainedTokenizerBase) -> dict[str, Entry]:

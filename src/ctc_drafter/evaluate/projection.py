@@ -25,7 +25,7 @@ from ctc_drafter.evaluate.page import table
 from ctc_drafter.evaluate.roofline import cached_bytes, head_size, step_bytes
 from ctc_drafter.evaluate.shapes import named_shape
 from ctc_drafter.load import blank_drafter, run_alone
-from ctc_drafter.target import Target
+from ctc_drafter.target.model import Target
 
 MODELS = ("vicuna-7b", "vicuna-13b", "vicuna-33b", "llama-3.1-8b")
 CONTEXT, ROWS, NODES = 512, (1, 4, 16), (16, 64)

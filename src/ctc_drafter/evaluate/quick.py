@@ -14,11 +14,11 @@ from ctc_drafter.drafters.lookup import PromptLookup
 from ctc_drafter.drafters.trainable import TrainableDrafter
 from ctc_drafter.evaluate.bench import BenchSettings, Entry
 from ctc_drafter.evaluate.facts import facts
-from ctc_drafter.layout import columns_first
 from ctc_drafter.load import fresh_drafter
 from ctc_drafter.methods import FOR_ABLATIONS, PROMPT_LOOKUP, TRAINED, trained_method
 from ctc_drafter.quickstart import SAMPLE_DIR
-from ctc_drafter.target import Target
+from ctc_drafter.target.layout import columns_first
+from ctc_drafter.target.model import Target
 from ctc_drafter.train.data import DistilledDataset
 from ctc_drafter.train.settings import TrainSettings
 from ctc_drafter.train.trainer import train_drafter

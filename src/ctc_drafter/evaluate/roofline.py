@@ -9,7 +9,7 @@ from typing import cast
 import torch
 from transformers import PreTrainedConfig
 
-from ctc_drafter.target import Target
+from ctc_drafter.target.model import Target
 
 SAMPLE = {"cpu": 1 << 28, "cuda": 1 << 31}  # bytes: more than caches hold
 ROUNDS = 5

@@ -26,7 +26,7 @@ from ctc_drafter.evaluate.stock import stock_contenders
 from ctc_drafter.evaluate.tasks import Prompt, Task
 from ctc_drafter.methods import PROMPT_LOOKUP
 from ctc_drafter.provenance import environment
-from ctc_drafter.target import Target
+from ctc_drafter.target.model import Target
 
 TIMED = 5  # batches of a task that run once more with a clock on each stage
 STAGES_NOTE = (

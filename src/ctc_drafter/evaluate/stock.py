@@ -20,7 +20,7 @@ from ctc_drafter.decode.generate import Generation
 from ctc_drafter.decode.stats import Stats
 from ctc_drafter.evaluate.calibration import Calibration
 from ctc_drafter.evaluate.contenders import Contender, Decoding
-from ctc_drafter.target import load_causal_lm
+from ctc_drafter.target.checks import load_causal_lm
 from ctc_drafter.types import UserError
 
 HF, HF_COMPILED, HF_LOOKUP, HF_ASSISTED = "hf", "hf-compiled", "hf-lookup", "hf-assisted"

@@ -15,7 +15,7 @@ from ctc_drafter.decode.rows import Row
 from ctc_drafter.decode.stats import Stopwatch
 from ctc_drafter.drafters.silent import Silent
 from ctc_drafter.drafters.trainable import network_of
-from ctc_drafter.target import Target
+from ctc_drafter.target.model import Target
 
 ROUNDS, WARM = 7, 2
 STAGES = ("draft", "tree", "verify", "accept", "compact")

@@ -18,7 +18,7 @@ from ctc_drafter.drafters.ctc import CTCDrafter
 from ctc_drafter.load import load_drafter, load_target
 from ctc_drafter.quickstart.corpus import MIX, read_source
 from ctc_drafter.quickstart.pretrain import PERPLEXITY, PHASES, TOKENS_PER_STEP
-from ctc_drafter.target import Target
+from ctc_drafter.target.model import Target
 from ctc_drafter.train.data import DistilledDataset
 from ctc_drafter.train.validate import offline_beta
 

@@ -21,7 +21,7 @@ from ctc_drafter.serve.service import Service
 from ctc_drafter.serve.speedup import Speedup, time_plain_steps
 from ctc_drafter.serve.trace import PLAIN
 from ctc_drafter.serve.worker import Worker
-from ctc_drafter.target import Target
+from ctc_drafter.target.model import Target
 from ctc_drafter.types import UserError
 
 LOG = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ from ctc_drafter.serve.engine import Engine
 from ctc_drafter.serve.errors import APIError
 from ctc_drafter.serve.jobs import Job
 from ctc_drafter.serve.schema import MOST_CHOICES, Message, Sampling
-from ctc_drafter.target import Target
+from ctc_drafter.target.model import Target
 from ctc_drafter.types import UserError
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from ctc_drafter.evaluate.timing import fitting, plain_method, time_steps
-from ctc_drafter.target import Target
+from ctc_drafter.target.model import Target
 
 PROMPT = 64
 

@@ -14,7 +14,7 @@ from ctc_drafter.decode.choose import ARGMAX, Chooser, Sampled, warpers
 from ctc_drafter.decode.generate import plain_generate
 from ctc_drafter.decode.noise import row_seeds
 from ctc_drafter.provenance import digest, weights_hash
-from ctc_drafter.target import Target
+from ctc_drafter.target.model import Target
 from ctc_drafter.train.prompts import Prompt
 from ctc_drafter.train.shards import Distilled, Shards, fitting, origin
 from ctc_drafter.types import UserError, lacks_memory

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ctc_drafter.drafters.trainable import TrainableDrafter
-from ctc_drafter.features import captured, concatenate
+from ctc_drafter.target.features import captured, concatenate
 from ctc_drafter.train.anchors import chunked_losses, usual_chunk
 from ctc_drafter.train.data import DistilledDataset
 from ctc_drafter.train.footprint import PeakMemory

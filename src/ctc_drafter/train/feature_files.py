@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 from ctc_drafter.files import disk_errors, whole_or_nothing
 from ctc_drafter.provenance import MANIFEST, claim, config_hash, digest, versions, weights_hash
-from ctc_drafter.target import Target
+from ctc_drafter.target.model import Target
 from ctc_drafter.train.data import NOTHING, STATES, DistilledDataset, collate
 from ctc_drafter.types import UserError
 

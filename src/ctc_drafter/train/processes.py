@@ -7,7 +7,7 @@ import os
 from accelerate import PartialState
 from transformers import PreTrainedModel
 
-from ctc_drafter.features import decoder_blocks
+from ctc_drafter.target.features import decoder_blocks
 from ctc_drafter.types import UserError
 
 

@@ -20,7 +20,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from ctc_drafter.drafters.trainable import TrainableDrafter
 from ctc_drafter.files import disk_errors, write_atomic
 from ctc_drafter.provenance import check_writer, claim, config_hash, digest, versions, weights_hash
-from ctc_drafter.target import Target
+from ctc_drafter.target.model import Target
 from ctc_drafter.train.anchors import anchor_counts, draft_loss, draw_anchors, label_anchors
 from ctc_drafter.train.checkpoints import latest_checkpoint, seal, trainer_state
 from ctc_drafter.train.data import NOTHING, DistilledDataset, LengthSampler, collate

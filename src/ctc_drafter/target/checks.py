@@ -1,17 +1,25 @@
-"""What a target must offer: checks on configuration, signature, kernel and cache, none on a model's name.
-
-They rule out what is known to be impossible; `selftest.py` then tries the rest.
-"""
+"""What a target must offer, and whole checkpoints: what is refused, and why."""
 
 from __future__ import annotations
 
 import inspect
+import logging
+from collections.abc import Collection
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
 
+import torch
+from safetensors import SafetensorError
 from torch import nn
-from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedConfig, PreTrainedModel
 
-from ctc_drafter.rope import grows_with_length
-from ctc_drafter.types import UserError
+from ctc_drafter.target.rope import grows_with_length
+from ctc_drafter.types import UserError, first_line
+
+# What a target must offer: checks on configuration, signature, kernel and cache, none on a model's name.
+#
+# They rule out what is known to be impossible; `selftest.py` then tries the rest.
 
 KERNELS = ("sdpa", "eager")
 ATTENTION = {"full_attention", "sliding_attention"}
@@ -88,3 +96,65 @@ def position_limit(model: PreTrainedModel) -> int | None:
     tables = [m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding) and m is not words]
     sizes = [*tables, *(size for buffer in model.buffers() for size in buffer.shape)]
     return context if any(context <= size <= context + LONGEST_OFFSET for size in sizes) else None
+
+
+LOG = logging.getLogger(__name__)
+
+
+def load_causal_lm(name: str, **options: Any) -> PreTrainedModel:
+    """A causal LM of a folder or hub id, every weight of which was in its checkpoint. options: of `from_pretrained`.
+
+    transformers fills in what a checkpoint lacks with random numbers, and says so in a warning that nobody may see.
+    Raises `UserError`, one line, for whatever cannot be loaded whole; tensors that have no place are named in the log.
+    """
+    if Path(name).is_absolute() and not Path(name).is_dir():
+        raise UserError(f"no causal LM could be loaded from {name}: there is no such folder; give one, or a hub id")
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # refused below, by name
+    try:
+        config = AutoConfig.from_pretrained(name)
+        refuse_config(config)
+        model, report = AutoModelForCausalLM.from_pretrained(name, **options)
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except ImportError as error:
+        raise UserError(f"{name} needs a library that is missing: {first_line(error)}") from error
+    except UnpicklingError as error:  # torch's own words advise to run the file
+        raise UserError(f"the checkpoint in {name} holds more than tensors, which is never run; convert it") from error
+    except (SafetensorError, RuntimeError, EOFError) as error:
+        raise UserError(f"the checkpoint in {name} is corrupt ({first_line(error)}); download it again") from error
+    except Exception as error:  # configurations fail wherever the model's own code meets them
+        raise UserError(f"no causal LM could be loaded from {name}: {first_line(error)}") from error
+    refuse_incomplete(name, model, report)
+    return model
+
+
+def refuse_incomplete(name: str, model: PreTrainedModel, report: dict[str, Any]) -> None:
+    """Raises `UserError` for weights that were missing or of another shape, by transformers' `report` of a loading.
+
+    It lists no tied weights whose other name is there, none that the class need not have, no buffers that are never
+    saved. Other buffers hold what the class computed, unless weights lie in buffers as quantised ones may.
+    """
+    missing = set(report["missing_keys"])
+    buffers = set() if getattr(model, "hf_quantizer", None) else dict(model.named_buffers()).keys() & missing
+    if missing - buffers:
+        lost = listed(missing - buffers, "missing")
+        raise UserError(f"the checkpoint in {name} is incomplete: {lost}; download it again")
+    wrong = sorted(report["mismatched_keys"], key=lambda each: str(each[0]))
+    if wrong:
+        key, theirs, ours = wrong[0]
+        raise UserError(
+            f"the checkpoint in {name} does not fit its config.json: {key} is {tuple(theirs)} instead of {tuple(ours)}"
+            "; download both again"
+        )
+    if buffers:
+        LOG.warning("%s: %s", name, listed(buffers, "computed, since not stored"))
+    if report["unexpected_keys"]:
+        LOG.warning("%s: %s", name, listed(report["unexpected_keys"], "stored, but not used"))
+
+
+def listed(names: Collection[str], what: str) -> str:
+    """How many tensors are what, and a few of their names."""
+    first = sorted(names)
+    if len(first) == 1:
+        return f"{first[0]} is {what}"
+    return f"{len(first)} tensors are {what} ({', '.join(first[:3])}{', ...' if len(first) > 3 else ''})"

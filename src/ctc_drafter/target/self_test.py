@@ -19,9 +19,8 @@ import torch
 from torch import nn
 from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 
-from ctc_drafter.decode.cache import compact
-from ctc_drafter.rope import switch_length
-from ctc_drafter.static_cache import RoomyLayer, reserve
+from ctc_drafter.target.cache import RoomyLayer, compact, reserve
+from ctc_drafter.target.rope import switch_length
 from ctc_drafter.types import UserError, Verification
 
 PARENTS = (0, 0, 0, 1, 2, 3, 4)  # root -> 1 -> 3 -> 5, root -> 2 -> 4 -> 6

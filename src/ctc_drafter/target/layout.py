@@ -6,13 +6,10 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import nn
-from transformers import DynamicLayer
 
-GROWTH = 256  # slots that a cache adds at a time
 FORCE_GROUPED = "TRANSFORMERS_SDPA_FORCE_GQA"
 
 
@@ -65,45 +62,3 @@ class Switch:
 
 
 SWITCH = Switch(FORCE_GROUPED)
-
-
-class GrowingLayer(DynamicLayer):
-    """A cache layer that writes new keys and values behind the old ones instead of copying both to a longer tensor.
-
-    `keys` and `values` are views of the slots in use. Who replaces them (crops, reorders, selects rows) need not know:
-    what no longer lies where it should is copied once.
-    """
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        super().lazy_initialization(key_states, value_states)
-        self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
-        self.rooms = [self.keys, self.values]
-
-    def hold(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Takes these in place of its own, which are let go at once."""
-        self.keys, self.values = keys, values
-        self.rooms = [keys, values]
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        super().batch_select_indices(indices)
-        if self.is_initialized:
-            self.hold(self.keys, self.values)
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *_args: Any, **_kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        self.keys = self._append(0, self.keys, key_states)
-        self.values = self._append(1, self.values, value_states)
-        return self.keys, self.values
-
-    def _append(self, which: int, old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-        start, room = old.shape[2], self.rooms[which]
-        end = start + new.shape[2]
-        if end > room.shape[2] or old.data_ptr() != room.data_ptr() or old.shape[0] != room.shape[0]:
-            slots = -(-end // GROWTH) * GROWTH
-            room = self.rooms[which] = new.new_empty(new.shape[0], new.shape[1], slots, new.shape[3])
-            room[:, :, :start] = old
-        room[:, :, start:end] = new
-        return room[:, :, :end]

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ctc_drafter.features import HOOKS
+from ctc_drafter.target.features import HOOKS
 
 CHANGING = "longrope"
 

@@ -1,35 +1,31 @@
-"""Any Hugging Face causal LM as a target: one forward for prefill, plain steps and trees.
-
-The model is used as it is: explicit 4-D masks, explicit positions, a `Cache` that the caller owns. Nothing is
-stored on it. Cache slot s of a row holds the token at position s as long as s is below the row's length; what
-lies beyond is garbage that masks hide, so ragged rows need no padding on the left.
-"""
+"""The target: one forward of any causal LM for prefill, plain steps and token trees."""
 
 from __future__ import annotations
 
 import inspect
-import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, ClassVar
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, Cache, PreTrainedConfig, PreTrainedModel
+from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
-from ctc_drafter.features import captured, check_layers, concatenate, final_norm, norm_scale
-from ctc_drafter.layout import GrowingLayer, columns_first, grouped_heads
-from ctc_drafter.rope import factors_by_token, rereads, scaled_context, switch_length
-from ctc_drafter.selftest import self_test
-from ctc_drafter.static_cache import reserve, static_cache
-from ctc_drafter.support import position_limit, refuse_config, refuse_unsupported
-from ctc_drafter.types import UserError, Verification, first_line
+from ctc_drafter.target.cache import GrowingLayer, reserve, static_cache
+from ctc_drafter.target.checks import load_causal_lm, position_limit, refuse_unsupported
+from ctc_drafter.target.features import captured, check_layers, concatenate, final_norm, norm_scale
+from ctc_drafter.target.layout import columns_first, grouped_heads
+from ctc_drafter.target.rope import factors_by_token, rereads, scaled_context, switch_length
+from ctc_drafter.target.self_test import self_test
+from ctc_drafter.types import UserError, Verification
 
-LOG = logging.getLogger(__name__)
+# Any Hugging Face causal LM as a target: one forward for prefill, plain steps and trees.
+#
+# The model is used as it is: explicit 4-D masks, explicit positions, a `Cache` that the caller owns. Nothing is
+# stored on it. Cache slot s of a row holds the token at position s as long as s is below the row's length; what
+# lies beyond is garbage that masks hide, so ragged rows need no padding on the left.
+
 UNLIMITED_CONTEXT = 1 << 30
 CACHES = ("dynamic", "static")
 
@@ -225,65 +221,6 @@ class Target:
         # finfo.min, not -inf: a row that sees nothing must not turn into NaN and spread.
         mask = torch.zeros(allowed.shape, dtype=self.dtype, device=allowed.device)
         return mask.masked_fill_(~allowed, torch.finfo(self.dtype).min).unsqueeze(1)
-
-
-def load_causal_lm(name: str, **options: Any) -> PreTrainedModel:
-    """A causal LM of a folder or hub id, every weight of which was in its checkpoint. options: of `from_pretrained`.
-
-    transformers fills in what a checkpoint lacks with random numbers, and says so in a warning that nobody may see.
-    Raises `UserError`, one line, for whatever cannot be loaded whole; tensors that have no place are named in the log.
-    """
-    if Path(name).is_absolute() and not Path(name).is_dir():
-        raise UserError(f"no causal LM could be loaded from {name}: there is no such folder; give one, or a hub id")
-    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # refused below, by name
-    try:
-        config = AutoConfig.from_pretrained(name)
-        refuse_config(config)
-        model, report = AutoModelForCausalLM.from_pretrained(name, **options)
-    except (UserError, torch.OutOfMemoryError):
-        raise
-    except ImportError as error:
-        raise UserError(f"{name} needs a library that is missing: {first_line(error)}") from error
-    except UnpicklingError as error:  # torch's own words advise to run the file
-        raise UserError(f"the checkpoint in {name} holds more than tensors, which is never run; convert it") from error
-    except (SafetensorError, RuntimeError, EOFError) as error:
-        raise UserError(f"the checkpoint in {name} is corrupt ({first_line(error)}); download it again") from error
-    except Exception as error:  # configurations fail wherever the model's own code meets them
-        raise UserError(f"no causal LM could be loaded from {name}: {first_line(error)}") from error
-    refuse_incomplete(name, model, report)
-    return model
-
-
-def refuse_incomplete(name: str, model: PreTrainedModel, report: dict[str, Any]) -> None:
-    """Raises `UserError` for weights that were missing or of another shape, by transformers' `report` of a loading.
-
-    It lists no tied weights whose other name is there, none that the class need not have, no buffers that are never
-    saved. Other buffers hold what the class computed, unless weights lie in buffers as quantised ones may.
-    """
-    missing = set(report["missing_keys"])
-    buffers = set() if getattr(model, "hf_quantizer", None) else dict(model.named_buffers()).keys() & missing
-    if missing - buffers:
-        lost = listed(missing - buffers, "missing")
-        raise UserError(f"the checkpoint in {name} is incomplete: {lost}; download it again")
-    wrong = sorted(report["mismatched_keys"], key=lambda each: str(each[0]))
-    if wrong:
-        key, theirs, ours = wrong[0]
-        raise UserError(
-            f"the checkpoint in {name} does not fit its config.json: {key} is {tuple(theirs)} instead of {tuple(ours)}"
-            "; download both again"
-        )
-    if buffers:
-        LOG.warning("%s: %s", name, listed(buffers, "computed, since not stored"))
-    if report["unexpected_keys"]:
-        LOG.warning("%s: %s", name, listed(report["unexpected_keys"], "stored, but not used"))
-
-
-def listed(names: Collection[str], what: str) -> str:
-    """How many tensors are what, and a few of their names."""
-    first = sorted(names)
-    if len(first) == 1:
-        return f"{first[0]} is {what}"
-    return f"{len(first)} tensors are {what} ({', '.join(first[:3])}{', ...' if len(first) > 3 else ''})"
 
 
 def padded(
