@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ctc_drafter.ctc.best_first import LowRankBias, best_prefixes
 from ctc_drafter.ctc.search import prefix_search
+from ctc_drafter.ctc.search_cpu import LowRankBias, best_prefixes
 from ctc_oracle import prefix_probs, sequence_probs
 
 B, F, V, R, M = 3, 4, 3, 2, 5

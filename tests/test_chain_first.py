@@ -5,8 +5,7 @@ import math
 import pytest
 import torch
 
-from ctc_drafter.ctc.best_first import LowRankBias
-from ctc_drafter.ctc.chain_first import best_chains
+from ctc_drafter.ctc.search_cpu import LowRankBias, best_chains
 from ctc_drafter.drafters.borrowed import low_rank_bias
 from ctc_drafter.drafters.expand import expand_statically
 from ctc_drafter.drafters.predictor import Predictor

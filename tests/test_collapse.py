@@ -3,7 +3,7 @@ import itertools
 import pytest
 import torch
 
-from ctc_drafter.ctc.collapse import collapse
+from ctc_oracle import collapse
 
 
 @pytest.mark.parametrize(

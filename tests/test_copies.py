@@ -5,10 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ctc_drafter.ctc.best_first import LowRankBias, best_prefixes
 from ctc_drafter.ctc.copies import Text, copies_at, find_copies, newest_tokens
 from ctc_drafter.ctc.loss import prefix_log_probs
 from ctc_drafter.ctc.search import prefix_search
+from ctc_drafter.ctc.search_cpu import LowRankBias, best_prefixes
 from ctc_drafter.decode.prefill import prefill
 from ctc_drafter.drafters.ctc import CTCDrafter
 from ctc_drafter.drafters.predictor import Predictor

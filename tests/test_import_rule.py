@@ -52,7 +52,6 @@ ON_THE_WAY = {
     "cli_evaluate",
     "cli_export",
     "cli_train",
-    "ctc",
     "decode",
     "demo",
     "drafters",

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from ctc_drafter.ctc.best_first import LowRankBias, best_prefixes
 from ctc_drafter.ctc.loss import prefix_log_probs
 from ctc_drafter.ctc.search import prefix_search
+from ctc_drafter.ctc.search_cpu import LowRankBias, best_prefixes
 from ctc_drafter.decode.generate import generate, plain_generate
 from ctc_drafter.decode.prefill import prefill
 from ctc_drafter.drafters.ctc import CTCDrafter

@@ -17,7 +17,7 @@ from ctc_drafter.drafters.vocabulary import columns_of, token_columns
 from ctc_drafter.types import Candidates
 
 if TYPE_CHECKING:
-    from ctc_drafter.ctc.best_first import LowRankBias
+    from ctc_drafter.ctc.search_cpu import LowRankBias
 
 # (frame logits [N, F, V], blank logits [N, F], root int64 [N], block output at the root [N, H], the texts up to the
 # roots for those who copy, nodes, floor)
@@ -52,7 +52,7 @@ def borrow_search(
 
 def best_first(predictor: Predictor | None, depth: int, embed: nn.Module, vocabulary: torch.Tensor | None) -> Search:
     """The search for a CPU; what the predictor makes of every token is worked out here."""
-    from ctc_drafter.ctc.best_first import best_prefixes
+    from ctc_drafter.ctc.search_cpu import best_prefixes
 
     bias = low_rank_bias(predictor, embed, vocabulary)
 
@@ -85,7 +85,7 @@ def best_first(predictor: Predictor | None, depth: int, embed: nn.Module, vocabu
 @torch.no_grad()
 def low_rank_bias(predictor: Predictor | None, embed: nn.Module, vocabulary: torch.Tensor | None = None) -> LowRankBias:
     """What the searches on a CPU read of a predictor; of rank 0 without one. vocabulary as in `borrow_search`."""
-    from ctc_drafter.ctc.best_first import LowRankBias
+    from ctc_drafter.ctc.search_cpu import LowRankBias
 
     nothing = torch.zeros(0, 0)
     if predictor is None:

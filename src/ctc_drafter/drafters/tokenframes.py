@@ -15,7 +15,7 @@ from ctc_drafter.drafters.predictor import Predictor
 from ctc_drafter.types import Candidates
 
 if TYPE_CHECKING:
-    from ctc_drafter.ctc.best_first import LowRankBias
+    from ctc_drafter.ctc.search_cpu import LowRankBias
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class TokenFrames(StepwiseDrafter, BlockModel):
         """See `TrainableDrafter.candidates`: best first on a CPU, level by level elsewhere."""
         if not isinstance(borrowed, BorrowedFrames) or borrowed.bias is None:
             return super().candidates(blocks, root, borrowed, nodes, floor)
-        from ctc_drafter.ctc.chain_first import best_chains
+        from ctc_drafter.ctc.search_cpu import best_chains
 
         start = blocks[:, 0]
         state = start[:, :0] if self.predictor is None else self.predictor.root_state(start)
