@@ -10,7 +10,7 @@ import torch
 from ctc_drafter.chat import encode_conversation
 from ctc_drafter.cli import main
 from ctc_drafter.decode.generate import Generation, generate
-from ctc_drafter.drafters.lookup import PromptLookup
+from ctc_drafter.drafters.prompt_lookup import PromptLookup
 from ctc_drafter.evaluate import contenders
 from ctc_drafter.evaluate.bench import BenchSettings, Entry, bench, parse_drafters, parse_sizes, partial
 from ctc_drafter.evaluate.calibration import BINS, Calibration

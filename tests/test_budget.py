@@ -12,7 +12,7 @@ from ctc_drafter.decode.budget import REST, START, Budget, Pace, StepTimes
 from ctc_drafter.decode.generate import generate, plain_generate
 from ctc_drafter.decode.prefill import prefill
 from ctc_drafter.decode.tree import build_tree
-from ctc_drafter.drafters.lazy import LazySession
+from ctc_drafter.drafters.base import LazySession
 from ctc_drafter.drafters.trainable import network_of
 from ctc_drafter.profile import CACHE, measure, step_times
 from ctc_drafter.types import Candidates

@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from ctc_drafter.ctc.search_cpu import LowRankBias, best_chains
-from ctc_drafter.drafters.borrowed import low_rank_bias
-from ctc_drafter.drafters.expand import expand_statically
-from ctc_drafter.drafters.predictor import Predictor
+from ctc_drafter.drafters.baselines.chain_rule import expand_statically
+from ctc_drafter.drafters.predictor import Predictor, low_rank_bias
 
 VOCABULARY, DEPTH, HIDDEN = 60, 4, 16
 

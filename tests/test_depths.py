@@ -9,14 +9,13 @@ import torch
 from ctc_drafter.cli import main
 from ctc_drafter.decode.generate import generate, plain_generate
 from ctc_drafter.decode.prefill import prefill
-from ctc_drafter.drafters.base import Drafter
-from ctc_drafter.drafters.lookup import PromptLookup
-from ctc_drafter.drafters.silent import Silent
+from ctc_drafter.drafters.base import Drafter, Silent
+from ctc_drafter.drafters.prompt_lookup import PromptLookup
+from ctc_drafter.drafters.registry import TRAINED, trained_method
 from ctc_drafter.evaluate.bench import Entry
 from ctc_drafter.evaluate.depths import at_depths, parse_depths, shortened
 from ctc_drafter.evaluate.page import page
 from ctc_drafter.evaluate.results import read_results
-from ctc_drafter.methods import TRAINED, trained_method
 from ctc_drafter.target.model import Target
 from ctc_drafter.types import UserError
 from tiny_models import save_pair, tiny_drafter, tiny_llama

@@ -7,8 +7,7 @@ from safetensors.torch import load_file, save_file
 
 from ctc_drafter.decode.prefill import prefill
 from ctc_drafter.drafters.block import block_mask
-from ctc_drafter.drafters.config import CTCDrafterConfig
-from ctc_drafter.drafters.ctc import CTCDrafter
+from ctc_drafter.drafters.ctc import CTCDrafter, CTCDrafterConfig
 from ctc_drafter.types import UserError
 from helpers import VOCABULARY, tiny_config, tiny_drafter, tiny_target
 

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as fn
 
 from ctc_drafter.decode.prefill import prefill
-from ctc_drafter.drafters.eagle import EagleDrafter
+from ctc_drafter.drafters.baselines.eagle import EagleDrafter
 from ctc_drafter.drafters.layers import rotate
 from ctc_drafter.train.validate import offline_beta
 from helpers import tiny_target

@@ -14,8 +14,8 @@ from ctc_drafter.decode.generate import generate, plain_generate
 from ctc_drafter.decode.hf import speculate
 from ctc_drafter.decode.prefill import prefill
 from ctc_drafter.decode.queue import generate_many
-from ctc_drafter.drafters.lazy import LazySession
-from ctc_drafter.methods import TRAINED, trained_method
+from ctc_drafter.drafters.base import LazySession
+from ctc_drafter.drafters.registry import TRAINED, trained_method
 from ctc_drafter.serve.engine import Engine
 from ctc_drafter.serve.jobs import Failure, Finish
 from ctc_drafter.serve.schema import Sampling

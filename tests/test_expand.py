@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from ctc_drafter.drafters.expand import expand, expand_statically
+from ctc_drafter.drafters.baselines.chain_rule import expand, expand_statically
 
 VOCABULARY, DEPTH = 4, 3
 

@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from ctc_drafter.decode.choose import Sampled, warpers
 from ctc_drafter.decode.generate import generate, plain_generate
+from ctc_drafter.drafters.registry import fresh_drafter
 from ctc_drafter.evaluate.families import (
     FAMILIES,
     NEW_TOKENS,
@@ -21,7 +22,6 @@ from ctc_drafter.evaluate.families import (
     verdict,
 )
 from ctc_drafter.evaluate.family_checks import stock_continuations
-from ctc_drafter.load import fresh_drafter
 from ctc_drafter.target.features import decoder_blocks, final_norm
 from ctc_drafter.target.model import CACHES, Target
 from ctc_drafter.types import UserError

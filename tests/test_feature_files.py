@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ctc_drafter.methods import trained_method
+from ctc_drafter.drafters.registry import trained_method
 from ctc_drafter.target.model import Target
 from ctc_drafter.train import feature_files
 from ctc_drafter.train.data import NOTHING, collate

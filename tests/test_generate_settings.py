@@ -21,7 +21,7 @@ from ctc_drafter.decode.generate import plain_generate
 from ctc_drafter.decode.generate_page import page
 from ctc_drafter.decode.generate_settings import FIELDS, INPUTS, OTHER_CACHES, PARAMETERS, Status
 from ctc_drafter.decode.hf import speculate
-from ctc_drafter.drafters.lookup import PromptLookup
+from ctc_drafter.drafters.prompt_lookup import PromptLookup
 from ctc_drafter.types import UserError
 from helpers import tiny_target
 

@@ -17,8 +17,8 @@ from transformers import (
 )
 
 from ctc_drafter.decode.hf import speculate
-from ctc_drafter.drafters.lookup import PromptLookup
-from ctc_drafter.drafters.silent import Silent
+from ctc_drafter.drafters.base import Silent
+from ctc_drafter.drafters.prompt_lookup import PromptLookup
 from ctc_drafter.types import UserError
 from helpers import ScriptedDrafter, tiny_config, tiny_drafter, tiny_target
 from tiny_models import tiny_tokenizer

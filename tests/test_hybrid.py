@@ -5,9 +5,9 @@ import torch
 
 from ctc_drafter.decode.generate import generate, plain_generate
 from ctc_drafter.decode.queue import generate_many
-from ctc_drafter.drafters.hybrid import HybridSession
-from ctc_drafter.drafters.lazy import MOST, LazySession
-from ctc_drafter.drafters.lookup import PromptLookup
+from ctc_drafter.drafters.base import MOST, LazySession
+from ctc_drafter.drafters.ctc_session import HybridSession
+from ctc_drafter.drafters.prompt_lookup import PromptLookup
 from ctc_drafter.drafters.trainable import network_of
 from ctc_drafter.types import Candidates, UserError, padded
 from helpers import tiny_drafter, tiny_target

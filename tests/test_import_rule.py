@@ -54,12 +54,10 @@ ON_THE_WAY = {
     "cli_train",
     "decode",
     "demo",
-    "drafters",
     "evaluate",
     "hub",
     "integrations",
     "load",
-    "methods",
     "model_card",
     "options",
     "profile",
@@ -68,7 +66,6 @@ ON_THE_WAY = {
     "recipe_page",
     "serve",
     "train",
-    "warm_start",
 }
 
 # In drafters/, what is shared imports no concrete drafter. Those of baselines/ do not import each other, but for what

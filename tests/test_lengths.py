@@ -10,7 +10,7 @@ from ctc_drafter.decode.choose import Sampled, warpers
 from ctc_drafter.decode.generate import generate, plain_generate
 from ctc_drafter.decode.hf import speculate
 from ctc_drafter.decode.queue import generate_many
-from ctc_drafter.drafters.lookup import PromptLookup
+from ctc_drafter.drafters.prompt_lookup import PromptLookup
 from ctc_drafter.target.compiled import compile_target
 from ctc_drafter.target.model import CACHES, Target
 from ctc_drafter.types import UserError

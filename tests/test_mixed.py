@@ -6,7 +6,7 @@ from ctc_drafter.decode.choose import ARGMAX, Greedy, Sampled, warpers
 from ctc_drafter.decode.generate import generate, plain_generate
 from ctc_drafter.decode.mixed import ByRow
 from ctc_drafter.decode.queue import generate_many
-from ctc_drafter.drafters.silent import Silent
+from ctc_drafter.drafters.base import Silent
 from helpers import ScriptedDrafter, tiny_drafter, tiny_target
 
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6], [2, 7], [8, 2, 8, 1], [5], [31, 41, 59], [6, 6]]

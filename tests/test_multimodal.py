@@ -6,7 +6,7 @@ import transformers
 from transformers import PreTrainedModel
 
 from ctc_drafter.decode.hf import speculate
-from ctc_drafter.drafters.lookup import PromptLookup
+from ctc_drafter.drafters.prompt_lookup import PromptLookup
 from ctc_drafter.target.model import Target
 from ctc_drafter.types import UserError
 from helpers import ScriptedDrafter, tiny_drafter

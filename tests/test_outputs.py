@@ -6,7 +6,7 @@ from transformers import LlamaForCausalLM, LogitsProcessorList, Phi3ForCausalLM,
 
 from ctc_drafter.decode.generate import generate
 from ctc_drafter.decode.hf import speculate
-from ctc_drafter.drafters.lookup import PromptLookup
+from ctc_drafter.drafters.prompt_lookup import PromptLookup
 from ctc_drafter.types import UserError
 from helpers import ScriptedDrafter, tiny_config, tiny_drafter, tiny_target
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from ctc_drafter.drafters.paper import collapsed, static_tree
+from ctc_drafter.drafters.baselines.ctc_variants import collapsed, static_tree
 from ctc_drafter.types import padded
 from ctc_oracle import collapse
 

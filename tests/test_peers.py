@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from ctc_drafter.decode.generate import generate, plain_generate
 from ctc_drafter.decode.prefill import prefill
 from ctc_drafter.decode.queue import generate_many
-from ctc_drafter.drafters.chain import cross_entropy
-from ctc_drafter.drafters.lookup import PromptLookup
-from ctc_drafter.methods import TRAINED, method_of, open_drafter, trained_method
+from ctc_drafter.drafters.baselines.chain_rule import cross_entropy
+from ctc_drafter.drafters.prompt_lookup import PromptLookup
+from ctc_drafter.drafters.registry import TRAINED, method_of, open_drafter, trained_method
 from ctc_drafter.train.trainer import train_drafter
 from ctc_drafter.types import UserError
 from helpers import VOCABULARY, tiny_config, tiny_target

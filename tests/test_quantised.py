@@ -8,8 +8,8 @@ from torch import nn
 from transformers import TorchAoConfig
 
 from ctc_drafter.decode.generate import generate, plain_generate
-from ctc_drafter.drafters.borrowed import draft_head
 from ctc_drafter.drafters.ctc import CTCDrafter
+from ctc_drafter.drafters.lm_head import draft_head
 from ctc_drafter.evaluate.families import NEW_TOKENS, PROMPTS, exact, family_model
 from ctc_drafter.evaluate.family_checks import stock_continuations
 from ctc_drafter.target.model import CACHES, Target

@@ -9,7 +9,7 @@ from ctc_drafter.decode.prefill import prefill
 from ctc_drafter.decode.queue import generate_many
 from ctc_drafter.decode.rows import Row
 from ctc_drafter.decode.stats import Stopwatch
-from ctc_drafter.drafters.context import ContextCache
+from ctc_drafter.drafters.layers import ContextCache
 from ctc_drafter.target import cache as join_module
 from ctc_drafter.target.cache import join
 from ctc_drafter.target.model import Target

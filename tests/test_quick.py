@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from ctc_drafter.cli import main
+from ctc_drafter.drafters.registry import TRAINED
 from ctc_drafter.evaluate import quick
 from ctc_drafter.evaluate.quick import Recipe, TrainedAlike, recipes, sample_rows, selected
 from ctc_drafter.load import load_target
-from ctc_drafter.methods import TRAINED
 from ctc_drafter.provenance import config_hash
 from ctc_drafter.quickstart.sample import write_sample
 from ctc_drafter.train.data import DistilledDataset

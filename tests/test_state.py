@@ -15,7 +15,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria
 from ctc_drafter.decode import state
 from ctc_drafter.decode.hf import speculate
 from ctc_drafter.decode.state import snapshot
-from ctc_drafter.drafters.lookup import PromptLookup
+from ctc_drafter.drafters.prompt_lookup import PromptLookup
 from ctc_drafter.types import UserError
 from helpers import tiny_target
 

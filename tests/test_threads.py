@@ -14,8 +14,8 @@ import helpers
 from ctc_drafter import speculate
 from ctc_drafter.decode.choose import Sampled, warpers
 from ctc_drafter.decode.generate import plain_generate
-from ctc_drafter.drafters.lookup import PromptLookup
-from ctc_drafter.drafters.medusa import MedusaDrafter
+from ctc_drafter.drafters.baselines.heads import MedusaDrafter
+from ctc_drafter.drafters.prompt_lookup import PromptLookup
 from ctc_drafter.target.features import captured
 from ctc_drafter.target.model import Target
 

@@ -9,7 +9,7 @@ from ctc_drafter.ctc.search_cpu import LowRankBias, best_prefixes
 from ctc_drafter.decode.generate import generate, plain_generate
 from ctc_drafter.decode.prefill import prefill
 from ctc_drafter.drafters.ctc import CTCDrafter
-from ctc_drafter.drafters.vocabulary import Columns, columns_of, drafted_part, most_frequent, narrow_head
+from ctc_drafter.drafters.lm_head import Columns, columns_of, drafted_part, most_frequent, narrow_head
 from ctc_drafter.types import UserError
 from helpers import VOCABULARY, tiny_drafter, tiny_target
 

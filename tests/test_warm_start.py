@@ -10,12 +10,13 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ctc_drafter.cli import main
-from ctc_drafter.drafters.dflash import DFlashDrafter
+from ctc_drafter.drafters.baselines.dflash import DFlashDrafter
+from ctc_drafter.drafters.registry import fresh_drafter
 from ctc_drafter.drafters.trainable import TrainableDrafter
-from ctc_drafter.load import fresh_drafter, load_drafter
+from ctc_drafter.drafters.warm_start import read_start
+from ctc_drafter.load import load_drafter
 from ctc_drafter.target.model import Target
 from ctc_drafter.types import UserError
-from ctc_drafter.warm_start import read_start
 from tiny_models import save_pair, tiny_llama, tiny_tokenizer
 from train_helpers import write_jsonl
 

@@ -17,8 +17,7 @@ if TYPE_CHECKING:
     from ctc_drafter.decode.hf import speculate
     from ctc_drafter.decode.queue import generate_many
     from ctc_drafter.decode.stats import Stats
-    from ctc_drafter.drafters.config import CTCDrafterConfig
-    from ctc_drafter.drafters.ctc import CTCDrafter
+    from ctc_drafter.drafters.ctc import CTCDrafter, CTCDrafterConfig
     from ctc_drafter.target.model import Target
     from ctc_drafter.types import UserError
 
@@ -39,7 +38,7 @@ __all__ = [
 
 _HOMES = {
     "CTCDrafter": "drafters.ctc",
-    "CTCDrafterConfig": "drafters.config",
+    "CTCDrafterConfig": "drafters.ctc",
     "Generation": "decode.generate",
     "Sampled": "decode.choose",
     "Stats": "decode.stats",

@@ -92,13 +92,13 @@ def evaluate(
     from rich.console import Console
 
     from ctc_drafter.decode.generate import DEFAULT_FLOOR, DEFAULT_NODES
+    from ctc_drafter.drafters.registry import PROMPT_LOOKUP
     from ctc_drafter.evaluate.report import results_table
     from ctc_drafter.evaluate.run import evaluate as measure
     from ctc_drafter.evaluate.stock import NAMES, parse_also
     from ctc_drafter.evaluate.tasks import read_tasks
     from ctc_drafter.files import check_place, write_json
     from ctc_drafter.load import compiled_for, load_pair
-    from ctc_drafter.methods import PROMPT_LOOKUP
     from ctc_drafter.profile import budget_for
 
     check_place(json_out)
@@ -193,7 +193,7 @@ def bench(
     import torch
     from rich.console import Console
 
-    from ctc_drafter.drafters.lookup import PromptLookup
+    from ctc_drafter.drafters.prompt_lookup import PromptLookup
     from ctc_drafter.evaluate.bench import SIZES, BenchSettings, parse_drafters, parse_sizes
     from ctc_drafter.evaluate.bench import bench as measure
     from ctc_drafter.evaluate.depths import at_depths, parse_depths

@@ -23,9 +23,9 @@ def export(
 
     from ctc_drafter.chat import fingerprint
     from ctc_drafter.drafters.ctc import CTCDrafter
+    from ctc_drafter.drafters.registry import open_drafter
     from ctc_drafter.integrations.speculators import export as write
     from ctc_drafter.load import load_config, pair, shipped
-    from ctc_drafter.methods import open_drafter
     from ctc_drafter.quickstart import DRAFTER_DIR, TARGET_DIR
 
     names = pair(target, drafter)

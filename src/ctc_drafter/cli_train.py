@@ -202,17 +202,10 @@ def train(
 
     import torch
 
+    from ctc_drafter.drafters.registry import blank_drafter, choose_vocabulary, fresh_drafter, trained_method
+    from ctc_drafter.drafters.warm_start import read_start
     from ctc_drafter.hub import check_hub, push
-    from ctc_drafter.load import (
-        blank_drafter,
-        choose_vocabulary,
-        fresh_drafter,
-        load_config,
-        load_target,
-        read_template,
-        shipped,
-    )
-    from ctc_drafter.methods import trained_method
+    from ctc_drafter.load import load_config, load_target, read_template, shipped
     from ctc_drafter.model_card import Made, corpora, write_model_card
     from ctc_drafter.provenance import check_writer
     from ctc_drafter.quickstart import TARGET_DIR
@@ -221,7 +214,6 @@ def train(
     from ctc_drafter.train.processes import join_processes
     from ctc_drafter.train.settings import TrainSettings
     from ctc_drafter.train.trainer import train_drafter
-    from ctc_drafter.warm_start import read_start
 
     named: dict[str, Any] = {"steps": steps, "epochs": epochs, "learning_rate": learning_rate, "batch_size": batch_size}
     named |= {"anchors": anchors, "loss": loss, "bf16": bf16 or None, "seed": seed}

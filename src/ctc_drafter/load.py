@@ -7,7 +7,6 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
@@ -15,15 +14,13 @@ from transformers.utils import logging as transformers_logging
 
 from ctc_drafter.chat import fingerprint
 from ctc_drafter.drafters.base import Drafter
-from ctc_drafter.drafters.ctc import CTCDrafter
+from ctc_drafter.drafters.registry import PROMPT_LOOKUP, fresh_drafter, open_drafter
 from ctc_drafter.drafters.trainable import TrainableDrafter
-from ctc_drafter.drafters.vocabulary import most_frequent
-from ctc_drafter.methods import PROMPT_LOOKUP, open_drafter, trained_method
+from ctc_drafter.drafters.warm_start import Start, is_published, read_start
 from ctc_drafter.quickstart import DRAFTER_DIR, TARGET_DIR
 from ctc_drafter.target.layout import columns_first
 from ctc_drafter.target.model import Target
 from ctc_drafter.types import UserError, first_line
-from ctc_drafter.warm_start import Start, is_published, read_start
 
 
 def pair(target: str | None, drafter: str | None) -> tuple[str | None, str | None]:
@@ -149,42 +146,3 @@ def run_alone(work: Callable[..., None]) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-
-
-def fresh_drafter(
-    target: Target, tokenizer: PreTrainedTokenizerBase, seed: int, method: str = "ctc", **sizes: Any
-) -> TrainableDrafter:
-    """An untrained drafter for this target; sizes that are None are the config's. It starts from the target's weights,
-    where it has like ones."""
-    chosen = trained_method(method)
-    torch.manual_seed(seed)
-    given: dict[str, Any] = {name: size for name, size in sizes.items() if size is not None}
-    if "mask_token_id" in chosen.drafter.config_class.__dataclass_fields__:
-        fillers = (tokenizer.mask_token_id, tokenizer.unk_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-        given.setdefault("mask_token_id", next(token for token in fillers if token is not None))
-    drafter = chosen.drafter.for_target(
-        target.model.config, **{"target_fingerprint": fingerprint(tokenizer), **chosen.usual, **chosen.sizes, **given}
-    )
-    drafter.check_target(target.model.config)
-    target.check_drafter(drafter)
-    drafter.start_from(target.norm_scale, target.head)
-    return drafter.to(target.device)
-
-
-def blank_drafter(method: str = "ctc", **sizes: Any) -> Callable[[PreTrainedConfig], TrainableDrafter]:
-    """Makes an untrained drafter of a method for a target's config, to count it; sizes as in `fresh_drafter`."""
-    chosen = trained_method(method)
-    given = chosen.usual | chosen.sizes | {name: size for name, size in sizes.items() if size is not None}
-
-    def make(config: PreTrainedConfig) -> TrainableDrafter:
-        drafter = chosen.drafter.for_target(config, **given)
-        assert isinstance(drafter, TrainableDrafter)
-        return drafter
-
-    return make
-
-
-def choose_vocabulary(drafter: TrainableDrafter, counts: torch.Tensor) -> None:
-    """Lets a fresh drafter with a draft vocabulary draft the most frequent tokens; counts `int64 [T]`."""
-    if isinstance(drafter, CTCDrafter) and drafter.config.draft_vocab_size:
-        drafter.draft_only(most_frequent(counts, drafter.config.draft_vocab_size))

@@ -9,8 +9,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig
 
-from ctc_drafter.load import blank_drafter
-from ctc_drafter.methods import trained_method
+from ctc_drafter.drafters.registry import blank_drafter, trained_method
 from ctc_drafter.recipe import Recipe, commands, read_recipe
 from ctc_drafter.train.distill_cost import Answers, describe_distillation, distill_cost
 from ctc_drafter.train.estimate import Plan, TextSize, describe, estimate

@@ -17,8 +17,7 @@ from ctc_drafter.decode.rows import Row
 from ctc_drafter.decode.stats import Stopwatch
 from ctc_drafter.decode.tree import build_tree, up_to, without_drafts
 from ctc_drafter.decode.verify import no_numbers, verify
-from ctc_drafter.drafters.base import Drafter
-from ctc_drafter.drafters.lazy import LazySession
+from ctc_drafter.drafters.base import Drafter, LazySession
 from ctc_drafter.target.cache import Extent, compact, erase, join
 from ctc_drafter.target.model import Target
 from ctc_drafter.types import Acceptance, Candidates, TokenTree, UserError, Verification

@@ -12,21 +12,89 @@ from torch import nn
 from ctc_drafter.ctc.copies import Copies, Text, copies_at
 from ctc_drafter.ctc.lattice import Lattice, lattice
 from ctc_drafter.ctc.loss import ctc_objective, prefix_objective
-from ctc_drafter.drafters.base import DraftSession
-from ctc_drafter.drafters.borrowed import BorrowedSearch, borrow_search
-from ctc_drafter.drafters.config import CTCDrafterConfig
-from ctc_drafter.drafters.copysession import CopySession
-from ctc_drafter.drafters.frames import FramesModel
-from ctc_drafter.drafters.hybrid import HybridSession
-from ctc_drafter.drafters.lazy import LazySession
-from ctc_drafter.drafters.lookup import PromptLookup
+from ctc_drafter.drafters.base import DraftSession, LazySession
+from ctc_drafter.drafters.block import BlockConfig, BlockModel, BlockSession, frame_logits
+from ctc_drafter.drafters.ctc_session import BorrowedSearch, CopySession, HybridSession, borrow_search
+from ctc_drafter.drafters.lm_head import columns_of, drafted_part, narrow_head
 from ctc_drafter.drafters.predictor import Predictor
-from ctc_drafter.drafters.session import BlockSession
+from ctc_drafter.drafters.prompt_lookup import PromptLookup
 from ctc_drafter.drafters.trainable import Objective
-from ctc_drafter.drafters.vocabulary import columns_of, drafted_part, narrow_head
 from ctc_drafter.types import Candidates, UserError
 
 COPYING = "predictor.copying."  # tensors of the copies
+
+
+# Block drafters whose frames may hold a blank: what the CTC drafters share.
+
+
+class FramesConfig(BlockConfig):
+    """See `BlockConfig`.
+
+    Args:
+        frames: CTC frames a pass fills (F). draft_length: longest prefix that is drafted, at most F.
+    """
+
+    model_type = "frames_drafter"
+
+    frames: int = 8
+
+    def check(self) -> None:
+        if not 1 <= self.draft_length <= self.frames:
+            raise UserError(f"draft_length {self.draft_length} must lie between 1 and frames ({self.frames})")
+        super().check()
+
+
+class FramesModel(BlockModel):
+    """Draft layers and a linear blank head."""
+
+    config: FramesConfig
+
+    def __init__(self, config: FramesConfig):
+        super().__init__(config)
+        self.blank_head = nn.Linear(config.hidden_size, 1)
+
+    @property
+    def frames(self) -> int:
+        return self.config.frames
+
+    def frame_logits(self, blocks: torch.Tensor, head: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+        """Block outputs `[N, 1+F, H]` to float32 token logits `[N, F, V]` and blank logits `[N, F]`."""
+        blanks = self.blank_head(blocks[:, 1:].flatten(0, 1)).view(len(blocks), -1)
+        return frame_logits(blocks, head), blanks.float()
+
+
+# Configuration of the CTC drafter.
+
+
+class CTCDrafterConfig(FramesConfig):
+    """All sizes of a CTC drafter, with those of `FramesConfig`.
+
+    Args:
+        predictor_rank: rank of the predictor's bias, 0 for none. predictor_width: its MLP; 0 for the table of the last
+            token alone. draft_vocab_size: tokens that are drafted, 0 for all; `CTCDrafter.draft_only` says which.
+        copies: the longest agreement with an earlier place of the text that counts (`ctc/copies.py`), 0 for no copies.
+        lookup_length: most tokens to copy from the text without asking the frames, 0 for none
+            (`drafters/ctc_session.py`).
+    """
+
+    model_type = "ctc_drafter"
+
+    predictor_rank: int = 64
+    predictor_width: int = 256
+    draft_vocab_size: int = 0
+    copies: int = 0
+    lookup_length: int = 0
+
+    def check(self) -> None:
+        super().check()
+        if not 0 <= self.draft_vocab_size <= self.vocab_size:
+            raise UserError(f"draft_vocab_size {self.draft_vocab_size} must lie between 0 and {self.vocab_size}")
+        if self.copies < 0:
+            raise UserError(f"copies is {self.copies}; give the longest agreement that counts, or 0 for no copies")
+        if self.lookup_length < 0:
+            raise UserError(f"lookup_length is {self.lookup_length}; give the most tokens to copy, or 0 for none")
+        if self.copies and not (self.predictor_rank and self.predictor_width):
+            raise UserError("copies need the predictor; set predictor_rank and predictor_width above 0, or copies to 0")
 
 
 class CTCDrafter(FramesModel):

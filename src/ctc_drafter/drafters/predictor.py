@@ -9,6 +9,7 @@ hidden layer. So it is learned when to trust copies, and how much beside what th
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -16,6 +17,10 @@ from torch.nn import functional as fn
 
 from ctc_drafter.ctc.copies import Copies, Text, find_copies, newest_tokens
 from ctc_drafter.ctc.search import Bias
+from ctc_drafter.drafters.lm_head import token_columns
+
+if TYPE_CHECKING:
+    from ctc_drafter.ctc.search_cpu import LowRankBias
 
 Embed = Callable[[torch.Tensor], torch.Tensor]  # tokens int64 [...] to the target's embeddings [..., H]
 
@@ -122,3 +127,16 @@ class Predictor(nn.Module):
         if self.copying is not None:
             copying = self.copying.weight.float(), self.copying.bias.float()
         return table, earlier, later, inner, scale, rounded, *copying
+
+
+@torch.no_grad()
+def low_rank_bias(predictor: Predictor | None, embed: nn.Module, vocabulary: torch.Tensor | None = None) -> LowRankBias:
+    """What the searches on a CPU read of a predictor; of rank 0 without one. vocabulary as in `borrow_search`."""
+    from ctc_drafter.ctc.search_cpu import LowRankBias
+
+    nothing = torch.zeros(0, 0)
+    if predictor is None:
+        tables: tuple[torch.Tensor, ...] = (*(nothing,) * 4, torch.zeros(0), nothing)
+    else:
+        tables = (*predictor.tables(embed), token_columns(len(predictor.table.weight), vocabulary))
+    return LowRankBias(*(table.contiguous().numpy() for table in tables))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
@@ -12,12 +13,55 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ctc_drafter.drafters.base import Drafter, DraftSession, refuse_call
-from ctc_drafter.drafters.borrowed import Borrowed
-from ctc_drafter.drafters.sizes import DrafterConfig, needed_size, target_size
+from ctc_drafter.drafters.lm_head import Borrowed
 from ctc_drafter.types import Candidates, UserError
 
 # (what the drafter says of labels, labels int64 [N, U], valid bool [N, U]) -> loss of each anchor [N], in nats
 Objective = Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+# Configurations that trained drafters share: what they know of their target, and the sizes of draft layers.
+
+
+class DrafterConfig(PreTrainedConfig):
+    """What every trained drafter knows. Unknown keys are refused, so a misspelt one cannot pass unnoticed.
+
+    Args:
+        vocab_size, hidden_size: the target's; embeddings and LM head are borrowed from it.
+        target_num_layers: depth of the target it was made for.
+        target_layer_ids: target blocks whose outputs are its features, counted from 0, before the final norm.
+        target_fingerprint: of the target's tokenizer; empty when unknown.
+        draft_length: longest prefix that is drafted.
+    """
+
+    model_type = "drafter"
+
+    vocab_size: int = 32000
+    hidden_size: int = 4096
+    target_num_layers: int = 32
+    target_layer_ids: list[int] | tuple[int, ...] = (1, 16, 30)
+    target_fingerprint: str = ""
+    draft_length: int = 7
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        known = set(self.__dataclass_fields__)
+        unknown = sorted(key for key in kwargs if key not in known | PASSED_BY_TRANSFORMERS)
+        if unknown:
+            near = difflib.get_close_matches(unknown[0], known, 1)
+            hint = f"did you mean {near[0]!r}?" if near else "remove it"
+            raise UserError(f"unknown key {unknown[0]!r} in the drafter's config; {hint}")
+        super().__post_init__(**kwargs)
+        self.target_layer_ids = list(self.target_layer_ids)
+        self.check()
+
+    def check(self) -> None:
+        """Raises `UserError` for values that cannot be."""
+        if self.draft_length < 1:
+            raise UserError(f"draft_length is {self.draft_length}; give at least 1")
+        if not self.target_layer_ids or not all(0 <= i < self.target_num_layers for i in self.target_layer_ids):
+            raise UserError(
+                f"target_layer_ids {self.target_layer_ids} must name blocks 0..{self.target_num_layers - 1}"
+            )
 
 
 class TrainableDrafter(PreTrainedModel):
@@ -109,7 +153,7 @@ class TrainableDrafter(PreTrainedModel):
             return objective(found, *self.labels(prefixes, valid))
 
     def without_lookup(self) -> TrainableDrafter:
-        """The same weights where each draft asks the network (`drafters/hybrid.py`)."""
+        """The same weights where each draft asks the network (`drafters/ctc_session.py`)."""
         return self
 
     def copies(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -271,3 +315,34 @@ class TrainableDrafter(PreTrainedModel):
 def network_of(drafter: Drafter) -> Drafter:
     """The drafter where each draft asks its network, if it has one: what its own drafts cost and are worth."""
     return drafter.without_lookup() if isinstance(drafter, TrainableDrafter) else drafter
+
+
+PASSED_BY_TRANSFORMERS = frozenset(
+    {
+        "torch_dtype",
+        "name_or_path",
+        "_commit_hash",
+        "attn_implementation",
+        "output_attentions",
+        "experts_implementation",
+    }
+)
+
+
+def target_size(target: PreTrainedConfig, name: str) -> int | None:
+    """A size of a target's layers as one number: the largest where layers differ; None where there is none."""
+    try:
+        found = getattr(target, name, None)
+    except RuntimeError:  # transformers' way to say that it differs by layer
+        found = [getattr(layer, name, None) for layer in target.per_layer_config]
+    if isinstance(found, list | tuple):
+        found = max((size for size in found if size), default=None)
+    return found or None
+
+
+def needed_size(target: PreTrainedConfig, name: str) -> int:
+    """`target_size`. Raises `UserError` where the configuration has none."""
+    found = target_size(target, name)
+    if found is None:
+        raise UserError(f"the configuration of {target.model_type} has no {name}, which a drafter takes over")
+    return found

@@ -16,8 +16,8 @@ from transformers import PreTrainedTokenizerBase
 
 from ctc_drafter.decode.choose import ARGMAX, Chooser
 from ctc_drafter.decode.typical import Typical
+from ctc_drafter.drafters.baselines.ctc_variants import PaperConfig, PaperDrafter
 from ctc_drafter.drafters.ctc import CTCDrafter
-from ctc_drafter.drafters.paper import PaperConfig, PaperDrafter
 from ctc_drafter.evaluate.bench import Entry
 from ctc_drafter.evaluate.quick import Recipe, ready, train_entries
 from ctc_drafter.target.model import Target

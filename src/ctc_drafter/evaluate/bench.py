@@ -13,13 +13,13 @@ from transformers import PreTrainedTokenizerBase
 
 from ctc_drafter.decode.choose import ARGMAX, Chooser
 from ctc_drafter.drafters.base import Drafter
+from ctc_drafter.drafters.registry import PROMPT_LOOKUP
 from ctc_drafter.evaluate.contenders import CHAIN, decoding
 from ctc_drafter.evaluate.records import PLAIN, Journal
 from ctc_drafter.evaluate.run import Bench, head, measure_all
 from ctc_drafter.evaluate.stock import stock_contenders
 from ctc_drafter.evaluate.tasks import Task
 from ctc_drafter.files import write_json
-from ctc_drafter.methods import PROMPT_LOOKUP
 from ctc_drafter.provenance import source_hash
 from ctc_drafter.target.model import Target
 from ctc_drafter.types import UserError

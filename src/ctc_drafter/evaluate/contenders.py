@@ -12,11 +12,11 @@ from ctc_drafter.decode.budget import Budget
 from ctc_drafter.decode.choose import ARGMAX, Chooser
 from ctc_drafter.decode.generate import Generation, generate, plain_generate
 from ctc_drafter.drafters.base import Drafter
+from ctc_drafter.drafters.registry import method_of
 from ctc_drafter.drafters.trainable import network_of
 from ctc_drafter.evaluate.calibration import Calibration, Watched
 from ctc_drafter.evaluate.chain import POOL, Chained
 from ctc_drafter.evaluate.records import PLAIN, Key
-from ctc_drafter.methods import method_of
 from ctc_drafter.target.model import Target
 
 CHAIN, BUDGET = "chain", "budget"

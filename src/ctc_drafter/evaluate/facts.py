@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ctc_drafter.drafters.base import Drafter
+from ctc_drafter.drafters.registry import method_of
 from ctc_drafter.drafters.trainable import TrainableDrafter
-from ctc_drafter.methods import method_of
 
 
 def facts(drafter: Drafter, folder: Path | None) -> dict[str, Any]:

@@ -7,12 +7,12 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from ctc_drafter.drafters.registry import method_of
 from ctc_drafter.evaluate.ablations import ablation_entries, chosen_variants
 from ctc_drafter.evaluate.bench import Entry
 from ctc_drafter.evaluate.facts import facts
 from ctc_drafter.evaluate.quick import TrainedAlike, recipes, selected, train_entries, with_lookup, work_folder
 from ctc_drafter.load import load_drafter
-from ctc_drafter.methods import method_of
 from ctc_drafter.quickstart import DRAFTER_DIR
 from ctc_drafter.target.model import Target
 

@@ -20,11 +20,12 @@ import typer
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from ctc_drafter.drafters.ctc import CTCDrafter
+from ctc_drafter.drafters.registry import blank_drafter
 from ctc_drafter.evaluate.command import write_figures
 from ctc_drafter.evaluate.page import table
 from ctc_drafter.evaluate.roofline import cached_bytes, head_size, step_bytes
 from ctc_drafter.evaluate.shapes import named_shape
-from ctc_drafter.load import blank_drafter, run_alone
+from ctc_drafter.load import run_alone
 from ctc_drafter.target.model import Target
 
 MODELS = ("vicuna-7b", "vicuna-13b", "vicuna-33b", "llama-3.1-8b")

@@ -10,12 +10,11 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from ctc_drafter.drafters.lookup import PromptLookup
+from ctc_drafter.drafters.prompt_lookup import PromptLookup
+from ctc_drafter.drafters.registry import FOR_ABLATIONS, PROMPT_LOOKUP, TRAINED, fresh_drafter, trained_method
 from ctc_drafter.drafters.trainable import TrainableDrafter
 from ctc_drafter.evaluate.bench import BenchSettings, Entry
 from ctc_drafter.evaluate.facts import facts
-from ctc_drafter.load import fresh_drafter
-from ctc_drafter.methods import FOR_ABLATIONS, PROMPT_LOOKUP, TRAINED, trained_method
 from ctc_drafter.quickstart import SAMPLE_DIR
 from ctc_drafter.target.layout import columns_first
 from ctc_drafter.target.model import Target

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from ctc_drafter.drafters.ctc import CTCDrafter
-from ctc_drafter.load import blank_drafter
+from ctc_drafter.drafters.registry import blank_drafter
 from ctc_drafter.target.layout import columns_first
 from ctc_drafter.target.model import Target
 from ctc_drafter.types import UserError

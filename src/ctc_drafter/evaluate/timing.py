@@ -13,7 +13,7 @@ from ctc_drafter.decode.batch import Batch, Method
 from ctc_drafter.decode.choose import ARGMAX
 from ctc_drafter.decode.rows import Row
 from ctc_drafter.decode.stats import Stopwatch
-from ctc_drafter.drafters.silent import Silent
+from ctc_drafter.drafters.base import Silent
 from ctc_drafter.drafters.trainable import network_of
 from ctc_drafter.target.model import Target
 

@@ -15,7 +15,8 @@ import typer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ctc_drafter.drafters.ctc import CTCDrafter
-from ctc_drafter.load import choose_vocabulary, fresh_drafter, load_target, run_alone
+from ctc_drafter.drafters.registry import choose_vocabulary, fresh_drafter
+from ctc_drafter.load import load_target, run_alone
 from ctc_drafter.provenance import tensors_hash
 from ctc_drafter.quickstart import MODEL_DIR
 from ctc_drafter.quickstart.card import write_card

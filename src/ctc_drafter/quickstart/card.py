@@ -13,8 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ctc_drafter.chat import decode, encode_conversation, eos_ids
 from ctc_drafter.decode.generate import plain_generate
-from ctc_drafter.drafters.config import CTCDrafterConfig
-from ctc_drafter.drafters.ctc import CTCDrafter
+from ctc_drafter.drafters.ctc import CTCDrafter, CTCDrafterConfig
 from ctc_drafter.load import load_drafter, load_target
 from ctc_drafter.quickstart.corpus import MIX, read_source
 from ctc_drafter.quickstart.pretrain import PERPLEXITY, PHASES, TOKENS_PER_STEP

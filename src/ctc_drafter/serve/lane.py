@@ -18,8 +18,7 @@ from ctc_drafter.decode.choose import Chooser
 from ctc_drafter.decode.mixed import ByRow
 from ctc_drafter.decode.rows import Row
 from ctc_drafter.decode.stats import Stats, Stopwatch
-from ctc_drafter.drafters.lazy import LazySession
-from ctc_drafter.drafters.silent import Silent
+from ctc_drafter.drafters.base import LazySession, Silent
 from ctc_drafter.serve.jobs import Burst, Job, Likelihood, Node, failure
 from ctc_drafter.types import UserError
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ctc_drafter.drafters.borrowed import head_logits
+from ctc_drafter.drafters.lm_head import head_logits
 from ctc_drafter.drafters.trainable import Objective, TrainableDrafter
 
 # Fewer leave kernels idle, more only cost memory: of a vocabulary of 8,192 it holds 512 anchors, of 128k 32.

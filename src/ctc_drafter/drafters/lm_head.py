@@ -1,17 +1,53 @@
-"""A draft vocabulary: the tokens that a drafter may draft, where it leaves the rare ones to the target.
-
-The LM head is what a draft reads most of, and the search works over all its columns; rare tokens cost as much as
-frequent ones and are hardly ever accepted. Tokens outside are still verified, emitted and read as context: only drafts
-end before them. Source of the idea: FR-Spec (Zhao et al., 2025); of the tensor's name and form `d2t`: EAGLE-3's
-checkpoints, as engines read them.
-"""
+"""The target's embedding and LM head, prepared for drafting; draft vocabularies."""
 
 from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from ctc_drafter.types import UserError
+
+# What a drafter takes from its target, made ready once: embedding, LM head, and the search that fits the device.
+
+
+@dataclass(frozen=True)
+class Borrowed:
+    """embed and head are for drafting only: the head may be of lower precision than the target's."""
+
+    embed: nn.Module
+    head: nn.Module
+
+
+def head_logits(head: nn.Module, states: torch.Tensor) -> torch.Tensor:
+    """Float32 logits `[N, V]` of states `[N, H]`. Two dimensions: a sliced third one makes PyTorch copy the weights."""
+    dtype = next((w.dtype for w in head.parameters() if w.is_floating_point()), states.dtype)
+    return head(states.to(dtype)).float()
+
+
+def draft_head(head: nn.Module) -> nn.Module:
+    """The target's LM head, in bfloat16 on processors that multiply it natively.
+
+    It is most of what a draft reads from memory, and drafts need no precision. A quantised head stays as it is.
+    """
+    weight = getattr(head, "weight", None)
+    if type(weight) is not nn.Parameter:
+        return head
+    # PyTorch has no public question for this; a version without the private answer keeps the head as it is.
+    native = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    if weight.device.type != "cpu" or weight.dtype != torch.float32 or not native():
+        return head
+    return copy.deepcopy(head).to(torch.bfloat16)
+
+
+# A draft vocabulary: the tokens that a drafter may draft, where it leaves the rare ones to the target.
+#
+# The LM head is what a draft reads most of, and the search works over all its columns; rare tokens cost as much as
+# frequent ones and are hardly ever accepted. Tokens outside are still verified, emitted and read as context: only
+# drafts end before them. Source of the idea: FR-Spec (Zhao et al., 2025); of the tensor's name and form `d2t`:
+# EAGLE-3's checkpoints, as engines read them.
 
 
 def most_frequent(counts: torch.Tensor, size: int) -> torch.Tensor:

@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 from transformers import PreTrainedConfig
 from transformers.utils import cached_file
 
+from ctc_drafter.drafters.registry import TRAINED, trained_method
 from ctc_drafter.drafters.trainable import TrainableDrafter
-from ctc_drafter.methods import TRAINED, trained_method
 from ctc_drafter.provenance import tensors_hash
 from ctc_drafter.types import UserError
 

@@ -1,13 +1,4 @@
-"""The paper's own CTC drafting: full-sequence loss, independent frames, a static tree of choices, collapsed.
-
-Source: Wen, Gui and Feng, "Speculative Decoding with CTC-based Draft Model for LLM Inference Acceleration" (NeurIPS
-2024). Every frame's likeliest symbols are ranked, blanks among them. A static tree says which sequences of ranks are
-looked at; each is an alignment, and collapses to tokens: repeats merge, blanks vanish. Alignments that collapse to the
-same prefix become one node, and the mask is built from what is left, so that positions, ancestors and bonus token are
-right; the released code keeps the old ones. The draft module is that of our other drafters, not the released
-autoregressive head. A prefix scores the sum of the alignments in the tree that complete it: less than its probability,
-of which our search finds all.
-"""
+"""Other drafters with CTC: the paper's, and ours without its attention."""
 
 from __future__ import annotations
 
@@ -21,10 +12,22 @@ from torch import nn
 
 from ctc_drafter.ctc.lattice import Lattice, lattice
 from ctc_drafter.ctc.loss import ctc_objective
-from ctc_drafter.drafters.borrowed import Borrowed, draft_head
-from ctc_drafter.drafters.frames import FramesConfig, FramesModel
+from ctc_drafter.drafters.base import DraftSession
+from ctc_drafter.drafters.baselines.heads import LastStateSession, before
+from ctc_drafter.drafters.ctc import CTCDrafter, CTCDrafterConfig, FramesConfig, FramesModel
+from ctc_drafter.drafters.lm_head import Borrowed, draft_head
 from ctc_drafter.drafters.trainable import Objective
 from ctc_drafter.types import Candidates, Prefix, UserError, padded
+
+# The paper's own CTC drafting: full-sequence loss, independent frames, a static tree of choices, collapsed.
+#
+# Source: Wen, Gui and Feng, "Speculative Decoding with CTC-based Draft Model for LLM Inference Acceleration" (NeurIPS
+# 2024). Every frame's likeliest symbols are ranked, blanks among them. A static tree says which sequences of ranks
+# are looked at; each is an alignment, and collapses to tokens: repeats merge, blanks vanish. Alignments that collapse
+# to the same prefix become one node, and the mask is built from what is left, so that positions, ancestors and bonus
+# token are right; the released code keeps the old ones. The draft module is that of our other drafters, not the
+# released autoregressive head. A prefix scores the sum of the alignments in the tree that complete it: less than its
+# probability, of which our search finds all.
 
 RANKS = 10  # likeliest symbols of a frame
 
@@ -133,3 +136,67 @@ def collapsed(
         if parent >= 0:  # rounding must not lift a child above its parent
             logs[place] = min(logs[place], logs[parent])
     return list(zip(tokens, logs, parents, depths, strict=True))
+
+
+# The CTC drafter without its attention: frames are linear maps of the last hidden state, as Medusa's heads are.
+#
+# For ablations: what the attention module is worth. Everything behind the frames is that of `ctc.py`.
+
+
+class LinearCTCConfig(CTCDrafterConfig):
+    """See `CTCDrafterConfig`; there are no draft layers."""
+
+    model_type = "ctc_linear_drafter"
+
+    num_hidden_layers: int = 0
+
+    def check(self) -> None:
+        super().check()
+        if self.copies:
+            raise UserError("ctc-linear copies nothing; leave copies at 0, or train ctc")
+        if self.lookup_length:
+            raise UserError("ctc-linear copies nothing; leave lookup_length at 0, or train ctc")
+
+
+class FrameMaps(nn.Linear):
+    """All frames' maps side by side; they start at 0, so that a frame starts as the state itself."""
+
+
+class LinearCTCDrafter(CTCDrafter):
+    """Frame t is x + W_t x for the last hidden state x behind the norm; so is the place of the root."""
+
+    config_class = LinearCTCConfig
+    config: LinearCTCConfig
+
+    def __init__(self, config: LinearCTCConfig):
+        super().__init__(config)
+        self.maps = FrameMaps(config.hidden_size, (1 + config.frames) * config.hidden_size)
+        del self.fc, self.hidden_norm
+        self.post_init()
+
+    @classmethod
+    def feature_choice(cls, depth: int) -> list[int]:
+        return [depth - 1]
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, FrameMaps):
+            nn.init.zeros_(module.weight)
+
+    def states(self, features: torch.Tensor) -> torch.Tensor:
+        """What the maps read of features `[B, T, H]`."""
+        return self.norm(features.to(self.norm.weight.dtype))
+
+    def blocks(
+        self, features: torch.Tensor, tokens: torch.Tensor, anchors: torch.Tensor, embed: nn.Module
+    ) -> torch.Tensor:
+        """The state before each anchor `[B, A, H]`; see `TrainableDrafter.blocks`."""
+        return before(self.states(features), anchors)
+
+    def filled(self, blocks: torch.Tensor) -> torch.Tensor:
+        """See `CTCDrafter.filled`, of states `[N, H]`."""
+        return blocks.unsqueeze(1) + self.maps(blocks).unflatten(-1, (1 + self.frames, -1))
+
+    def begin(self, embed: nn.Module, head: nn.Module, batch_size: int) -> DraftSession:
+        """See `Drafter.begin`."""
+        return LastStateSession(self, self.borrow(embed, head))

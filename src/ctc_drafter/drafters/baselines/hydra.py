@@ -16,13 +16,10 @@ from torch import nn
 from torch.nn import functional as fn
 
 from ctc_drafter.drafters.base import DraftSession
-from ctc_drafter.drafters.borrowed import head_logits
-from ctc_drafter.drafters.chain import BorrowedOutputs
-from ctc_drafter.drafters.context import ContextCache, ContextSession
-from ctc_drafter.drafters.expand import Step
-from ctc_drafter.drafters.heads import HeadsConfig, HeadsDrafter, before
-from ctc_drafter.drafters.layers import DraftLayer, RMSNorm, rotation
-from ctc_drafter.drafters.sizes import LayerConfig
+from ctc_drafter.drafters.baselines.chain_rule import BorrowedOutputs, Step
+from ctc_drafter.drafters.baselines.heads import HeadsConfig, HeadsDrafter, before
+from ctc_drafter.drafters.layers import ContextCache, ContextSession, DraftLayer, LayerConfig, RMSNorm, rotation
+from ctc_drafter.drafters.lm_head import head_logits
 from ctc_drafter.types import Candidates
 
 

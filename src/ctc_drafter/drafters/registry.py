@@ -1,0 +1,145 @@
+"""The drafters by name: the class of a method or of a saved config, and fresh ones for a target."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from ctc_drafter.chat import fingerprint
+from ctc_drafter.drafters.base import Drafter
+from ctc_drafter.drafters.ctc import CTCDrafter
+from ctc_drafter.drafters.lm_head import most_frequent
+from ctc_drafter.drafters.prompt_lookup import PromptLookup
+from ctc_drafter.drafters.trainable import TrainableDrafter
+from ctc_drafter.target.model import Target
+from ctc_drafter.types import UserError
+
+# The drafters by name: which class a method or a saved config stands for.
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A method with weights: where its class is, the class's model type, and what the method sets in its config.
+
+    training: the settings that its authors train it with, where they are not ours; `docs/methods.md` has the sources.
+    usual: what a fresh one has in its config unless told otherwise.
+    """
+
+    module: str
+    name: str
+    model_type: str
+    sizes: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+    usual: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def drafter(self) -> type[TrainableDrafter]:
+        found = getattr(import_module(f"ctc_drafter.drafters.{self.module}"), self.name)
+        assert issubclass(found, TrainableDrafter)
+        return found
+
+
+TRAINED = {
+    "ctc": Trained("ctc", "CTCDrafter", "ctc_drafter", usual={"carry": True, "copies": 16, "lookup_length": 15}),
+    "ctc-linear": Trained("baselines.ctc_variants", "LinearCTCDrafter", "ctc_linear_drafter"),
+    "ctc-paper": Trained("baselines.ctc_variants", "PaperDrafter", "ctc_paper_drafter"),
+    "medusa": Trained("baselines.heads", "MedusaDrafter", "medusa_drafter"),
+    "hydra": Trained("baselines.hydra", "HydraDrafter", "hydra_drafter", training={"loss_decay": 1.0}),
+    "hydra++": Trained(
+        "baselines.hydra",
+        "HydraDrafter",
+        "hydra_drafter",
+        {"prefix_attention": True, "num_hidden_layers": 4},
+        {"loss": "teacher", "loss_decay": 1.0},
+    ),
+    "dflash": Trained("baselines.dflash", "DFlashDrafter", "dflash_drafter", training={"loss_decay": 0.78}),
+    "dspark": Trained(
+        "baselines.dflash", "DSparkDrafter", "dspark_drafter", training={"loss": "teacher", "loss_decay": 0.78}
+    ),
+    "eagle": Trained("baselines.eagle", "EagleDrafter", "eagle_drafter", training={"loss": "teacher"}),
+}
+PROMPT_LOOKUP = "prompt_lookup"
+FOR_ABLATIONS = frozenset({"ctc-linear"})  # parts of other methods, no method of their own
+
+
+def trained_method(name: str) -> Trained:
+    """Raises `UserError` for a method that is not known, or cannot be trained."""
+    if name == PROMPT_LOOKUP:
+        raise UserError(f"{name} has nothing to train; use --drafter {name}")
+    if name not in TRAINED:
+        raise UserError(f"unknown method {name}; known are {', '.join(TRAINED)}")
+    return TRAINED[name]
+
+
+def method_of(drafter: Drafter) -> str:
+    """The name of a drafter's method, as results give it."""
+    if isinstance(drafter, PromptLookup):
+        return PROMPT_LOOKUP
+    config = getattr(drafter, "config", None)
+    fitting = [
+        name
+        for name, method in TRAINED.items()
+        if method.model_type == getattr(config, "model_type", None)
+        and all(getattr(config, key) == size for key, size in method.sizes.items())
+    ]
+    return fitting[-1] if fitting else type(drafter).__name__  # the last one that fits sets most
+
+
+def open_drafter(name: str) -> Drafter:
+    """A saved drafter, of the class that its config names, or `prompt_lookup`. Raises `UserError` for others."""
+    if name == PROMPT_LOOKUP and not Path(name).is_dir():
+        return PromptLookup()
+    try:
+        found = PreTrainedConfig.get_config_dict(name)[0].get("model_type")
+    except (OSError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"no drafter could be loaded from {name}: {reason}") from error
+    fitting = [method for method in TRAINED.values() if method.model_type == found]
+    if not fitting:
+        raise UserError(f"{name} holds no drafter but a model of type {found}; give the folder of a drafter")
+    return fitting[0].drafter.from_pretrained(name)
+
+
+def fresh_drafter(
+    target: Target, tokenizer: PreTrainedTokenizerBase, seed: int, method: str = "ctc", **sizes: Any
+) -> TrainableDrafter:
+    """An untrained drafter for this target; sizes that are None are the config's. It starts from the target's weights,
+    where it has like ones."""
+    chosen = trained_method(method)
+    torch.manual_seed(seed)
+    given: dict[str, Any] = {name: size for name, size in sizes.items() if size is not None}
+    if "mask_token_id" in chosen.drafter.config_class.__dataclass_fields__:
+        fillers = (tokenizer.mask_token_id, tokenizer.unk_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+        given.setdefault("mask_token_id", next(token for token in fillers if token is not None))
+    drafter = chosen.drafter.for_target(
+        target.model.config, **{"target_fingerprint": fingerprint(tokenizer), **chosen.usual, **chosen.sizes, **given}
+    )
+    drafter.check_target(target.model.config)
+    target.check_drafter(drafter)
+    drafter.start_from(target.norm_scale, target.head)
+    return drafter.to(target.device)
+
+
+def blank_drafter(method: str = "ctc", **sizes: Any) -> Callable[[PreTrainedConfig], TrainableDrafter]:
+    """Makes an untrained drafter of a method for a target's config, to count it; sizes as in `fresh_drafter`."""
+    chosen = trained_method(method)
+    given = chosen.usual | chosen.sizes | {name: size for name, size in sizes.items() if size is not None}
+
+    def make(config: PreTrainedConfig) -> TrainableDrafter:
+        drafter = chosen.drafter.for_target(config, **given)
+        assert isinstance(drafter, TrainableDrafter)
+        return drafter
+
+    return make
+
+
+def choose_vocabulary(drafter: TrainableDrafter, counts: torch.Tensor) -> None:
+    """Lets a fresh drafter with a draft vocabulary draft the most frequent tokens; counts `int64 [T]`."""
+    if isinstance(drafter, CTCDrafter) and drafter.config.draft_vocab_size:
+        drafter.draft_only(most_frequent(counts, drafter.config.draft_vocab_size))
