@@ -14,8 +14,8 @@ from openai import OpenAI
 import tiny_models
 from ctc_drafter.chat import TextStream, eos_ids
 from ctc_drafter.decode.batch import Method
-from ctc_drafter.decode.choose import ARGMAX, Sampled, warpers
 from ctc_drafter.decode.generate import plain_generate
+from ctc_drafter.decode.sampling import ARGMAX, Sampled, warpers
 from ctc_drafter.drafters.base import Drafter, Silent
 from ctc_drafter.serve.engine import Engine
 from ctc_drafter.serve.run import Server, bind, make_engine, make_server

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from ctc_drafter.cli import main
-from ctc_drafter.decode.accept import follow
 from ctc_drafter.decode.generate import generate, plain_generate
 from ctc_drafter.decode.tree import ancestor_matrix
 from ctc_drafter.decode.typical import Typical
+from ctc_drafter.decode.verify import follow
 from ctc_drafter.drafters.baselines.ctc_variants import LinearCTCDrafter, PaperDrafter
 from ctc_drafter.drafters.ctc import CTCDrafter
 from ctc_drafter.drafters.registry import method_of, open_drafter, trained_method

@@ -3,8 +3,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ctc_drafter.decode.accept import follow, follow_statically
 from ctc_drafter.decode.tree import ancestor_matrix
+from ctc_drafter.decode.verify import follow, follow_statically
 from ctc_drafter.types import TokenTree
 
 

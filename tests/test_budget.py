@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from ctc_drafter.decode import budget as budget_file
-from ctc_drafter.decode.accept import follow
 from ctc_drafter.decode.budget import REST, START, Budget, Pace, StepTimes
 from ctc_drafter.decode.generate import generate, plain_generate
 from ctc_drafter.decode.prefill import prefill
+from ctc_drafter.decode.profile import CACHE, measure, step_times
 from ctc_drafter.decode.tree import build_tree
+from ctc_drafter.decode.verify import follow
 from ctc_drafter.drafters.base import LazySession
 from ctc_drafter.drafters.trainable import network_of
-from ctc_drafter.profile import CACHE, measure, step_times
 from ctc_drafter.types import Candidates
 from helpers import ScriptedDrafter, tiny_drafter, tiny_target
 
@@ -184,10 +184,10 @@ def test_measured_once(tmp_path, monkeypatch):
     assert (first.batches, first.sizes) == ((1, 2), (1, 2))
     assert all(0 < value < math.inf for line in first.plain for value in line)
     (file,) = tmp_path.iterdir()
-    monkeypatch.setattr("ctc_drafter.profile.measure", None)
+    monkeypatch.setattr("ctc_drafter.decode.profile.measure", None)
     assert step_times(target, drafter, nodes=2, rows=2) == first
     file.write_text("{")
-    monkeypatch.setattr("ctc_drafter.profile.measure", lambda *_args, **_more: first)
+    monkeypatch.setattr("ctc_drafter.decode.profile.measure", lambda *_args, **_more: first)
     assert step_times(target, drafter, nodes=2, rows=2) == first
     assert file.read_text() != "{"
 

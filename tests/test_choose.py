@@ -11,10 +11,9 @@ from transformers import (
     TopKLogitsWarper,
 )
 
-from ctc_drafter.decode.accept import follow
-from ctc_drafter.decode.choose import ARGMAX, Greedy, Sampled
-from ctc_drafter.decode.noise import gumbel
-from ctc_drafter.decode.rows import Row
+from ctc_drafter.decode.sampling import ARGMAX, Greedy, Sampled, gumbel
+from ctc_drafter.decode.sequence import Row
+from ctc_drafter.decode.verify import follow
 from test_accept import tree_of
 
 WORDS = 6

@@ -9,11 +9,10 @@ import torch
 
 import tiny_models
 from ctc_drafter.decode.batch import Method
-from ctc_drafter.decode.choose import ARGMAX
-from ctc_drafter.decode.generate import generate, plain_generate
+from ctc_drafter.decode.generate import generate, generate_many, plain_generate
 from ctc_drafter.decode.hf import speculate
 from ctc_drafter.decode.prefill import prefill
-from ctc_drafter.decode.queue import generate_many
+from ctc_drafter.decode.sampling import ARGMAX
 from ctc_drafter.drafters.base import LazySession
 from ctc_drafter.drafters.registry import TRAINED, trained_method
 from ctc_drafter.serve.engine import Engine

@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from ctc_drafter.decode.choose import Sampled, warpers
 from ctc_drafter.decode.generate import generate, plain_generate
+from ctc_drafter.decode.sampling import Sampled, warpers
 from ctc_drafter.drafters.registry import fresh_drafter
 from ctc_drafter.evaluate.families import (
     FAMILIES,

@@ -16,11 +16,11 @@ from transformers import (
 )
 from transformers.generation.configuration_utils import ALL_CACHE_IMPLEMENTATIONS
 
-from ctc_drafter.decode.choose import Sampled
 from ctc_drafter.decode.generate import plain_generate
 from ctc_drafter.decode.generate_page import page
 from ctc_drafter.decode.generate_settings import FIELDS, INPUTS, OTHER_CACHES, PARAMETERS, Status
 from ctc_drafter.decode.hf import speculate
+from ctc_drafter.decode.sampling import Sampled
 from ctc_drafter.drafters.prompt_lookup import PromptLookup
 from ctc_drafter.types import UserError
 from helpers import tiny_target

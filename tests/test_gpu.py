@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from ctc_drafter.decode.choose import Sampled, warpers
 from ctc_drafter.decode.generate import generate, plain_generate
+from ctc_drafter.decode.sampling import Sampled, warpers
 from ctc_drafter.target.model import Target
 from helpers import ScriptedDrafter, tiny_drafter, tiny_target
 

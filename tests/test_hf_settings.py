@@ -18,11 +18,11 @@ from transformers import (
 )
 
 import tiny_models
-from ctc_drafter.decode.choose import Sampled
 from ctc_drafter.decode.generate import generate, plain_generate
 from ctc_drafter.decode.hf import speculate
 from ctc_drafter.decode.processors import process
-from ctc_drafter.decode.rows import Row
+from ctc_drafter.decode.sampling import Sampled
+from ctc_drafter.decode.sequence import Row
 from ctc_drafter.target.model import Target
 from helpers import VOCABULARY, ScriptedDrafter, tiny_drafter, tiny_target
 

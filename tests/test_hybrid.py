@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from ctc_drafter.decode.generate import generate, plain_generate
-from ctc_drafter.decode.queue import generate_many
+from ctc_drafter.decode.generate import generate, generate_many, plain_generate
 from ctc_drafter.drafters.base import MOST, LazySession
 from ctc_drafter.drafters.ctc_session import HybridSession
 from ctc_drafter.drafters.prompt_lookup import PromptLookup

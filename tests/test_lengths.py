@@ -6,10 +6,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from ctc_drafter.decode.choose import Sampled, warpers
-from ctc_drafter.decode.generate import generate, plain_generate
+from ctc_drafter.decode.generate import generate, generate_many, plain_generate
 from ctc_drafter.decode.hf import speculate
-from ctc_drafter.decode.queue import generate_many
+from ctc_drafter.decode.sampling import Sampled, warpers
 from ctc_drafter.drafters.prompt_lookup import PromptLookup
 from ctc_drafter.target.compiled import compile_target
 from ctc_drafter.target.model import CACHES, Target

@@ -7,8 +7,7 @@ import random
 import pytest
 import torch
 
-from ctc_drafter.decode.generate import generate, plain_generate
-from ctc_drafter.decode.queue import generate_many
+from ctc_drafter.decode.generate import generate, generate_many, plain_generate
 from ctc_drafter.drafters.prompt_lookup import PromptLookup, Text
 from ctc_drafter.types import UserError
 from helpers import tiny_target

@@ -2,10 +2,8 @@
 
 from transformers import LogitsProcessorList, NoRepeatNGramLogitsProcessor
 
-from ctc_drafter.decode.choose import ARGMAX, Greedy, Sampled, warpers
-from ctc_drafter.decode.generate import generate, plain_generate
-from ctc_drafter.decode.mixed import ByRow
-from ctc_drafter.decode.queue import generate_many
+from ctc_drafter.decode.generate import generate, generate_many, plain_generate
+from ctc_drafter.decode.sampling import ARGMAX, ByRow, Greedy, Sampled, warpers
 from ctc_drafter.drafters.base import Silent
 from helpers import ScriptedDrafter, tiny_drafter, tiny_target
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from ctc_drafter.decode.noise import gumbel, row_seeds, uniform
+from ctc_drafter.decode.sampling import gumbel, row_seeds, uniform
 from helpers import chi_square_p
 
 MASK = (1 << 64) - 1

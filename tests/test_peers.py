@@ -8,9 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ctc_drafter.decode.generate import generate, plain_generate
+from ctc_drafter.decode.generate import generate, generate_many, plain_generate
 from ctc_drafter.decode.prefill import prefill
-from ctc_drafter.decode.queue import generate_many
 from ctc_drafter.drafters.baselines.chain_rule import cross_entropy
 from ctc_drafter.drafters.prompt_lookup import PromptLookup
 from ctc_drafter.drafters.registry import TRAINED, method_of, open_drafter, trained_method

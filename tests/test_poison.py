@@ -9,9 +9,8 @@ import torch
 from transformers import LlamaForCausalLM, LogitsProcessorList
 
 from ctc_drafter.decode.batch import Batch, Method
-from ctc_drafter.decode.choose import ARGMAX, Greedy, Sampled, warpers
-from ctc_drafter.decode.generate import generate, new_rows, plain_generate
-from ctc_drafter.decode.queue import generate_many
+from ctc_drafter.decode.generate import generate, generate_many, new_rows, plain_generate
+from ctc_drafter.decode.sampling import ARGMAX, Greedy, Sampled, warpers
 from ctc_drafter.decode.stats import Stopwatch
 from ctc_drafter.evaluate import scripted
 from ctc_drafter.evaluate.families import family_model

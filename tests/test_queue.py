@@ -3,11 +3,10 @@ import torch
 from transformers import DynamicCache, MistralConfig
 
 from ctc_drafter.decode.batch import Batch, Method
-from ctc_drafter.decode.choose import ARGMAX, Sampled
-from ctc_drafter.decode.generate import generate, plain_generate
+from ctc_drafter.decode.generate import generate, generate_many, plain_generate
 from ctc_drafter.decode.prefill import prefill
-from ctc_drafter.decode.queue import generate_many
-from ctc_drafter.decode.rows import Row
+from ctc_drafter.decode.sampling import ARGMAX, Sampled
+from ctc_drafter.decode.sequence import Row
 from ctc_drafter.decode.stats import Stopwatch
 from ctc_drafter.drafters.layers import ContextCache
 from ctc_drafter.target import cache as join_module

@@ -7,10 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from ctc_drafter.decode.accept import follow
-from ctc_drafter.decode.choose import Sampled, walk, warpers
 from ctc_drafter.decode.generate import generate, plain_generate
-from ctc_drafter.decode.noise import row_seeds
+from ctc_drafter.decode.sampling import Sampled, row_seeds, walk, warpers
+from ctc_drafter.decode.verify import follow
 from ctc_drafter.target.model import Target
 from ctc_drafter.types import Candidates, UserError
 from helpers import ScriptedDrafter, chi_square_p, tiny_drafter, tiny_target

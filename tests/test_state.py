@@ -12,9 +12,9 @@ import pytest
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria
 
-from ctc_drafter.decode import state
+from ctc_drafter.decode import processors
 from ctc_drafter.decode.hf import speculate
-from ctc_drafter.decode.state import snapshot
+from ctc_drafter.decode.processors import snapshot
 from ctc_drafter.drafters.prompt_lookup import PromptLookup
 from ctc_drafter.types import UserError
 from helpers import tiny_target
@@ -126,7 +126,7 @@ def test_new_objects_that_are_equal_are_no_change():
 
 
 def test_only_so_much_is_looked_at_and_what_is_near_comes_first(monkeypatch):
-    monkeypatch.setattr(state, "LIMIT", 50)
+    monkeypatch.setattr(processors, "LIMIT", 50)
     holder = SimpleNamespace(large=[[i] for i in range(1000)], calls=[])
     before = snapshot(holder)
     assert len(before) <= 50

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from ctc_drafter.decode.profile import median_of
 from ctc_drafter.evaluate import roofline, steps
 from ctc_drafter.evaluate.cells import Cell
 from ctc_drafter.evaluate.command import insert_figures
 from ctc_drafter.evaluate.performance import markdown_steps, shares
 from ctc_drafter.evaluate.roofline import step_bytes
 from ctc_drafter.evaluate.shapes import SHAPES, named_shape
-from ctc_drafter.evaluate.timing import median_of
 from ctc_drafter.types import UserError
 from helpers import tiny_target
 

@@ -12,8 +12,8 @@ from torch.utils.hooks import RemovableHandle
 
 import helpers
 from ctc_drafter import speculate
-from ctc_drafter.decode.choose import Sampled, warpers
 from ctc_drafter.decode.generate import plain_generate
+from ctc_drafter.decode.sampling import Sampled, warpers
 from ctc_drafter.drafters.baselines.heads import MedusaDrafter
 from ctc_drafter.drafters.prompt_lookup import PromptLookup
 from ctc_drafter.target.features import captured

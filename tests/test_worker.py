@@ -11,9 +11,10 @@ import time
 import pytest
 
 import tiny_models
-from ctc_drafter import cli, load, profile
+from ctc_drafter import cli, load
+from ctc_drafter.decode import profile
 from ctc_drafter.decode.batch import Batch, Method
-from ctc_drafter.decode.choose import ARGMAX
+from ctc_drafter.decode.sampling import ARGMAX
 from ctc_drafter.serve import run
 from ctc_drafter.serve.engine import Engine
 from ctc_drafter.serve.jobs import Failure, Finish

@@ -12,10 +12,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ctc_drafter.decode.choose import Sampled, warpers
-    from ctc_drafter.decode.generate import Generation, generate, plain_generate
+    from ctc_drafter.decode.generate import Generation, generate, generate_many, plain_generate
     from ctc_drafter.decode.hf import speculate
-    from ctc_drafter.decode.queue import generate_many
+    from ctc_drafter.decode.sampling import Sampled, warpers
     from ctc_drafter.decode.stats import Stats
     from ctc_drafter.drafters.ctc import CTCDrafter, CTCDrafterConfig
     from ctc_drafter.target.model import Target
@@ -40,15 +39,15 @@ _HOMES = {
     "CTCDrafter": "drafters.ctc",
     "CTCDrafterConfig": "drafters.ctc",
     "Generation": "decode.generate",
-    "Sampled": "decode.choose",
+    "Sampled": "decode.sampling",
     "Stats": "decode.stats",
     "Target": "target.model",
     "UserError": "types",
     "generate": "decode.generate",
-    "generate_many": "decode.queue",
+    "generate_many": "decode.generate",
     "plain_generate": "decode.generate",
     "speculate": "decode.hf",
-    "warpers": "decode.choose",
+    "warpers": "decode.sampling",
 }
 
 

@@ -13,16 +13,15 @@ from transformers import LogitsProcessorList, PreTrainedTokenizerBase, StoppingC
 
 from ctc_drafter.chat import TextStream, decode, encode_conversation, eos_ids
 from ctc_drafter.decode.budget import Budget
-from ctc_drafter.decode.choose import ARGMAX, Chooser, Sampled, warpers
 from ctc_drafter.decode.generate import Generation, generate, plain_generate
-from ctc_drafter.decode.noise import row_seeds
 from ctc_drafter.decode.prefill import check_prompts
+from ctc_drafter.decode.profile import budget_for
+from ctc_drafter.decode.sampling import ARGMAX, Chooser, Sampled, row_seeds, warpers
+from ctc_drafter.decode.sequence import OnTokens
 from ctc_drafter.decode.stats import Stats
-from ctc_drafter.decode.writer import OnTokens
 from ctc_drafter.drafters.base import Drafter
 from ctc_drafter.evaluate.tasks import Prompt
 from ctc_drafter.files import write_json
-from ctc_drafter.profile import budget_for
 from ctc_drafter.target.model import Target
 from ctc_drafter.types import UserError
 

@@ -162,8 +162,8 @@ def serve(
     import torch
 
     from ctc_drafter.decode.generate import DEFAULT_FLOOR, DEFAULT_NODES
+    from ctc_drafter.decode.profile import budget_for
     from ctc_drafter.load import compiled_for, load_drafter, load_target, pair
-    from ctc_drafter.profile import budget_for
     from ctc_drafter.serve.run import make_engine
     from ctc_drafter.serve.run import serve as run_server
     from ctc_drafter.serve.service import Limits, Service

@@ -44,9 +44,9 @@ def profile(
     from rich.console import Console
 
     from ctc_drafter.decode.generate import DEFAULT_NODES
+    from ctc_drafter.decode.profile import measured_again, profile_json, profile_table
     from ctc_drafter.files import check_place, write_json
     from ctc_drafter.load import compiled_for, load_pair
-    from ctc_drafter.profile import measured_again, profile_json, profile_table
 
     check_place(json_out)
     if threads:
@@ -92,6 +92,7 @@ def evaluate(
     from rich.console import Console
 
     from ctc_drafter.decode.generate import DEFAULT_FLOOR, DEFAULT_NODES
+    from ctc_drafter.decode.profile import budget_for
     from ctc_drafter.drafters.registry import PROMPT_LOOKUP
     from ctc_drafter.evaluate.report import results_table
     from ctc_drafter.evaluate.run import evaluate as measure
@@ -99,7 +100,6 @@ def evaluate(
     from ctc_drafter.evaluate.tasks import read_tasks
     from ctc_drafter.files import check_place, write_json
     from ctc_drafter.load import compiled_for, load_pair
-    from ctc_drafter.profile import budget_for
 
     check_place(json_out)
     others = [name for name in parse_also(also, (PROMPT_LOOKUP, *NAMES)) if name != drafter]

@@ -8,15 +8,13 @@ from dataclasses import dataclass
 import torch
 from transformers import Cache
 
-from ctc_drafter.decode.accept import follow
-from ctc_drafter.decode.blame import RowErrors, chosen, tokens_along
 from ctc_drafter.decode.budget import Budget, Pace
-from ctc_drafter.decode.choose import Chooser
 from ctc_drafter.decode.prefill import Prefill, prefill, reread
-from ctc_drafter.decode.rows import Row
+from ctc_drafter.decode.sampling import Chooser, RowErrors, chosen, tokens_along
+from ctc_drafter.decode.sequence import Row
 from ctc_drafter.decode.stats import Stopwatch
 from ctc_drafter.decode.tree import build_tree, up_to, without_drafts
-from ctc_drafter.decode.verify import no_numbers, verify
+from ctc_drafter.decode.verify import follow, no_numbers, verify
 from ctc_drafter.drafters.base import Drafter, LazySession
 from ctc_drafter.target.cache import Extent, compact, erase, join
 from ctc_drafter.target.model import Target

@@ -1,20 +1,23 @@
-"""Parameters of transformers' `generate` and fields of `GenerationConfig`: honoured, refused, or without effect.
-
-`speculate` refuses by these tables, `docs/generate.md` is made from them, and tests try each row against stock
-`generate`. A parameter that a later version of transformers adds fails a test until it has a row.
-"""
+"""Every setting and input of `generate`: honoured, refused, or without effect for decoding."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Sized
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from transformers import GenerationConfig
+import torch
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation import GenerationMode
 
 from ctc_drafter.types import UserError
+
+# Parameters of transformers' `generate` and fields of `GenerationConfig`: honoured, refused, or without effect.
+#
+# `speculate` refuses by these tables, `docs/generate.md` is made from them, and tests try each row against stock
+# `generate`. A parameter that a later version of transformers adds fails a test until it has a row.
 
 Asked = Callable[[GenerationConfig, GenerationConfig], bool]
 
@@ -266,3 +269,105 @@ def refuse_settings(config: GenerationConfig, saved: GenerationConfig) -> None:
     mode = config.get_generation_mode()  # whatever else later versions may do
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
         raise UserError(f"speculate cannot do {mode.value}; leave out the settings that ask for it")
+
+
+# What `generate` prepared for the model, checked before it is read: mask, positions, cache, images.
+
+# What `generate` prepares for every callable, and we make ourselves.
+PREPARED = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "cache_position"}
+TEXT_TYPES = ("token_type_ids", "mm_token_type_ids")  # 0 says "text" in multimodal models
+# Main inputs of the encoders that `generate` has run by then: image and video features lie under these names.
+ENCODED = ("pixel_values", "pixel_values_images", "pixel_values_videos", "image_patches")
+MEDIA = ("pixel_", "image", "video", "audio", "input_features", "input_values", "feature_attention_mask")
+
+
+def refuse_inputs(model: PreTrainedModel, input_ids: torch.Tensor, prepared: dict[str, Any]) -> torch.Tensor:
+    """The mask `int64 [B, T]` of the prompts' tokens. Raises `UserError` for inputs other than ids from position 0 on.
+
+    What asks for nothing is let through: None, what is empty, and token types that say "text" everywhere.
+    """
+    if given(prepared.get("inputs_embeds")) or not input_ids.numel():
+        raise UserError("speculate reads token ids, not embeddings; call generate with input_ids")
+    for name in sorted(prepared.keys() - PREPARED):
+        if asks(model, name, prepared[name]):
+            raise refusal(model, name, prepared[name])
+    cache = prepared.get("past_key_values")
+    if cache is not None and cache.get_seq_length():
+        raise UserError("speculate reads the whole prompt itself; leave out past_key_values")
+    mask = prompt_mask(input_ids, prepared.get("attention_mask"))
+    refuse_positions(prepared.get("position_ids"), mask)
+    return mask
+
+
+def refuse_encoder(model: PreTrainedModel) -> None:
+    """Raises `UserError` for encoder-decoder models, before their other inputs are looked at."""
+    kind = model.config.model_type
+    if model.config.is_encoder_decoder:
+        raise UserError(f"{kind} is an encoder-decoder model; speculate needs a decoder-only causal LM")
+
+
+def given(value: Any) -> bool:
+    """Whether there is anything in it."""
+    if isinstance(value, torch.Tensor):
+        return value.numel() > 0
+    if isinstance(value, dict):
+        return any(given(part) for part in value.values())
+    return value is not None and not (isinstance(value, Sized) and not len(value))
+
+
+def asks(model: PreTrainedModel, name: str, value: Any) -> bool:
+    """Whether this input would change what the model reads."""
+    if name in TEXT_TYPES and isinstance(value, torch.Tensor):
+        multimodal = model.config.get_text_config(decoder=True) is not model.config
+        return bool(value.any()) or (name == "token_type_ids" and not multimodal)
+    return given(value) and not (value is False and name.startswith("output_"))
+
+
+def refusal(model: PreTrainedModel, name: str, value: Any) -> UserError:
+    """Names what the user passed, of which `generate` may have made something else by now."""
+    if name == "mm_encoder_outputs":
+        kind = next(key for key, part in value.items() if given(part))
+        encoder = getattr(model.base_model, f"get_{kind}_features", None)
+        accepted = inspect.signature(encoder).parameters if encoder is not None else {}
+        name = next((main for main in ENCODED if main in accepted), name)
+    if name.startswith(MEDIA):
+        return UserError(f"speculate reads text alone; leave out {name}")
+    return UserError(f"speculate cannot hand {name} to the model; leave it out")
+
+
+def prompt_mask(input_ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """`int64 [B, T]`, 1 for tokens and 0 for padding. Raises `UserError` where the last column is padding.
+
+    There stock `generate` warns, and goes on from what the model says of a pad token.
+    """
+    if mask is None:
+        return torch.ones_like(input_ids)
+    mask = mask.to(input_ids.device)
+    if mask.shape != input_ids.shape:
+        shapes = f"{list(mask.shape)}, that of input_ids {list(input_ids.shape)}"
+        raise UserError(f"the shape of attention_mask is {shapes}; give a 0 or 1 for each token")
+    if not ((mask == 0) | (mask == 1)).all():
+        raise UserError("attention_mask holds other values than 0 and 1; give a 1 for each token, 0 for padding")
+    empty, ended = (mask == 0).all(1), mask[:, -1] == 0
+    if empty.any():
+        raise UserError(f"the attention mask of row {int(empty.int().argmax())} is all zeros; give it a token")
+    if ended.any():
+        raise UserError(
+            f"row {int(ended.int().argmax())} is padded on the right: its attention mask, given or made from pad "
+            'tokens, ends in 0; pad on the left (tokenizer.padding_side = "left")'
+        )
+    return mask.long()
+
+
+def refuse_positions(positions: torch.Tensor | None, mask: torch.Tensor) -> None:
+    """Raises `UserError` unless positions `[B, T]`, or each of several planes `[P, B, T]`, count tokens from 0.
+
+    Models whose positions tell time, height and width apart get such planes, which are all the same for text.
+    """
+    if positions is None:
+        return
+    usual = mask.cumsum(-1) - 1
+    planes = positions.to(usual)
+    fits = planes.shape[-1] == usual.shape[1] and planes.shape[-2] in (1, len(usual)) and planes.dim() in (2, 3)
+    if not fits or not ((planes == usual) | (mask == 0)).all():
+        raise UserError("speculate counts positions from 0; leave out position_ids")

@@ -1,35 +1,28 @@
-"""`model.generate(..., custom_generate=speculate(drafter))`: the same call, the same answer, sooner."""
+"""`custom_generate` adapter for transformers, with the scores and logits that it may return."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    GenerationConfig,
-    LogitsProcessorList,
-    MaxLengthCriteria,
-    PreTrainedModel,
-    StoppingCriteriaList,
-)
+from transformers import GenerationConfig, LogitsProcessorList, MaxLengthCriteria, PreTrainedModel, StoppingCriteriaList
 from transformers.generation import BaseStreamer, GenerateDecoderOnlyOutput
 
 from ctc_drafter.decode.batch import Method
-from ctc_drafter.decode.choose import ARGMAX, Chooser, Greedy, Sampled
-from ctc_drafter.decode.criteria import end_tokens, fills_up, refuse_criteria, remaining
 from ctc_drafter.decode.generate import DEFAULT_FLOOR, DEFAULT_NODES, check_room, run
-from ctc_drafter.decode.generate_settings import refuse_settings
-from ctc_drafter.decode.inputs import refuse_encoder, refuse_inputs
-from ctc_drafter.decode.outputs import Record, emitted_logits, scores_of
-from ctc_drafter.decode.rows import Row
-from ctc_drafter.decode.writer import OnTokens
+from ctc_drafter.decode.generate_settings import refuse_encoder, refuse_inputs, refuse_settings
+from ctc_drafter.decode.processors import end_tokens, fills_up, process, refuse_criteria, remaining
+from ctc_drafter.decode.sampling import ARGMAX, Chooser, Greedy, Sampled, walk
+from ctc_drafter.decode.sequence import OnTokens, Row
 from ctc_drafter.drafters.base import Drafter
 from ctc_drafter.target.model import UNLIMITED_CONTEXT, Target
-from ctc_drafter.types import UserError
+from ctc_drafter.types import TokenTree, UserError
+
+# `model.generate(..., custom_generate=speculate(drafter))`: the same call, the same answer, sooner.
 
 LARGEST_SEED = (1 << 63) - 1
 
@@ -195,3 +188,81 @@ def streaming(streamer: BaseStreamer, input_ids: torch.Tensor, on_tokens: OnToke
             on_tokens(row, tokens)
 
     return tell
+
+
+# `generate(..., output_scores=True, output_logits=True)`: logits and processed scores of each emitted token.
+
+
+@dataclass
+class Chosen:
+    """The logits `[n, V]` that tokens from the index `first` on were chosen from; more than were emitted, at first."""
+
+    first: int
+    logits: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Record:
+    """Keeps the logits of every emitted token of every row, by the rows' index. See `OnLogits`."""
+
+    parts: dict[int, list[Chosen]] = field(default_factory=dict)
+
+    def __call__(self, rows: Sequence[Row], logits: torch.Tensor) -> None:
+        for row, own in zip(rows, logits, strict=True):
+            parts = self.parts.setdefault(row.index, [])
+            if parts:  # now it is known how many of them were emitted; a clone lets go of the rest
+                parts[-1].logits = parts[-1].logits[: len(row.tokens) - parts[-1].first].clone()
+            parts.append(Chosen(len(row.tokens), own))
+
+    def of(self, row: Row) -> torch.Tensor:
+        """`float32 [T, V]` of the row's T tokens."""
+        return torch.cat([part.logits for part in self.parts[row.index]])[: len(row.tokens)].float()
+
+
+@dataclass(frozen=True)
+class Dictated:
+    """A `Chooser` that writes these texts, by the rows' index, whatever the target says."""
+
+    texts: dict[int, list[int]]
+
+    def check(self, row: Row, logits: torch.Tensor) -> None:
+        return
+
+    def next(self, logits: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
+        return torch.tensor([self.texts[row.index][len(row.tokens)] for row in rows], device=logits.device)
+
+    def along(self, tree: TokenTree, logits: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
+        return walk(tree, logits, rows, self.next)
+
+
+def emitted_logits(method: Method, record: Record, rows: Sequence[Row], filler: int) -> tuple[torch.Tensor, ...]:
+    """Logits `float32 [B, V]` of each step up to the longest row's last.
+
+    Stock `generate` goes on with rows that have ended, as if pad tokens were text. So such rows are decoded anew, with
+    their own tokens and then pad tokens dictated.
+    """
+    width = max(len(row.tokens) for row in rows)
+    again = [
+        replace(row, limit=width, eos=frozenset(), tokens=[], accepted=[]) for row in rows if len(row.tokens) < width
+    ]
+    anew, texts = Record(), padded(rows, filler, width)
+    if again:
+        run(replace(method, chooser=Dictated(texts)), again, on_logits=anew)
+    found = {row.index: record.of(row) for row in rows} | {row.index: anew.of(row) for row in again}
+    return tuple(torch.stack([found[row.index] for row in rows]).unbind(1))
+
+
+def padded(rows: Sequence[Row], filler: int, width: int) -> dict[int, list[int]]:
+    """What `generate` returns of each row, by its index."""
+    return {row.index: row.tokens + [filler] * (width - len(row.tokens)) for row in rows}
+
+
+def scores_of(
+    processors: LogitsProcessorList, logits: Sequence[torch.Tensor], rows: Sequence[Row], filler: int
+) -> tuple[torch.Tensor, ...]:
+    """Processed scores `float32 [B, V]` of each step, from its logits; rows that ended go on with pad tokens."""
+    texts = padded(rows, filler, len(logits))
+    return tuple(
+        process(processors, each, [replace(row, tokens=texts[row.index][:step]) for row in rows])
+        for step, each in enumerate(logits)
+    )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from transformers import Cache
 
-from ctc_drafter.decode.rows import Row
+from ctc_drafter.decode.sequence import Row
 from ctc_drafter.target.model import Target
 from ctc_drafter.types import UserError
 

@@ -22,9 +22,9 @@ def build_tree(root: torch.Tensor, candidates: Candidates, nodes: int, floor: fl
     """
     least = math.log(floor) if floor else None
     if root.device.type == "cpu":
-        from ctc_drafter.decode import compiled
+        from ctc_drafter.decode import tree_cpu
 
-        return compiled.build_tree(root, candidates, nodes, least)
+        return tree_cpu.build_tree(root, candidates, nodes, least)
     return build_tree_statically(root, candidates, nodes, least)
 
 

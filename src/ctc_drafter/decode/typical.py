@@ -13,13 +13,13 @@ from dataclasses import dataclass
 
 import torch
 
-from ctc_drafter.decode.rows import Row
+from ctc_drafter.decode.sequence import Row
 from ctc_drafter.types import TokenTree, UserError
 
 
 @dataclass(frozen=True)
 class Typical:
-    """A chooser, see `decode/choose.py`. The defaults are Medusa's."""
+    """A chooser, see `decode/sampling.py`. The defaults are Medusa's."""
 
     epsilon: float = 0.09
     delta: float = 0.3

@@ -14,7 +14,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from ctc_drafter.decode.choose import ARGMAX, Chooser
+from ctc_drafter.decode.sampling import ARGMAX, Chooser
 from ctc_drafter.decode.typical import Typical
 from ctc_drafter.drafters.baselines.ctc_variants import PaperConfig, PaperDrafter
 from ctc_drafter.drafters.ctc import CTCDrafter

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from ctc_drafter.decode.choose import ARGMAX, Chooser
+from ctc_drafter.decode.sampling import ARGMAX, Chooser
 from ctc_drafter.drafters.base import Drafter
 from ctc_drafter.drafters.registry import PROMPT_LOOKUP
 from ctc_drafter.evaluate.contenders import CHAIN, decoding

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ctc_drafter.decode.choose import ARGMAX, Chooser
-from ctc_drafter.decode.rows import Row
+from ctc_drafter.decode.sampling import ARGMAX, Chooser
+from ctc_drafter.decode.sequence import Row
 from ctc_drafter.types import TokenTree
 
 BINS = 20  # of equal width, from 0 to 1

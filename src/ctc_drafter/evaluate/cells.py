@@ -16,11 +16,11 @@ from typing import Any
 import torch
 
 from ctc_drafter.decode.batch import Method
-from ctc_drafter.decode.choose import ARGMAX
+from ctc_drafter.decode.profile import WARM, StepTime, fitting, plain_method, time_steps
+from ctc_drafter.decode.sampling import ARGMAX
 from ctc_drafter.drafters.base import Drafter
 from ctc_drafter.evaluate.roofline import read_bandwidth, step_bytes
 from ctc_drafter.evaluate.shapes import named_shape, random_drafter, random_target
-from ctc_drafter.evaluate.timing import WARM, StepTime, fitting, plain_method, time_steps
 from ctc_drafter.load import compiled_for, load_drafter, load_target
 from ctc_drafter.target.model import Target
 

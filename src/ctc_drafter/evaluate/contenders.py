@@ -9,8 +9,8 @@ from transformers import PreTrainedTokenizerBase
 
 from ctc_drafter.chat import eos_ids
 from ctc_drafter.decode.budget import Budget
-from ctc_drafter.decode.choose import ARGMAX, Chooser
 from ctc_drafter.decode.generate import Generation, generate, plain_generate
+from ctc_drafter.decode.sampling import ARGMAX, Chooser
 from ctc_drafter.drafters.base import Drafter
 from ctc_drafter.drafters.registry import method_of
 from ctc_drafter.drafters.trainable import network_of

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from ctc_drafter.decode.choose import ARGMAX, Chooser, Sampled, warpers
 from ctc_drafter.decode.generate import generate, plain_generate
+from ctc_drafter.decode.sampling import ARGMAX, Chooser, Sampled, warpers
 from ctc_drafter.evaluate.scripted import ScriptedDrafter
 from ctc_drafter.target.model import Target
 

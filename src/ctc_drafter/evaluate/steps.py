@@ -19,11 +19,11 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from ctc_drafter.decode.profile import ROUNDS
 from ctc_drafter.evaluate.bench import parse_sizes
 from ctc_drafter.evaluate.cells import SHIPPED, Cell, measured
 from ctc_drafter.evaluate.command import run, write_figures
 from ctc_drafter.evaluate.performance import markdown_steps
-from ctc_drafter.evaluate.timing import ROUNDS
 from ctc_drafter.files import check_place, write_json
 from ctc_drafter.load import chosen_device, keep_quiet
 from ctc_drafter.provenance import environment

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ctc_drafter.decode.choose import ARGMAX, Chooser
-from ctc_drafter.decode.rows import Row
+from ctc_drafter.decode.sampling import ARGMAX, Chooser
+from ctc_drafter.decode.sequence import Row
 from ctc_drafter.decode.stats import Stats
 from ctc_drafter.serve.answer_text import AnswerText
 from ctc_drafter.types import UserError

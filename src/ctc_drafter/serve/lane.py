@@ -13,10 +13,8 @@ from typing import TypeVar
 import torch
 
 from ctc_drafter.decode.batch import Batch, Method, Step
-from ctc_drafter.decode.blame import RowErrors
-from ctc_drafter.decode.choose import Chooser
-from ctc_drafter.decode.mixed import ByRow
-from ctc_drafter.decode.rows import Row
+from ctc_drafter.decode.sampling import ByRow, Chooser, RowErrors
+from ctc_drafter.decode.sequence import Row
 from ctc_drafter.decode.stats import Stats, Stopwatch
 from ctc_drafter.drafters.base import LazySession, Silent
 from ctc_drafter.serve.jobs import Burst, Job, Likelihood, Node, failure

@@ -11,10 +11,10 @@ import uvicorn
 
 from ctc_drafter.decode.batch import Method
 from ctc_drafter.decode.budget import Budget
-from ctc_drafter.decode.choose import ARGMAX
 from ctc_drafter.decode.generate import generate
+from ctc_drafter.decode.profile import plain_method
+from ctc_drafter.decode.sampling import ARGMAX
 from ctc_drafter.drafters.base import Drafter
-from ctc_drafter.evaluate.timing import plain_method
 from ctc_drafter.serve.app import create_app
 from ctc_drafter.serve.engine import Engine
 from ctc_drafter.serve.service import Service

@@ -12,8 +12,8 @@ import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from ctc_drafter.chat import eos_ids
-from ctc_drafter.decode.choose import ARGMAX, Chooser, Sampled, warpers
 from ctc_drafter.decode.prefill import check_prompts
+from ctc_drafter.decode.sampling import ARGMAX, Chooser, Sampled, warpers
 from ctc_drafter.serve.answer_text import AnswerText
 from ctc_drafter.serve.engine import Engine
 from ctc_drafter.serve.errors import APIError

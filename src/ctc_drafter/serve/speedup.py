@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from ctc_drafter.evaluate.timing import fitting, plain_method, time_steps
+from ctc_drafter.decode.profile import fitting, plain_method, time_steps
 from ctc_drafter.target.model import Target
 
 PROMPT = 64

@@ -10,9 +10,8 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from ctc_drafter.chat import eos_ids
-from ctc_drafter.decode.choose import ARGMAX, Chooser, Sampled, warpers
 from ctc_drafter.decode.generate import plain_generate
-from ctc_drafter.decode.noise import row_seeds
+from ctc_drafter.decode.sampling import ARGMAX, Chooser, Sampled, row_seeds, warpers
 from ctc_drafter.provenance import digest, weights_hash
 from ctc_drafter.target.model import Target
 from ctc_drafter.train.prompts import Prompt

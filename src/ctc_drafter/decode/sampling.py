@@ -1,18 +1,19 @@
-"""Which token the target writes next: the argmax or a draw, after all logits processors."""
+"""Greedy and sampled token selection, samplers for each row, and the noise that sampling draws."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Protocol, TypeVar
 
 import torch
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from ctc_drafter.decode.noise import gumbel, row_seeds, signed
 from ctc_drafter.decode.processors import process, refuse_changing, refuse_unsuitable
-from ctc_drafter.decode.rows import Row
+from ctc_drafter.decode.sequence import Row
 from ctc_drafter.types import TokenTree, UserError
+
+# Which token the target writes next: the argmax or a draw, after all logits processors.
 
 
 class Chooser(Protocol):
@@ -155,3 +156,158 @@ def warpers(temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Log
     if top_p < 1:
         chosen.append(TopPLogitsWarper(top_p))
     return chosen
+
+
+# Rows of one batch that choose their tokens under settings of their own.
+
+Ask = Callable[[Chooser, torch.Tensor, Sequence[Row]], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class ByRow:
+    """A `Chooser`: `of(row)` chooses for that row. Rows of the same chooser go through it together."""
+
+    of: Callable[[Row], Chooser]
+
+    def check(self, row: Row, logits: torch.Tensor) -> None:
+        self.of(row).check(row, logits)
+
+    def next(self, logits: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
+        return self._each(rows, logits.device, lambda own, places, some: own.next(logits[places], some))
+
+    def along(self, tree: TokenTree, logits: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
+        return self._each(
+            rows, logits.device, lambda own, places, some: own.along(taken(tree, places), logits[places], some)
+        )
+
+    def _each(self, rows: Sequence[Row], device: torch.device, ask: Ask) -> torch.Tensor:
+        groups: dict[int, list[int]] = {}
+        for place, row in enumerate(rows):
+            groups.setdefault(id(self.of(row)), []).append(place)
+        answers = []
+        for places in groups.values():
+            some = [rows[place] for place in places]
+            answers.append(ask(self.of(some[0]), torch.tensor(places, device=device), some))
+        order = torch.tensor([place for places in groups.values() for place in places], device=device)
+        return torch.cat(answers)[order.argsort()]
+
+
+def taken(tree: TokenTree, places: torch.Tensor) -> TokenTree:
+    """The trees of these rows of the batch."""
+    return TokenTree(*(getattr(tree, field.name)[places] for field in fields(tree)))
+
+
+# Random numbers without a state: a pure function of a row's seed, the emitted position and the token.
+#
+# A counter instead of a generator, so that a token's draw does not depend on how many were made before it, in which
+# batch, or for which nodes of a tree (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", 2011). The mixing
+# function is splitmix64's (Steele, Lea and Flood, "Fast Splittable Pseudorandom Number Generators", 2014).
+
+
+def signed(word: int) -> int:
+    """The int64 with the same lowest 64 bits."""
+    return (word + (1 << 63)) % (1 << 64) - (1 << 63)
+
+
+STEP = signed(0x9E3779B97F4A7C15)
+FIRST, SECOND = signed(0xBF58476D1CE4E5B9), signed(0x94D049BB133111EB)
+BITS = 52  # half a step above every multiple of 2**-52 is a float64, and neither 0 nor 1
+
+
+def gumbel(seeds: torch.Tensor, positions: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Standard Gumbel noise, float64 `[R, C]`: see `uniform`."""
+    return -torch.log(-torch.log(uniform(seeds, positions, tokens)))
+
+
+def uniform(seeds: torch.Tensor, positions: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Uniform on (0, 1), float64 `[R, C]`, for seeds and positions `int64 [R]` and token ids `int64 [C]`.
+
+    All integer arithmetic, modulo 2**64: the same on every device.
+    """
+    streams = mix(mix(seeds) + (positions + 1) * STEP)
+    words = mix(streams.unsqueeze(1) + (tokens + 1) * STEP)
+    return (shifted(words, 64 - BITS).double() + 0.5) * 2.0**-BITS
+
+
+def mix(words: torch.Tensor) -> torch.Tensor:
+    words = (words ^ shifted(words, 30)) * FIRST
+    words = (words ^ shifted(words, 27)) * SECOND
+    return words ^ shifted(words, 31)
+
+
+def shifted(words: torch.Tensor, bits: int) -> torch.Tensor:
+    """Shifts right and fills with zeros; `>>` would repeat the sign."""
+    return (words >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def row_seeds(seed: int, rows: Sequence[int]) -> list[int]:
+    """One seed for each row of a run that has a single one."""
+    return mix(mix(torch.tensor(signed(seed))) + (torch.tensor(rows, dtype=torch.long) + 1) * STEP).tolist()
+
+
+# Which rows of a batch an error belongs to: the choice of a token is asked again for each row alone.
+
+T = TypeVar("T")
+
+
+class RowErrors(Exception):
+    """Some rows cannot go on, the others can. errors: what each of them raises, by its place in the batch."""
+
+    def __init__(self, errors: Mapping[int, Exception], rows: Sequence[Row]):
+        self.errors = dict(errors)
+        place = min(errors)
+        self.first = named(errors[place], rows[place])
+        super().__init__(str(self.first))
+
+
+def next_tokens(chooser: Chooser, logits: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
+    """`Chooser.next`. Raises `RowErrors` where single rows fail."""
+
+    def alone(place: int) -> torch.Tensor:
+        return chooser.next(logits[place : place + 1], rows[place : place + 1])
+
+    return asked(lambda: chooser.next(logits, rows), alone, rows)
+
+
+def chosen(chooser: Chooser, logits: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
+    """`Chooser.next`, for a call that ends with the first error: which names its row."""
+    try:
+        return next_tokens(chooser, logits, rows)
+    except RowErrors as failed:
+        raise failed.first from failed
+
+
+def tokens_along(chooser: Chooser, tree: TokenTree, logits: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
+    """`Chooser.along`. Raises `RowErrors` where single rows fail."""
+
+    def alone(place: int) -> torch.Tensor:
+        own = taken(tree, torch.tensor([place], device=logits.device))
+        return chooser.along(own, logits[place : place + 1], rows[place : place + 1])
+
+    return asked(lambda: chooser.along(tree, logits, rows), alone, rows)
+
+
+def asked(together: Callable[[], T], alone: Callable[[int], T], rows: Sequence[Row]) -> T:
+    """What all rows give together; where that fails, the errors of those that fail alone, or else that one."""
+    try:
+        return together()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        errors: dict[int, Exception] = {}
+        for place in range(len(rows)):
+            try:
+                alone(place)
+            except Exception as own:
+                errors[place] = own
+        if not errors:
+            raise
+        raise RowErrors(errors, rows) from error
+
+
+def named(error: Exception, row: Row) -> Exception:
+    """The same error, which says whose it is."""
+    if isinstance(error, UserError):
+        return UserError(f"row {row.index}: {error}")
+    error.add_note(f"raised when a token of row {row.index} was chosen")
+    return error
