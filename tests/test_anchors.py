@@ -12,8 +12,8 @@ import torch
 from ctc_drafter.ctc.lattice import lattice
 from ctc_drafter.ctc.loss import ctc_loss, ctc_objective, prefix_objective
 from ctc_drafter.drafters import block
-from ctc_drafter.train.anchors import draft_loss, draw_anchors, label_anchors, usual_chunk
 from ctc_drafter.train.data import LengthSampler, collate
+from ctc_drafter.train.objective import draft_loss, draw_anchors, label_anchors, usual_chunk
 from train_helpers import pair, written_rows
 
 
@@ -168,7 +168,7 @@ MEMORY = """
 import resource, torch
 from torch import nn
 from ctc_drafter.drafters.ctc import CTCDrafter
-from ctc_drafter.train.anchors import chunked_losses
+from ctc_drafter.train.objective import chunked_losses
 from helpers import tiny_config
 torch.manual_seed(0)
 V, H, N = 131072, 64, 512

@@ -12,7 +12,7 @@ from ctc_drafter.ctc.search_cpu import LowRankBias, best_prefixes
 from ctc_drafter.decode.prefill import prefill
 from ctc_drafter.drafters.ctc import CTCDrafter
 from ctc_drafter.drafters.predictor import Predictor
-from ctc_drafter.train.anchors import dropped
+from ctc_drafter.train.objective import dropped
 from ctc_drafter.types import UserError
 from ctc_oracle import prefix_probs, sequence_probs
 from helpers import VOCABULARY, tiny_config, tiny_target

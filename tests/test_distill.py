@@ -16,9 +16,8 @@ from ctc_drafter.decode.generate import plain_generate
 from ctc_drafter.target.model import Target
 from ctc_drafter.train import distill as distill_module
 from ctc_drafter.train.data import DistilledDataset
-from ctc_drafter.train.distill import Sampling, distill
+from ctc_drafter.train.distill import Distilled, Sampling, distill
 from ctc_drafter.train.prompts import Prompt
-from ctc_drafter.train.shards import Distilled
 from ctc_drafter.types import UserError
 from tiny_models import tiny_llama, tiny_tokenizer
 
@@ -94,7 +93,7 @@ def test_interrupted_and_repeated(
 def test_sigkill_while_a_shard_is_written(tmp_path: Path, unbroken: dict[str, str]) -> None:
     script = (
         "import os, signal, sys, pathlib, test_distill as t\n"
-        "from ctc_drafter.train import shards\n"
+        "from ctc_drafter.train import distill as shards\n"
         "lines = [0]\n"
         "def line(prompt, answer):\n"
         "    lines[0] += 1\n"

@@ -9,10 +9,18 @@ from transformers import AutoConfig
 
 from ctc_drafter.cli import main
 from ctc_drafter.drafters.ctc import CTCDrafter
-from ctc_drafter.train.anchors import draft_loss, label_anchors
-from ctc_drafter.train.distill_cost import Answers, distill_cost
-from ctc_drafter.train.estimate import Estimate, Plan, TextSize, estimate, memory_errors, savings
-from ctc_drafter.train.footprint import PeakMemory
+from ctc_drafter.train.estimate import (
+    Answers,
+    Estimate,
+    PeakMemory,
+    Plan,
+    TextSize,
+    distill_cost,
+    estimate,
+    memory_errors,
+    savings,
+)
+from ctc_drafter.train.objective import draft_loss, label_anchors
 from ctc_drafter.train.settings import TrainSettings
 from ctc_drafter.types import UserError
 from helpers import tiny_config, tiny_target

@@ -7,9 +7,9 @@ import torch
 
 from ctc_drafter.drafters.registry import trained_method
 from ctc_drafter.target.model import Target
-from ctc_drafter.train import feature_files
+from ctc_drafter.train import feature_cache
 from ctc_drafter.train.data import NOTHING, collate
-from ctc_drafter.train.feature_files import FeatureFiles, WithFeatures, consecutive
+from ctc_drafter.train.feature_cache import FeatureFiles, WithFeatures, consecutive
 from ctc_drafter.train.trainer import train_drafter
 from ctc_drafter.types import UserError
 from helpers import tiny_target
@@ -73,7 +73,7 @@ def test_limits_come_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyP
         found.open_folder(limit=size * 0.9)
     assert f"{size:.3g} GB in" in caplog.text
     assert not (tmp_path / "f").exists()
-    monkeypatch.setattr(feature_files.shutil, "disk_usage", lambda _: type("Usage", (), {"free": found.bytes - 1}))
+    monkeypatch.setattr(feature_cache.shutil, "disk_usage", lambda _: type("Usage", (), {"free": found.bytes - 1}))
     with pytest.raises(UserError, match=r"has room for .* make room there"):
         found.open_folder(limit=size * 1.1)
     monkeypatch.undo()
@@ -83,7 +83,7 @@ def test_limits_come_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_a_full_disk_keeps_what_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = files(tmp_path, shard_bytes=ROW)
     found.open_folder(None)
-    save = feature_files.save_file
+    save = feature_cache.save_file
 
     def failing(states: dict[str, torch.Tensor], path: Path) -> None:
         if "00002" in path.name:
@@ -91,7 +91,7 @@ def test_a_full_disk_keeps_what_is_whole(tmp_path: Path, monkeypatch: pytest.Mon
             raise OSError(28, "No space left on device")
         save(states, path)
 
-    monkeypatch.setattr(feature_files, "save_file", failing)
+    monkeypatch.setattr(feature_cache, "save_file", failing)
     with pytest.raises(UserError, match=r"No space left on device; finished parts are kept"):
         found.fill(2, progress=False)
     whole = ["features-00000.safetensors", "features-00001.safetensors", "manifest.json"]

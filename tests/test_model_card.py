@@ -12,11 +12,11 @@ import yaml
 from huggingface_hub.errors import LocalTokenNotFoundError
 from huggingface_hub.utils import filter_repo_objects
 
-from ctc_drafter import hub
 from ctc_drafter.cli import main
 from ctc_drafter.evaluate.learning import learning_curves
-from ctc_drafter.model_card import OURS
-from ctc_drafter.train.records import describe_corpus
+from ctc_drafter.train import publish
+from ctc_drafter.train.prompts import describe_corpus
+from ctc_drafter.train.publish import OURS
 from ctc_drafter.types import UserError
 from tiny_models import save_pair
 from train_helpers import write_jsonl
@@ -63,7 +63,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_training_ends_with_card_picture_and_upload(answers: Path, tmp_path: Path, monkeypatch, capfd) -> None:
     stub = StubHub()
-    monkeypatch.setattr(hub, "HfApi", lambda: stub)
+    monkeypatch.setattr(publish, "HfApi", lambda: stub)
     monkeypatch.setattr(sys, "argv", ["ctc-drafter", "train", "--data", "my answers"])
     out = tmp_path / "drafter"
     options = ["--target", str(answers / "target"), "--data", str(answers / "answers"), "--out", str(out)]
@@ -124,20 +124,20 @@ def test_who_cannot_push_hears_so_before_the_training(monkeypatch: pytest.Monkey
     def nobody() -> None:
         raise LocalTokenNotFoundError("no token")
 
-    monkeypatch.setattr(hub, "HfApi", lambda: SimpleNamespace(whoami=nobody))
+    monkeypatch.setattr(publish, "HfApi", lambda: SimpleNamespace(whoami=nobody))
     with pytest.raises(UserError, match=r"nobody is logged in to push to some/drafter; run hf auth login"):
-        hub.check_hub("some/drafter")
+        publish.check_hub("some/drafter")
     with pytest.raises(UserError, match="write owner/name"):
-        hub.check_hub("drafter")
+        publish.check_hub("drafter")
 
 
 def test_a_hub_that_refuses_keeps_what_was_trained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def refusing(*_: object, **__: object) -> None:
         raise RuntimeError("403 Forbidden\nmore")  # the client's errors are of many kinds
 
-    monkeypatch.setattr(hub, "HfApi", lambda: SimpleNamespace(create_repo=refusing))
+    monkeypatch.setattr(publish, "HfApi", lambda: SimpleNamespace(create_repo=refusing))
     with pytest.raises(UserError, match=r"could not push to a/b: 403 Forbidden; .* the same command tries again$"):
-        hub.push(tmp_path, "a/b")
+        publish.push(tmp_path, "a/b")
 
 
 def test_the_licence_of_a_corpus_on_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

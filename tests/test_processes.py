@@ -14,10 +14,10 @@ from torch.distributed.tensor import DTensor
 
 from ctc_drafter.target.features import decoder_blocks
 from ctc_drafter.train import trainer as trainer_module
-from ctc_drafter.train.anchors import draw_anchors
+from ctc_drafter.train.checkpoints import share_of
 from ctc_drafter.train.data import NOTHING, DistilledDataset, LengthSampler
-from ctc_drafter.train.feature_files import FeatureFiles
-from ctc_drafter.train.processes import share_of
+from ctc_drafter.train.feature_cache import FeatureFiles
+from ctc_drafter.train.objective import draw_anchors
 from ctc_drafter.train.trainer import LogBeforeSave, Trained, train_drafter
 from ctc_drafter.types import UserError
 from train_helpers import pair, settings, written_rows

@@ -9,8 +9,7 @@ import yaml
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ctc_drafter.cli import main
-from ctc_drafter.recipe import commands, options, read_recipe
-from ctc_drafter.recipe_page import page, plan_of
+from ctc_drafter.train.recipe import commands, options, page, plan_of, read_recipe
 from ctc_drafter.types import UserError
 from tiny_models import tiny_tokenizer
 from train_helpers import write_jsonl

@@ -10,12 +10,11 @@ import pytest
 
 from ctc_drafter.chat import decode
 from ctc_drafter.cli import main
-from ctc_drafter.train import remote
+from ctc_drafter.train import distill_server
 from ctc_drafter.train.data import DistilledDataset
-from ctc_drafter.train.distill import GREEDY, Sampling, distill
+from ctc_drafter.train.distill import GREEDY, Distilled, Sampling, distill
+from ctc_drafter.train.distill_server import Server, distill_remotely
 from ctc_drafter.train.prompts import Prompt
-from ctc_drafter.train.remote import Server, distill_remotely
-from ctc_drafter.train.shards import Distilled
 from ctc_drafter.types import UserError
 from serve_helpers import KEY, NAME, Running, running, tiny_service
 from tiny_models import save_pair, tiny_llama, tiny_tokenizer
@@ -59,7 +58,7 @@ def test_the_shards_are_those_of_distillation_in_process(server: Running, tmp_pa
 
 def test_goes_on_where_it_was_cut_off(server: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ask(server.url, tmp_path / "whole")
-    answers, real = [0], remote.answer_ids
+    answers, real = [0], distill_server.answer_ids
 
     def failing(*arguments):
         answers[0] += 1
@@ -67,7 +66,7 @@ def test_goes_on_where_it_was_cut_off(server: Running, tmp_path: Path, monkeypat
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr(remote, "answer_ids", failing)
+    monkeypatch.setattr(distill_server, "answer_ids", failing)
     with pytest.raises((KeyboardInterrupt, BaseExceptionGroup)):
         ask(server.url, tmp_path / "cut")
     monkeypatch.undo()

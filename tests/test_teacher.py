@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ctc_drafter.drafters.registry import trained_method
-from ctc_drafter.train.anchors import draft_loss, label_anchors, states_after
+from ctc_drafter.train.objective import draft_loss, label_anchors, states_after
 from ctc_drafter.train.trainer import train_drafter
 from ctc_drafter.types import UserError
 from helpers import tiny_target

@@ -5,8 +5,8 @@ import torch
 
 from ctc_drafter.decode.generate import generate
 from ctc_drafter.decode.tree import build_tree
-from ctc_drafter.train.anchors import label_anchors
 from ctc_drafter.train.data import DistilledDataset, collate
+from ctc_drafter.train.objective import label_anchors
 from ctc_drafter.train.trainer import train_drafter
 from ctc_drafter.train.validate import UNRANKED, accepted_lengths, agreement, draft_positions, offline_beta, true_ranks
 from ctc_drafter.types import Candidates, UserError

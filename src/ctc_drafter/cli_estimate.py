@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ctc_drafter.recipe import Recipe
     from ctc_drafter.train.estimate import Plan
+    from ctc_drafter.train.recipe import Recipe
 
 
 def show_estimate(plan: Plan, flops: float | None, device: str) -> float:
@@ -26,8 +26,8 @@ def show_estimate(plan: Plan, flops: float | None, device: str) -> float:
 def show_recipe(recipe: Recipe, flops: float | None, bandwidth: float | None, device: str) -> None:
     """As `show_estimate`, and what the answers cost; bandwidth: bytes per second, measured if not given."""
     from ctc_drafter.load import chosen_device
-    from ctc_drafter.recipe_page import distillation, plan_of
-    from ctc_drafter.train.distill_cost import measured_bandwidth
+    from ctc_drafter.train.estimate import measured_bandwidth
+    from ctc_drafter.train.recipe import distillation, plan_of
 
     rate = show_estimate(plan_of(recipe), flops, device)
     speed = bandwidth or measured_bandwidth(chosen_device(device))

@@ -73,9 +73,8 @@ def distill(
     from ctc_drafter.load import load_config, load_target, read_template
     from ctc_drafter.train.distill import Sampling
     from ctc_drafter.train.distill import distill as run_distill
-    from ctc_drafter.train.prompts import read_prompts
-    from ctc_drafter.train.records import describe_corpus
-    from ctc_drafter.train.remote import Server, distill_remotely
+    from ctc_drafter.train.distill_server import Server, distill_remotely
+    from ctc_drafter.train.prompts import describe_corpus, read_prompts
 
     if model and not server:
         refuse("--model is what a server calls the target; give --server as well")
@@ -204,14 +203,13 @@ def train(
 
     from ctc_drafter.drafters.registry import blank_drafter, choose_vocabulary, fresh_drafter, trained_method
     from ctc_drafter.drafters.warm_start import read_start
-    from ctc_drafter.hub import check_hub, push
     from ctc_drafter.load import load_config, load_target, read_template, shipped
-    from ctc_drafter.model_card import Made, corpora, write_model_card
     from ctc_drafter.provenance import check_writer
     from ctc_drafter.quickstart import TARGET_DIR
+    from ctc_drafter.train.checkpoints import join_processes
     from ctc_drafter.train.data import DistilledDataset
     from ctc_drafter.train.estimate import Plan, TextSize, memory_errors
-    from ctc_drafter.train.processes import join_processes
+    from ctc_drafter.train.publish import Made, check_hub, corpora, push, write_model_card
     from ctc_drafter.train.settings import TrainSettings
     from ctc_drafter.train.trainer import train_drafter
 
@@ -284,7 +282,7 @@ def recipe(
     """Runs the distillation and the training of a recipe, and prints their commands."""
     import shlex
 
-    from ctc_drafter.recipe import commands, read_recipe
+    from ctc_drafter.train.recipe import commands, read_recipe
 
     found = read_recipe(file)
     found = found.model_copy(update={key: value for key, value in (("target", target), ("dtype", dtype)) if value})

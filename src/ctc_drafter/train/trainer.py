@@ -21,11 +21,10 @@ from ctc_drafter.drafters.trainable import TrainableDrafter
 from ctc_drafter.files import disk_errors, write_atomic
 from ctc_drafter.provenance import check_writer, claim, config_hash, digest, versions, weights_hash
 from ctc_drafter.target.model import Target
-from ctc_drafter.train.anchors import anchor_counts, draft_loss, draw_anchors, label_anchors
-from ctc_drafter.train.checkpoints import latest_checkpoint, seal, trainer_state
+from ctc_drafter.train.checkpoints import join_processes, latest_checkpoint, seal, shard_layers, share_of, trainer_state
 from ctc_drafter.train.data import NOTHING, DistilledDataset, LengthSampler, collate
-from ctc_drafter.train.feature_files import FeatureFiles, WithFeatures
-from ctc_drafter.train.processes import join_processes, shard_layers, share_of
+from ctc_drafter.train.feature_cache import FeatureFiles, WithFeatures
+from ctc_drafter.train.objective import anchor_counts, draft_loss, draw_anchors, label_anchors
 from ctc_drafter.train.settings import FREE, TrainSettings
 from ctc_drafter.train.validate import draft_positions, offline_beta
 from ctc_drafter.types import UserError

@@ -10,8 +10,8 @@ import torch
 from ctc_drafter.decode.tree import best_chain, build_tree
 from ctc_drafter.drafters.trainable import TrainableDrafter
 from ctc_drafter.target.model import Target
-from ctc_drafter.train.anchors import label_anchors
 from ctc_drafter.train.data import DistilledDataset, collate
+from ctc_drafter.train.objective import label_anchors
 from ctc_drafter.types import Candidates, TokenTree, UserError
 
 TOP = (1, 5, 10)

@@ -1,20 +1,25 @@
-"""What a finished drafter says of itself: README.md in its folder, with a picture of its training."""
+"""The model card of a finished drafter, and its push to the hub."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCardData
+from huggingface_hub import HfApi, ModelCardData
+from huggingface_hub.errors import LocalTokenNotFoundError
 
 from ctc_drafter.drafters.trainable import TrainableDrafter
 from ctc_drafter.evaluate.learning import learning_curves
 from ctc_drafter.evaluate.plots import save
 from ctc_drafter.files import disk_errors, write_atomic
 from ctc_drafter.provenance import MANIFEST, read_manifest, versions
-from ctc_drafter.train.records import hub_name
+from ctc_drafter.train.prompts import hub_name
+from ctc_drafter.types import UserError
+
+# What a finished drafter says of itself: README.md in its folder, with a picture of its training.
 
 CARD, CURVES = "README.md", "training"
 OURS = "<!-- written by ctc-drafter train; without this line it is left alone -->"
@@ -161,3 +166,42 @@ output = model.generate(**inputs, max_new_tokens=128, custom_generate=speculate(
 def _table(head: Sequence[str], rows: Any) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in lines)
+
+
+# Finished drafters on the Hugging Face hub.
+
+# Not checkpoints, not features.
+PUBLISHED = ("config.json", "model.safetensors", "README.md", "train.json", "train_log.jsonl", "training.*")
+
+
+def check_hub(repository: str) -> None:
+    """Asks who is logged in, before hours of training. Raises `UserError` if nobody is, or for a bad name."""
+    if repository.count("/") != 1 or not all(repository.split("/")):
+        raise UserError(f"{repository} is no repository of the hub; write owner/name")
+    with _hub_errors(repository):
+        HfApi().whoami()
+
+
+def push(folder: Path, repository: str, private: bool = False) -> str:
+    """Uploads a drafter's files to `owner/name`, which is made if need be; returns its address.
+
+    Raises `UserError` if the hub cannot be reached or refuses.
+    """
+    with _hub_errors(repository):
+        api = HfApi()
+        place = api.create_repo(repository, private=private, exist_ok=True)
+        api.upload_folder(repo_id=repository, folder_path=folder, allow_patterns=list(PUBLISHED))
+    return str(place)
+
+
+@contextmanager
+def _hub_errors(repository: str) -> Iterator[None]:
+    try:
+        yield
+    except LocalTokenNotFoundError as error:
+        raise UserError(f"nobody is logged in to push to {repository}; run hf auth login, or set HF_TOKEN") from error
+    except Exception as error:  # the hub's, the network's and its client's have no kind in common
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"could not push to {repository}: {reason}; what was trained is kept: the same command tries again"
+        ) from error

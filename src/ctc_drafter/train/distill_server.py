@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from ctc_drafter.chat import REPLACEMENT, decode
-from ctc_drafter.train.distill import GREEDY, Sampling
+from ctc_drafter.train.distill import GREEDY, Distilled, Sampling, Shards, fitting, known_ids, origin
 from ctc_drafter.train.prompts import Prompt
-from ctc_drafter.train.shards import Distilled, Shards, fitting, known_ids, origin
 from ctc_drafter.types import UserError
 
 if TYPE_CHECKING:
