@@ -65,7 +65,7 @@ bench: $(STAMP) ## evaluate the shipped model into results/ and the README: TASK
 	measure float32-batch4 --dtype float32 --batch-size 4 --also prompt_lookup; \
 	measure bfloat16-batch1 --dtype bfloat16 --budget --also prompt_lookup; \
 	measure float32-batch1-compiled --dtype float32 --compile --also prompt_lookup
-	$(BIN)/python -m ctc_drafter.evaluate.report README.md results/eval-*.json
+	$(BIN)/python -m benchmarks.pages README.md results/eval-*.json
 
 clean: ## remove caches and build folders; .venv and runs/ stay
 	rm -rf build dist src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -6,8 +6,8 @@ import random
 from dataclasses import asdict
 from typing import Any
 
-from ctc_drafter.evaluate.calibration import BINS
-from ctc_drafter.evaluate.records import Record, histogram, row_of
+from ctc_drafter.evaluate.methods import BINS
+from ctc_drafter.evaluate.results import Record, histogram, row_of
 
 # β of a chain; trees gain
 STRENGTH = {

@@ -17,7 +17,7 @@ settings.load_profile("patient")
 def tiny_quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Options of a quick bench of a tiny target, in place of the shipped one, with trainings of 2 steps."""
     from ctc_drafter.cli import main
-    from ctc_drafter.evaluate import quick
+    from ctc_drafter.evaluate import variants
     from ctc_drafter.quickstart.sample import write_sample
     from tiny_models import save_pair
 
@@ -29,7 +29,7 @@ def tiny_quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     write_sample([tmp_path / "answers"], tmp_path / "sample")
     monkeypatch.setattr("ctc_drafter.load.TARGET_DIR", target)
     monkeypatch.setattr("ctc_drafter.load.DRAFTER_DIR", drafter)
-    monkeypatch.setattr(quick, "SAMPLE_DIR", tmp_path / "sample")
+    monkeypatch.setattr(variants, "SAMPLE_DIR", tmp_path / "sample")
     tasks = tmp_path / "cats.jsonl"
     tasks.write_text('{"prompt": "the cat"}\n')
     return ["--tasks", str(tasks), "--max-new-tokens", "6", "--watched", "0", "--steps", "2"]

@@ -8,7 +8,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ctc_drafter.drafters.ctc import CTCDrafter
-from ctc_drafter.evaluate import scripted
+from ctc_drafter.evaluate import exactness
 from ctc_drafter.target.model import Target
 
 VOCABULARY = 97
@@ -51,7 +51,7 @@ def chi_square_p(counts: torch.Tensor, expected: torch.Tensor, least: float = 10
     return float(torch.special.gammaincc(torch.tensor((len(counts) - 1) / 2.0), (statistic / 2).float()))
 
 
-class ScriptedDrafter(scripted.ScriptedDrafter):
+class ScriptedDrafter(exactness.ScriptedDrafter):
     """With the vocabulary of the tiny targets."""
 
     def __init__(self, scripts: Sequence[Sequence[int]], wrong_after: int | Sequence[int], depth: int = 4):

@@ -8,8 +8,8 @@ from unittest.mock import patch
 
 import torch
 
+from benchmarks.family_checks import Cell, Plain, same
 from ctc_drafter.decode import batch
-from ctc_drafter.evaluate.family_checks import Cell, Plain, same
 from ctc_drafter.target.cache import compact
 from ctc_drafter.target.model import Target
 

@@ -9,15 +9,13 @@ import torch
 from ctc_drafter.cli import main
 from ctc_drafter.decode.generate import generate, plain_generate
 from ctc_drafter.decode.tree import ancestor_matrix
-from ctc_drafter.decode.typical import Typical
 from ctc_drafter.decode.verify import follow
 from ctc_drafter.drafters.baselines.ctc_variants import LinearCTCDrafter, PaperDrafter
 from ctc_drafter.drafters.ctc import CTCDrafter
 from ctc_drafter.drafters.registry import method_of, open_drafter, trained_method
-from ctc_drafter.evaluate.ablations import chosen_variants, static_twin, variants
-from ctc_drafter.evaluate.page import page
-from ctc_drafter.evaluate.quick import SIZES, Recipe
+from ctc_drafter.evaluate.report_page import page
 from ctc_drafter.evaluate.results import read_results
+from ctc_drafter.evaluate.variants import SIZES, Recipe, Typical, chosen_variants, static_twin, variants
 from ctc_drafter.train.settings import TrainSettings
 from ctc_drafter.train.trainer import train_drafter
 from ctc_drafter.types import TokenTree, UserError

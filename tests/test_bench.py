@@ -11,11 +11,9 @@ from ctc_drafter.chat import encode_conversation
 from ctc_drafter.cli import main
 from ctc_drafter.decode.generate import Generation, generate
 from ctc_drafter.drafters.prompt_lookup import PromptLookup
-from ctc_drafter.evaluate import contenders
-from ctc_drafter.evaluate.bench import BenchSettings, Entry, bench, parse_drafters, parse_sizes, partial
-from ctc_drafter.evaluate.calibration import BINS, Calibration
-from ctc_drafter.evaluate.chain import Chained, ChainedSession
-from ctc_drafter.evaluate.facts import facts
+from ctc_drafter.evaluate import methods
+from ctc_drafter.evaluate.bench import BenchSettings, Entry, bench, facts, parse_drafters, parse_sizes, partial
+from ctc_drafter.evaluate.methods import BINS, Calibration, Chained, ChainedSession
 from ctc_drafter.evaluate.tasks import Prompt, Task
 from ctc_drafter.target.model import Target
 from ctc_drafter.types import Candidates, TokenTree, UserError
@@ -87,14 +85,14 @@ def first_turn_steps(task: str, nodes: int | str) -> list[int]:
     """Verifications of the first turns."""
     model = tiny_llama()
     target, drafter, tokenizer = Target.wrap(model), tiny_drafter(model), tiny_tokenizer()
-    contender = contenders.decoding(target, tokenizer, 10).of_size("ours", drafter, nodes)
+    contender = methods.decoding(target, tokenizer, 10).of_size("ours", drafter, nodes)
     prompts = [p for each in TASKS if each.name == task for p in each.prompts]
     texts = [encode_conversation(tokenizer, prompt.turns[:1], []) for prompt in prompts]
     return [contender.run([text], False, None).stats.steps for text in texts]
 
 
 def test_a_killed_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unbroken: dict[str, Any]) -> None:
-    out, calls, original = tmp_path / "out.json", 0, contenders.generate
+    out, calls, original = tmp_path / "out.json", 0, methods.generate
     stop = 6 + 12 + 6 + 3  # warm-up, two turns and one turn of chat, then inside the extra runs
 
     def counted(*args: Any, **options: Any) -> Generation:
@@ -104,7 +102,7 @@ def test_a_killed_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, u
             raise RuntimeError("killed")
         return original(*args, **options)
 
-    monkeypatch.setattr(contenders, "generate", counted)
+    monkeypatch.setattr(methods, "generate", counted)
     with pytest.raises(RuntimeError, match="killed"):
         measured(out)
     file = partial(out)
@@ -145,7 +143,7 @@ def test_the_chain_is_the_best_path() -> None:
 def test_chains_of_rows_that_find_nothing() -> None:
     target = Target.wrap(tiny_llama())
     prompts = [[5, 6, 7, 8], [9, 10, 9, 10, 9]]
-    expected = contenders.plain_generate(target, prompts, max_new_tokens=9).tokens
+    expected = methods.plain_generate(target, prompts, max_new_tokens=9).tokens
     assert generate(target, Chained(PromptLookup()), prompts, max_new_tokens=9, nodes=64, floor=0.0).tokens == expected
 
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.families import family_model
+from benchmarks.family_checks import stock_continuations
 from ctc_drafter.decode import prefill as prefill_file
 from ctc_drafter.decode.generate import generate, plain_generate
 from ctc_drafter.decode.prefill import prefill
-from ctc_drafter.evaluate.families import family_model
-from ctc_drafter.evaluate.family_checks import stock_continuations
 from ctc_drafter.target.cache import BLOCK, RoomyLayer, reserve, static_cache
 from ctc_drafter.target.model import CACHES, Target
 from ctc_drafter.types import UserError

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from benchmarks.families import family_model
 from ctc_drafter.decode.generate import generate, plain_generate
 from ctc_drafter.decode.profile import grid, key
-from ctc_drafter.evaluate.families import family_model
 from ctc_drafter.target import compiled
 from ctc_drafter.target.cache import BLOCK
 from ctc_drafter.target.compiled import MANY, SIZES, CompiledTarget, compile_target, size_for

@@ -12,9 +12,8 @@ from ctc_drafter.decode.prefill import prefill
 from ctc_drafter.drafters.base import Drafter, Silent
 from ctc_drafter.drafters.prompt_lookup import PromptLookup
 from ctc_drafter.drafters.registry import TRAINED, trained_method
-from ctc_drafter.evaluate.bench import Entry
-from ctc_drafter.evaluate.depths import at_depths, parse_depths, shortened
-from ctc_drafter.evaluate.page import page
+from ctc_drafter.evaluate.bench import Entry, at_depths, parse_depths, shortened
+from ctc_drafter.evaluate.report_page import page
 from ctc_drafter.evaluate.results import read_results
 from ctc_drafter.target.model import Target
 from ctc_drafter.types import UserError

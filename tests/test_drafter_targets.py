@@ -13,12 +13,12 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
+from benchmarks.steps import cached_bytes
 from ctc_drafter import speculate
 from ctc_drafter.decode.generate import generate
 from ctc_drafter.drafters.prompt_lookup import PromptLookup
 from ctc_drafter.drafters.registry import TRAINED, fresh_drafter, open_drafter
 from ctc_drafter.drafters.trainable import TrainableDrafter
-from ctc_drafter.evaluate.roofline import cached_bytes
 from ctc_drafter.target.features import decoder_blocks, decoder_stack, final_norm
 from ctc_drafter.target.model import Target
 from ctc_drafter.types import UserError

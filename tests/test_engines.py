@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from ctc_drafter.evaluate import engines
-from ctc_drafter.evaluate.clients import Reply
-from ctc_drafter.evaluate.command import insert_figures
-from ctc_drafter.evaluate.engines import Counts, counters, markdown_engines, row_of, ways_of
+from benchmarks import vllm_acceptance
+from benchmarks.pages import insert_figures
+from benchmarks.serving import Reply
+from benchmarks.vllm_acceptance import Counts, counters, markdown_engines, row_of, ways_of
 from ctc_drafter.types import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -63,14 +63,16 @@ def test_a_run_that_ends_early_keeps_what_it_has(tmp_path, monkeypatch):
         yield "url"
 
     seen = iter(range(0, 1000, 40))
-    monkeypatch.setattr(engines, "ways_of", lambda _: (5, {"plain": ["T"], "vLLM n-gram": ["T"], "CTC": ["E"]}))
-    monkeypatch.setattr(engines, "vllm_version", lambda: "0")
-    monkeypatch.setattr(engines, "vllm_served", served)
-    monkeypatch.setattr(engines, "counters", lambda _: Counts(0, 0, next(seen)))
-    monkeypatch.setattr(engines, "ask_all", lambda url, bodies, clients: ([Reply("a", 20, 1.0) for _ in bodies], 1.0))
+    monkeypatch.setattr(vllm_acceptance, "ways_of", lambda _: (5, {"plain": ["T"], "vLLM n-gram": ["T"], "CTC": ["E"]}))
+    monkeypatch.setattr(vllm_acceptance, "vllm_version", lambda: "0")
+    monkeypatch.setattr(vllm_acceptance, "vllm_served", served)
+    monkeypatch.setattr(vllm_acceptance, "counters", lambda _: Counts(0, 0, next(seen)))
+    monkeypatch.setattr(
+        vllm_acceptance, "ask_all", lambda url, bodies, clients: ([Reply("a", 20, 1.0) for _ in bodies], 1.0)
+    )
     out = tmp_path / "out.json"
     with pytest.raises(UserError, match="did not start"):
-        engines.measure(Path("E"), str(tmp_path / "t.jsonl"), out, None, 16, 20, 18764, None)
+        vllm_acceptance.measure(Path("E"), str(tmp_path / "t.jsonl"), out, None, 16, 20, 18764, None)
     found = json.loads(out.read_text())
     assert not found["meta"]["complete"]
     assert [row["method"] for row in found["rows"]] == ["plain", "vLLM n-gram"]
@@ -78,9 +80,9 @@ def test_a_run_that_ends_early_keeps_what_it_has(tmp_path, monkeypatch):
 
 
 def test_a_port_that_is_taken_is_refused(monkeypatch):
-    monkeypatch.setattr(engines, "find_spec", lambda _: True)
-    monkeypatch.setattr(engines, "answers", lambda _: True)
-    with pytest.raises(UserError, match="another server answers"), engines.vllm_served(["E"], 1):
+    monkeypatch.setattr(vllm_acceptance, "find_spec", lambda _: True)
+    monkeypatch.setattr(vllm_acceptance, "answers", lambda _: True)
+    with pytest.raises(UserError, match="another server answers"), vllm_acceptance.vllm_served(["E"], 1):
         pass
 
 
@@ -97,8 +99,8 @@ def test_both_kinds_of_drafts_have_the_same_length(tmp_path):
 
 
 def test_without_vllm_it_says_so(monkeypatch):
-    monkeypatch.setattr(engines, "find_spec", lambda _: None)
-    with pytest.raises(UserError, match="vLLM is not installed"), engines.vllm_served(["E"], 1):
+    monkeypatch.setattr(vllm_acceptance, "find_spec", lambda _: None)
+    with pytest.raises(UserError, match="vLLM is not installed"), vllm_acceptance.vllm_served(["E"], 1):
         pass
 
 

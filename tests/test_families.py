@@ -6,10 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from ctc_drafter.decode.generate import generate, plain_generate
-from ctc_drafter.decode.sampling import Sampled, warpers
-from ctc_drafter.drafters.registry import fresh_drafter
-from ctc_drafter.evaluate.families import (
+from benchmarks.families import (
     FAMILIES,
     NEW_TOKENS,
     PROMPTS,
@@ -21,7 +18,10 @@ from ctc_drafter.evaluate.families import (
     main,
     verdict,
 )
-from ctc_drafter.evaluate.family_checks import stock_continuations
+from benchmarks.family_checks import stock_continuations
+from ctc_drafter.decode.generate import generate, plain_generate
+from ctc_drafter.decode.sampling import Sampled, warpers
+from ctc_drafter.drafters.registry import fresh_drafter
 from ctc_drafter.target.features import decoder_blocks, final_norm
 from ctc_drafter.target.model import CACHES, Target
 from ctc_drafter.types import UserError

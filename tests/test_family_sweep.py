@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import transformers
 
-from ctc_drafter.evaluate.families import FAMILIES, page, verdict
-from ctc_drafter.evaluate.family_checks import FEW, Plain, differences
-from ctc_drafter.evaluate.family_configs import CAUSAL, PICTURES, small_config, small_model
-from ctc_drafter.evaluate.family_sweep import Outcome, every_family, outcome, sweep_page, taken
-from ctc_drafter.evaluate.family_table import OVERRIDES, UNBUILT, Family
+from benchmarks.families import FAMILIES, page, verdict
+from benchmarks.family_checks import FEW, Plain, differences
+from benchmarks.family_configs import CAUSAL, PICTURES, small_config, small_model
+from benchmarks.family_sweep import Outcome, every_family, outcome, sweep_page, taken
+from benchmarks.family_table import OVERRIDES, UNBUILT, Family
 from ctc_drafter.target.checks import refuse_config, refuse_unsupported
 from ctc_drafter.target.model import Target
 from ctc_drafter.types import UserError

@@ -16,8 +16,8 @@ from transformers import (
 )
 from transformers.generation.configuration_utils import ALL_CACHE_IMPLEMENTATIONS
 
+from benchmarks.generate_page import page
 from ctc_drafter.decode.generate import plain_generate
-from ctc_drafter.decode.generate_page import page
 from ctc_drafter.decode.generate_settings import FIELDS, INPUTS, OTHER_CACHES, PARAMETERS, Status
 from ctc_drafter.decode.hf import speculate
 from ctc_drafter.decode.sampling import Sampled
@@ -275,4 +275,4 @@ def test_the_inputs_of_the_table_are_looked_at():
 
 def test_the_page_is_that_of_the_table():
     written = (Path(__file__).parents[1] / "docs" / "generate.md").read_text(encoding="utf-8")
-    assert written == page(), "python -m ctc_drafter.decode.generate_page > docs/generate.md"
+    assert written == page(), "python -m benchmarks.generate_page > docs/generate.md"

@@ -53,13 +53,11 @@ ON_THE_WAY = {
     "cli_export",
     "cli_train",
     "demo",
-    "evaluate",
     "integrations",
     "load",
     "options",
     "quickstart",
     "serve",
-    "train",
 }
 
 # In drafters/, what is shared imports no concrete drafter. Those of baselines/ do not import each other, but for what

@@ -13,7 +13,7 @@ from huggingface_hub.errors import LocalTokenNotFoundError
 from huggingface_hub.utils import filter_repo_objects
 
 from ctc_drafter.cli import main
-from ctc_drafter.evaluate.learning import learning_curves
+from ctc_drafter.evaluate.figures import learning_curves
 from ctc_drafter.train import publish
 from ctc_drafter.train.prompts import describe_corpus
 from ctc_drafter.train.publish import OURS

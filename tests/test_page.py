@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from page_pictures import CHROMIUM, LOOKS
+from benchmarks.page_pictures import CHROMIUM, LOOKS
 from serve_helpers import KEY, NAME, blocked_service, plain_texts, running, tiny_service
 
 PAGE = Path(__file__).parents[1] / "src" / "ctc_drafter" / "serve" / "page"

@@ -8,13 +8,13 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM, LogitsProcessorList
 
+from benchmarks.families import family_model
+from benchmarks.family_checks import stock_continuations
 from ctc_drafter.decode.batch import Batch, Method
 from ctc_drafter.decode.generate import generate, generate_many, new_rows, plain_generate
 from ctc_drafter.decode.sampling import ARGMAX, Greedy, Sampled, warpers
 from ctc_drafter.decode.stats import Stopwatch
-from ctc_drafter.evaluate import scripted
-from ctc_drafter.evaluate.families import family_model
-from ctc_drafter.evaluate.family_checks import stock_continuations
+from ctc_drafter.evaluate import exactness
 from ctc_drafter.target.compiled import CompiledTarget
 from ctc_drafter.target.model import CACHES, Target
 from ctc_drafter.types import Candidates, UserError
@@ -25,7 +25,7 @@ LENGTH = 20
 VALUES = {"nan": float("nan"), "inf": float("inf"), "1e38": 1e38}
 
 
-class PoisonDrafter(scripted.ScriptedDrafter):
+class PoisonDrafter(exactness.ScriptedDrafter):
     """Right drafts of lengths that change, and the poison beside every one of them; `ever` and anon without it."""
 
     def __init__(self, scripts, wrong_after, poison: int, pause: int = 1, vocab_size: int = VOCABULARY):
@@ -36,7 +36,7 @@ class PoisonDrafter(scripted.ScriptedDrafter):
         return PoisonSession(self, list(range(batch_size)))
 
 
-class PoisonSession(scripted.ScriptedSession):
+class PoisonSession(exactness.ScriptedSession):
     def propose(self, root: torch.Tensor, nodes: int, floor: float) -> Candidates:
         found = super().propose(root, nodes, floor)
         if self.step % self.drafter.pause:
@@ -109,7 +109,7 @@ def test_neighbours_keep_their_drafts(cache):
 
     class One(PoisonSession):
         def propose(self, root, nodes, floor):
-            clean = scripted.ScriptedSession.propose(self, root, nodes, floor)
+            clean = exactness.ScriptedSession.propose(self, root, nodes, floor)
             self.step -= 1
             both = super().propose(root, nodes, floor)
             mine = torch.tensor([row == 1 for row in self.rows]).unsqueeze(1)
@@ -212,7 +212,7 @@ class Uneven(PoisonDrafter):
         return UnevenSession(self, list(range(batch_size)))
 
 
-class UnevenSession(scripted.ScriptedSession):
+class UnevenSession(exactness.ScriptedSession):
     def propose(self, root, nodes, floor):
         found = super().propose(root, nodes, floor)
         hidden = torch.tensor([(self.step + row) % 2 == 0 for row in self.rows]).unsqueeze(1)
@@ -254,7 +254,7 @@ def test_what_it_costs():
     model, expected, token = poisoned(float("nan"))
     texts = [prompt + text for prompt, text in zip(PROMPTS, expected, strict=True)]
     target = wrapped(model, "dynamic")
-    assert forwards(target, scripted.ScriptedDrafter(texts, 2, VOCABULARY), PROMPTS[:1])[0] > 0
+    assert forwards(target, exactness.ScriptedDrafter(texts, 2, VOCABULARY), PROMPTS[:1])[0] > 0
     clean = PoisonDrafter(texts, 2, texts[0][0])
     count, steps = forwards(target, clean, PROMPTS[:1])
     assert count == steps

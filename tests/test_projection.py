@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from ctc_drafter.drafters.ctc import CTCDrafter
-from ctc_drafter.evaluate.projection import (
+from benchmarks.projection import (
     PASSES,
     Card,
     Work,
@@ -18,7 +17,8 @@ from ctc_drafter.evaluate.projection import (
     weightless_drafter,
     weightless_target,
 )
-from ctc_drafter.evaluate.shapes import named_shape
+from benchmarks.steps import named_shape
+from ctc_drafter.drafters.ctc import CTCDrafter
 from helpers import tiny_target
 
 ROOT = Path(__file__).parents[1]

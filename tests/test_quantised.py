@@ -7,11 +7,11 @@ import torch
 from torch import nn
 from transformers import TorchAoConfig
 
+from benchmarks.families import NEW_TOKENS, PROMPTS, exact, family_model
+from benchmarks.family_checks import stock_continuations
 from ctc_drafter.decode.generate import generate, plain_generate
 from ctc_drafter.drafters.ctc import CTCDrafter
 from ctc_drafter.drafters.lm_head import draft_head
-from ctc_drafter.evaluate.families import NEW_TOKENS, PROMPTS, exact, family_model
-from ctc_drafter.evaluate.family_checks import stock_continuations
 from ctc_drafter.target.model import CACHES, Target
 from ctc_drafter.target.self_test import disagreement
 

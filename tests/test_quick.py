@@ -8,8 +8,8 @@ import pytest
 
 from ctc_drafter.cli import main
 from ctc_drafter.drafters.registry import TRAINED
-from ctc_drafter.evaluate import quick
-from ctc_drafter.evaluate.quick import Recipe, TrainedAlike, recipes, sample_rows, selected
+from ctc_drafter.evaluate import variants
+from ctc_drafter.evaluate.variants import Recipe, TrainedAlike, recipes, sample_rows, selected
 from ctc_drafter.load import load_target
 from ctc_drafter.provenance import config_hash
 from ctc_drafter.quickstart.sample import write_sample
@@ -61,7 +61,7 @@ def test_the_shipped_sample_is_the_shipped_targets() -> None:
     assert rows.manifest
     assert rows.manifest["config"] == config_hash(target.model.config)
     assert 300_000 <= sum(len(row.ids) for row in rows.rows) <= 500_000
-    size = sum(file.stat().st_size for file in quick.SAMPLE_DIR.iterdir())
+    size = sum(file.stat().st_size for file in variants.SAMPLE_DIR.iterdir())
     assert size < 1_500_000
 
 
@@ -101,5 +101,5 @@ def test_every_method_has_a_recipe() -> None:
 
 def test_drafters_lie_in_the_users_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert quick.work_folder(TrainedAlike()) == tmp_path / "ctc-drafter" / "160-steps"
-    assert quick.work_folder(TrainedAlike(work=tmp_path / "w")) == tmp_path / "w"
+    assert variants.work_folder(TrainedAlike()) == tmp_path / "ctc-drafter" / "160-steps"
+    assert variants.work_folder(TrainedAlike(work=tmp_path / "w")) == tmp_path / "w"

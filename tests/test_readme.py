@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.layout import layout
-from ctc_drafter.evaluate.command import insert_figures
-from ctc_drafter.evaluate.report import markdown_figures
+from benchmarks.pages import insert_figures, markdown_figures
 from ctc_drafter.quickstart import DRAFTER_DIR, TARGET_DIR
 from ctc_drafter.types import UserError
 

@@ -9,10 +9,8 @@ import pytest
 
 from bench_results import made_up
 from ctc_drafter.cli import main
-from ctc_drafter.evaluate.bootstrap import Bootstrap
-from ctc_drafter.evaluate.figures import by_size
-from ctc_drafter.evaluate.page import draw, page
-from ctc_drafter.evaluate.plots import spread
+from ctc_drafter.evaluate.figures import Bootstrap, by_size, spread
+from ctc_drafter.evaluate.report_page import draw, page
 from ctc_drafter.evaluate.results import Results, read_results
 from ctc_drafter.types import UserError
 

@@ -11,10 +11,10 @@ from rich.console import Console
 from ctc_drafter.chat import decode
 from ctc_drafter.decode.generate import Generation
 from ctc_drafter.decode.stats import Stats
-from ctc_drafter.evaluate import contenders, run
-from ctc_drafter.evaluate.contenders import Contender
-from ctc_drafter.evaluate.report import results_table
-from ctc_drafter.evaluate.run import evaluate
+from ctc_drafter.evaluate import methods, runner
+from ctc_drafter.evaluate.methods import Contender
+from ctc_drafter.evaluate.results import results_table
+from ctc_drafter.evaluate.runner import evaluate
 from ctc_drafter.evaluate.tasks import Prompt, Task
 from ctc_drafter.files import write_json
 from ctc_drafter.target.model import Target
@@ -82,7 +82,7 @@ class Recorder:
 def recorded(monkeypatch: pytest.MonkeyPatch, plain: list[int], ctc: list[int]) -> list[tuple[str, list[list[int]]]]:
     calls: list[tuple[str, list[list[int]]]] = []
     both = [Contender(name, None, Recorder(name, calls, t)) for name, t in (("plain", plain), ("ctc", ctc))]
-    monkeypatch.setattr(run, "contenders_of", lambda *_args, **_options: both)
+    monkeypatch.setattr(runner, "contenders_of", lambda *_args, **_options: both)
     return calls
 
 
@@ -111,7 +111,7 @@ def test_every_turn_counts_for_identity(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_one_different_last_token_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = contenders.generate
+    original = methods.generate
     count = 0
 
     def wrong_once(*args: Any, **options: Any) -> Generation:
@@ -121,7 +121,7 @@ def test_one_different_last_token_is_seen(monkeypatch: pytest.MonkeyPatch) -> No
             found.tokens[0][-1] ^= 1
         return found
 
-    monkeypatch.setattr(contenders, "generate", wrong_once)
+    monkeypatch.setattr(methods, "generate", wrong_once)
     ctc = measured(TASKS[1:])["rows"][1]
     assert (ctc["identical"], ctc["compared"]) == (4, 5)
 

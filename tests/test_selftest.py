@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 
-from ctc_drafter.evaluate.families import FAMILIES, GROUPED, MIXED, WINDOW, family_config, family_model
+from benchmarks.families import FAMILIES, GROUPED, MIXED, WINDOW, family_config, family_model
 from ctc_drafter.target import self_test as self_test_module
 from ctc_drafter.target.model import CACHES, Target
 from ctc_drafter.target.self_test import disagreement, is_quantised, prompt_length, self_test, thresholds

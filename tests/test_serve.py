@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ctc_drafter.decode.prefill import prefill
-from ctc_drafter.evaluate.scripted import ScriptedDrafter
+from ctc_drafter.evaluate.exactness import ScriptedDrafter
 from serve_helpers import KEY, NAME, cut, plain_texts, plain_tokens, running, text_of, tiny_service
 
 MESSAGES = [{"role": "system", "content": "be a cat"}, {"role": "user", "content": "sat on the mat?"}]

@@ -13,7 +13,7 @@ import tiny_models
 from ctc_drafter.decode.batch import Batch, Method
 from ctc_drafter.decode.generate import generate, generate_many, plain_generate
 from ctc_drafter.decode.sampling import ARGMAX, Greedy, Sampled
-from ctc_drafter.evaluate.scripted import ScriptedDrafter
+from ctc_drafter.evaluate.exactness import ScriptedDrafter
 from ctc_drafter.serve.engine import Engine
 from ctc_drafter.serve.jobs import Failure, Finish, Job
 from ctc_drafter.serve.schema import Sampling

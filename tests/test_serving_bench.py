@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from ctc_drafter.evaluate import clients, serving
-from ctc_drafter.evaluate.clients import Reply, ask, ask_all, totals
-from ctc_drafter.evaluate.command import insert_figures
-from ctc_drafter.evaluate.serving import Measured, markdown_serving, measure_all, rows_of
+from benchmarks import serving
+from benchmarks.pages import insert_figures
+from benchmarks.serving import Measured, Reply, ask, ask_all, markdown_serving, measure_all, rows_of, totals
 from ctc_drafter.types import UserError
 from serve_helpers import plain_texts, running, tiny_service
 from tiny_models import save_pair
@@ -100,7 +99,7 @@ def test_two_servers_from_end_to_end(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_a_server_that_does_not_start_says_why():
-    with pytest.raises(UserError, match="did not start"), clients.served("--batch-size", "nothing"):
+    with pytest.raises(UserError, match="did not start"), serving.served("--batch-size", "nothing"):
         pass
 
 

@@ -7,13 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import steps
+from benchmarks.pages import insert_figures
+from benchmarks.step_tables import markdown_steps, shares
+from benchmarks.steps import SHAPES, Cell, named_shape, step_bytes
 from ctc_drafter.decode.profile import median_of
-from ctc_drafter.evaluate import roofline, steps
-from ctc_drafter.evaluate.cells import Cell
-from ctc_drafter.evaluate.command import insert_figures
-from ctc_drafter.evaluate.performance import markdown_steps, shares
-from ctc_drafter.evaluate.roofline import step_bytes
-from ctc_drafter.evaluate.shapes import SHAPES, named_shape
 from ctc_drafter.types import UserError
 from helpers import tiny_target
 
@@ -69,7 +67,7 @@ def test_suites_share_models_between_neighbours():
 
 @pytest.mark.parametrize("suite", ["cpu", "gpu", "growth"])
 def test_a_suite_from_end_to_end(suite, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(roofline, "SAMPLE", {"cpu": 1 << 16})
+    monkeypatch.setattr(steps, "SAMPLE", {"cpu": 1 << 16})
     monkeypatch.setattr(steps, "CONTEXTS", (8, 16))
     monkeypatch.setattr(steps, "BATCHES", (1, 2))
     monkeypatch.setattr(steps, "VOCABULARIES", (100,))
@@ -103,14 +101,14 @@ def test_the_page_is_up_to_date():
 
 
 def test_out_of_memory_is_a_result(monkeypatch):
-    from ctc_drafter.evaluate import cells
+    from benchmarks import steps
 
     def none(*_):
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(cells, "pair_for", none)
-    monkeypatch.setattr(cells, "read_bandwidth", lambda _: 1.0)
-    (found,) = cells.measured([Cell("tiny", "float32")], "cpu", False, 1)
+    monkeypatch.setattr(steps, "pair_for", none)
+    monkeypatch.setattr(steps, "read_bandwidth", lambda _: 1.0)
+    (found,) = steps.measured([Cell("tiny", "float32")], "cpu", False, 1)
     assert found["failed"] == "out of memory"
     assert found["model"] in markdown_steps([{"meta": META, "cells": [found]}])
 

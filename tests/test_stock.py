@@ -3,8 +3,8 @@
 import pytest
 
 from ctc_drafter.decode.generate import plain_generate
-from ctc_drafter.evaluate.contenders import Decoding
-from ctc_drafter.evaluate.stock import HF, HF_LOOKUP, parse_also, stock_contenders
+from ctc_drafter.evaluate.hf_generate import HF, HF_LOOKUP, parse_also, stock_contenders
+from ctc_drafter.evaluate.methods import Decoding
 from ctc_drafter.types import UserError
 from helpers import tiny_target
 

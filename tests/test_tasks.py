@@ -2,8 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from ctc_drafter.evaluate.published import SOURCES
-from ctc_drafter.evaluate.tasks import Prompt, Task, read_prompts, read_tasks
+from ctc_drafter.evaluate.tasks import SOURCES, Prompt, Task, read_prompts, read_tasks
 from ctc_drafter.types import UserError
 
 

@@ -1,10 +1,10 @@
 import pytest
 import torch
 
+from benchmarks.families import VOCABULARY, family_model
 from ctc_drafter.decode.prefill import prefill
 from ctc_drafter.decode.tree import ancestor_matrix
 from ctc_drafter.decode.verify import tree_mask, verify
-from ctc_drafter.evaluate.families import VOCABULARY, family_model
 from ctc_drafter.target.cache import compact
 from ctc_drafter.target.model import CACHES, Target
 from ctc_drafter.types import TokenTree

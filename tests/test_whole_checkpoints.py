@@ -11,8 +11,8 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from benchmarks.families import family_model
 from ctc_drafter.cli import main
-from ctc_drafter.evaluate.families import family_model
 from ctc_drafter.load import load_drafter, load_target
 from ctc_drafter.target.model import Target
 from ctc_drafter.types import UserError

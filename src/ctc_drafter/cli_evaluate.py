@@ -94,9 +94,9 @@ def evaluate(
     from ctc_drafter.decode.generate import DEFAULT_FLOOR, DEFAULT_NODES
     from ctc_drafter.decode.profile import budget_for
     from ctc_drafter.drafters.registry import PROMPT_LOOKUP
-    from ctc_drafter.evaluate.report import results_table
-    from ctc_drafter.evaluate.run import evaluate as measure
-    from ctc_drafter.evaluate.stock import NAMES, parse_also
+    from ctc_drafter.evaluate.hf_generate import NAMES, parse_also
+    from ctc_drafter.evaluate.results import results_table
+    from ctc_drafter.evaluate.runner import evaluate as measure
     from ctc_drafter.evaluate.tasks import read_tasks
     from ctc_drafter.files import check_place, write_json
     from ctc_drafter.load import compiled_for, load_pair
@@ -194,14 +194,12 @@ def bench(
     from rich.console import Console
 
     from ctc_drafter.drafters.prompt_lookup import PromptLookup
-    from ctc_drafter.evaluate.bench import SIZES, BenchSettings, parse_drafters, parse_sizes
+    from ctc_drafter.evaluate.bench import SIZES, BenchSettings, at_depths, parse_depths, parse_drafters, parse_sizes
     from ctc_drafter.evaluate.bench import bench as measure
-    from ctc_drafter.evaluate.depths import at_depths, parse_depths
-    from ctc_drafter.evaluate.named import chosen_entries
-    from ctc_drafter.evaluate.quick import QUICK, TASKS, TrainedAlike
-    from ctc_drafter.evaluate.report import results_table
-    from ctc_drafter.evaluate.stock import parse_also
+    from ctc_drafter.evaluate.hf_generate import parse_also
+    from ctc_drafter.evaluate.results import results_table
     from ctc_drafter.evaluate.tasks import read_tasks
+    from ctc_drafter.evaluate.variants import QUICK, TASKS, TrainedAlike, chosen_entries
     from ctc_drafter.files import check_place
     from ctc_drafter.load import compiled_for_all, load_target
 
@@ -260,7 +258,7 @@ def report(
     ),
 ) -> None:
     """Writes tables and figures of benches, with intervals, into a page."""
-    from ctc_drafter.evaluate.page import draw, page
+    from ctc_drafter.evaluate.report_page import draw, page
     from ctc_drafter.evaluate.results import read_results
     from ctc_drafter.files import check_place
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -134,15 +133,3 @@ def keep_quiet() -> None:
     transformers_logging.set_verbosity_error()
     logging.basicConfig(format="%(message)s")
     logging.getLogger("ctc_drafter").setLevel(logging.INFO)
-
-
-def run_alone(work: Callable[..., None]) -> None:
-    """A module's one command, for `python -m`. Bad input ends it with one line."""
-    import typer
-
-    keep_quiet()
-    try:
-        typer.run(work)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)

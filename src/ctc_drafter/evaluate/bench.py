@@ -1,10 +1,12 @@
-"""Methods, tasks and tree sizes in one run: equal prompts, equal counters, every output compared with plain's."""
+"""Several drafters, tasks, tree sizes and depths in one run, every output compared with plain decoding's."""
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +15,20 @@ from transformers import PreTrainedTokenizerBase
 
 from ctc_drafter.decode.sampling import ARGMAX, Chooser
 from ctc_drafter.drafters.base import Drafter
-from ctc_drafter.drafters.registry import PROMPT_LOOKUP
-from ctc_drafter.evaluate.contenders import CHAIN, decoding
-from ctc_drafter.evaluate.records import PLAIN, Journal
-from ctc_drafter.evaluate.run import Bench, head, measure_all
-from ctc_drafter.evaluate.stock import stock_contenders
+from ctc_drafter.drafters.prompt_lookup import PromptLookup
+from ctc_drafter.drafters.registry import PROMPT_LOOKUP, method_of
+from ctc_drafter.drafters.trainable import TrainableDrafter
+from ctc_drafter.evaluate.hf_generate import stock_contenders
+from ctc_drafter.evaluate.methods import decoding
+from ctc_drafter.evaluate.results import CHAIN, PLAIN, Journal
+from ctc_drafter.evaluate.runner import Bench, head, measure_all
 from ctc_drafter.evaluate.tasks import Task
 from ctc_drafter.files import write_json
 from ctc_drafter.provenance import source_hash
 from ctc_drafter.target.model import Target
 from ctc_drafter.types import UserError
+
+# Methods, tasks and tree sizes in one run: equal prompts, equal counters, every output compared with plain's.
 
 SIZES: tuple[int | str, ...] = (CHAIN, 8, 16, 32, 64)
 WATCHED = 4
@@ -129,3 +135,89 @@ def parse_drafters(texts: Sequence[str]) -> dict[str, str]:
             raise UserError(f"--drafter {text}: the name {name} is taken; give another one")
         found[name] = place
     return found
+
+
+# The same drafters with shorter drafts: a method that pays for every token has a depth that suits it best.
+
+
+def at_depths(entries: Mapping[str, Entry], depths: Sequence[int]) -> dict[str, Entry]:
+    """An entry for each drafter and depth that it can draft; `of` among its facts is the drafter's own name.
+
+    Without depths the entries as they are. Raises `UserError` if a drafter drafts fewer tokens than every depth.
+    """
+    if not depths:
+        return dict(entries)
+    found = {}
+    for name, entry in entries.items():
+        longest = longest_draft(entry.drafter)
+        fit = [depth for depth in depths if depth <= longest]
+        if not fit:
+            raise UserError(f"{name} drafts {longest} tokens at most; give --depths one that is not more")
+        for depth in fit:
+            known = entry.facts | {"of": name, "draft_length": depth}
+            found[f"{name}, depth {depth}"] = replace(entry, drafter=shortened(entry.drafter, depth), facts=known)
+    return found
+
+
+def longest_draft(drafter: Drafter) -> int:
+    """Tokens. Raises `UserError` for a drafter that does not know."""
+    found = drafter.config if isinstance(drafter, TrainableDrafter) else drafter
+    if not hasattr(found, "draft_length"):
+        raise UserError(f"{type(drafter).__name__} has no depth; leave it out, or leave out --depths")
+    return int(found.draft_length)
+
+
+def shortened(drafter: Drafter, depth: int) -> Drafter:
+    """A drafter on the same weights with drafts of at most `depth` tokens, copies of the text included.
+
+    Heads beyond the depth are not asked, EAGLE makes as many passes, blocks of DFlash and DSpark have as many masks;
+    CTC fills all its frames and searches them for shorter prefixes.
+    """
+    if isinstance(drafter, PromptLookup):
+        return replace(drafter, draft_length=depth)
+    assert isinstance(drafter, TrainableDrafter)
+    twin = copy.copy(drafter)
+    twin.config, twin._borrowed = copy.copy(drafter.config), None
+    twin.config.draft_length = depth
+    if getattr(twin.config, "lookup_length", 0):
+        twin.config.lookup_length = min(depth, twin.config.lookup_length)
+    return twin
+
+
+def parse_depths(text: str) -> tuple[int, ...]:
+    """`3,5,7` as numbers. Raises `UserError` for others."""
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    for part in parts:
+        if not (part.isdecimal() and int(part) > 0):
+            raise UserError(f"--depths {part} is no depth; give numbers from 1, with commas between them")
+    return tuple(dict.fromkeys(map(int, parts)))
+
+
+# What is known of a drafter: its method, its size, what its training took.
+
+
+def facts(drafter: Drafter, folder: Path | None) -> dict[str, Any]:
+    """`method`, `parameters` (what the drafter adds to its target), `draft_length` and `training`.
+
+    `training` has `steps`, `tokens` (text that was read, repeats counted) and `seconds`, from the logs of the folder
+    that the drafter was loaded from; None where they do not say.
+    """
+    found: dict[str, Any] = {"method": method_of(drafter), "parameters": 0, "training": None}
+    found["draft_length"] = getattr(drafter, "draft_length", None)
+    if isinstance(drafter, TrainableDrafter):
+        found["parameters"] = sum(weight.numel() for weight in drafter.parameters())
+        found["draft_length"] = max(drafter.config.draft_length, getattr(drafter.config, "lookup_length", 0))
+        found["training"] = training(folder) if folder else None
+    return found
+
+
+def training(folder: Path) -> dict[str, float | None] | None:
+    """From `train_log.jsonl`, which the trainer wrote; None without it."""
+    log = folder / "train_log.jsonl"
+    if not log.is_file():
+        return None
+    entries = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    return {
+        name: max((entry[key] for entry in entries if key in entry), default=None)
+        for name, key in (("steps", "step"), ("tokens", "tokens"), ("seconds", "seconds"))
+    }

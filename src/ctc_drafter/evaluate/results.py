@@ -1,18 +1,28 @@
-"""Results files of `bench`, read back for the report."""
+"""Records of a measurement and their journal, results files, the table for the terminal."""
 
 from __future__ import annotations
 
+import json
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ctc_drafter.evaluate.contenders import CHAIN
-from ctc_drafter.evaluate.records import PLAIN, Key
-from ctc_drafter.files import read_json
+from rich import box
+from rich.table import Table
+
+from ctc_drafter.files import disk_errors, read_json, write_atomic
 from ctc_drafter.types import UserError
+
+# What one method did on one prompt, the rows that are summed from it, and a journal that a kill survives.
+
+PLAIN = "plain"
+Key = tuple[str, int | str | None]  # method and nodes: a contender
+
+
+# Results files of `bench`, read back for the report.
 
 PLAIN_KEY: Key = (PLAIN, None)
 USUAL_SIZE = 16
@@ -98,3 +108,165 @@ def read_results(files: Sequence[Path]) -> list[Results]:
     if not found:
         raise UserError("none of these files is a bench's; write one with ctc-drafter bench --json FILE")
     return found
+
+
+@dataclass(frozen=True)
+class Record:
+    """All turns of a prompt by one contender.
+
+    nodes: "chain", a tree's size, None for plain decoding. tokens: all that it returned, eos included. steps:
+    verifications. accepted: entry a counts those that accepted a drafted tokens. seconds: wall time, prefill included;
+    prompts that are decoded together share theirs evenly. identical: every token is plain decoding's. skipped: the
+    context cannot hold the prompt and its answers.
+    """
+
+    task: str
+    index: int
+    prompt: str
+    category: str
+    method: str
+    nodes: int | str | None
+    turns: int = 0
+    tokens: int = 0
+    steps: int = 0
+    seconds: float = 0.0
+    identical: bool = True
+    skipped: bool = False
+    accepted: list[int] = field(default_factory=list)
+
+    @property
+    def key(self) -> Key:
+        return self.method, self.nodes
+
+
+def histogram(counts: Iterable[int]) -> list[int]:
+    """How often 0, 1, 2... occur."""
+    found = Counter(counts)
+    return [found[value] for value in range(max(found, default=-1) + 1)]
+
+
+def add_histograms(parts: Sequence[Sequence[int]]) -> list[int]:
+    return [
+        sum(part[i] for part in parts if i < len(part)) for i in range(max((len(part) for part in parts), default=0))
+    ]
+
+
+def row_of(task: str, key: Key, records: Sequence[Record], plain: Sequence[Record]) -> dict[str, Any]:
+    """A row of the results from a contender's records of a task and plain decoding's.
+
+    `beta`: emitted tokens per verification; the first token of a turn comes from the prefill and is not counted.
+    """
+    done = [record for record in records if not record.skipped]
+    tokens, steps, seconds = (sum(getattr(r, name) for r in done) for name in ("tokens", "steps", "seconds"))
+    speed, base = rate(tokens, seconds), rate(sum(r.tokens for r in plain), sum(r.seconds for r in plain))
+    return {
+        "method": key[0],
+        "nodes": key[1],
+        "task": task,
+        "prompts": len(done),
+        "skipped": len(records) - len(done),
+        "tokens": tokens,
+        "steps": steps,
+        "beta": (tokens - sum(record.turns for record in done)) / steps if steps else None,
+        "tokens_per_s": speed,
+        "gamma": speed / base if speed and base else None,
+        "identical": sum(record.identical for record in done),
+        "compared": len(done),
+        "accept_histogram": add_histograms([record.accepted for record in done]),
+        "stages_ms": {},
+        "seconds": seconds,
+    }
+
+
+def rate(tokens: int, seconds: float) -> float | None:
+    return tokens / seconds if seconds else None
+
+
+class Journal:
+    """Lines of a file beside the results: settings first, then what was measured, as it comes.
+
+    A run with the same settings goes on from there; a line that a kill cut off does not count. Without a path nothing
+    is kept. Raises `UserError` for the file of another run.
+    """
+
+    def __init__(self, path: Path | None, settings: dict[str, Any]):
+        self.path = path
+        self.records: list[Record] = []
+        self.extras: list[dict[str, Any]] = []
+        if path is None:
+            return
+        lines, wanted = whole_lines(path), json.loads(json.dumps(settings))
+        if lines and lines[0] != wanted:
+            raise UserError(f"{path} holds another run ({difference(lines[0], wanted)}); delete it to start anew")
+        for line in lines[1:]:
+            self.records += [Record(**record) for record in line.get("records", ())]
+            self.extras += [line["extra"]] if "extra" in line else []
+        with disk_errors(path):
+            write_atomic(path, map(json.dumps, lines or [settings]))  # without a line that was cut off
+
+    def add(self, records: Sequence[Record]) -> None:
+        """Keeps what belongs together, all of it or nothing."""
+        self.records += records
+        self._write({"records": [asdict(record) for record in records]})
+
+    def add_extra(self, extra: dict[str, Any]) -> None:
+        self.extras.append(extra)
+        self._write({"extra": extra})
+
+    def done(self, task: str) -> set[int]:
+        """Places of the prompts that were measured."""
+        return {record.index for record in self.records if record.task == task}
+
+    def close(self) -> None:
+        """Everything is in the results: the file goes."""
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
+
+    def _write(self, line: dict[str, Any]) -> None:
+        if self.path is None:
+            return
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write {self.path}: {error.strerror}; make room there, then run again") from error
+
+
+def whole_lines(path: Path) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return found
+
+
+def difference(old: dict[str, Any], new: dict[str, Any]) -> str:
+    key = next(key for key in sorted({*old, *new}) if old.get(key) != new.get(key))
+    return f"{key} was {old.get(key)}, is now {new.get(key)}"
+
+
+def results_table(result: dict[str, Any]) -> Table:
+    """One line per row of `evaluate`'s results; what was not measured is a dash. Fits 80 columns."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for name in ("task", "method"):
+        table.add_column(name, no_wrap=True)
+    table.add_column("nodes", justify="right", no_wrap=True)
+    for name in ("tokens", "tokens/s", "γ", "β", "identical"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in result["rows"]:
+        figures = [number(row["tokens_per_s"], 1), number(row["gamma"], 2), number(row["beta"], 2)]
+        counts = [str("-" if row.get("nodes") is None else row["nodes"]), str(row["tokens"])]
+        table.add_row(row["task"], row["method"], *counts, *figures, f"{row['identical']} of {row['compared']}")
+    skipped = {row["task"]: row["skipped"] for row in result["rows"] if row["skipped"]}
+    if skipped:
+        table.caption = "Left out, too long for the context: " + ", ".join(f"{n} of {t}" for t, n in skipped.items())
+    return table
+
+
+def number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+CHAIN, BUDGET = "chain", "budget"

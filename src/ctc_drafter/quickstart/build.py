@@ -14,9 +14,10 @@ import torch
 import typer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.pages import run_alone
 from ctc_drafter.drafters.ctc import CTCDrafter
 from ctc_drafter.drafters.registry import choose_vocabulary, fresh_drafter
-from ctc_drafter.load import load_target, run_alone
+from ctc_drafter.load import load_target
 from ctc_drafter.provenance import tensors_hash
 from ctc_drafter.quickstart import MODEL_DIR
 from ctc_drafter.quickstart.card import write_card

@@ -12,7 +12,8 @@ from typing import Annotated
 import typer
 from transformers import AutoTokenizer
 
-from ctc_drafter.load import load_target, run_alone
+from benchmarks.pages import run_alone
+from ctc_drafter.load import load_target
 from ctc_drafter.quickstart import SAMPLE_DIR, TARGET_DIR
 from ctc_drafter.quickstart.build import ANSWER_TOKENS
 from ctc_drafter.quickstart.pretrain import PERPLEXITY, PHASES, Phase, Shape, pretrain

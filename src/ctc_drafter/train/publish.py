@@ -12,8 +12,7 @@ from huggingface_hub import HfApi, ModelCardData
 from huggingface_hub.errors import LocalTokenNotFoundError
 
 from ctc_drafter.drafters.trainable import TrainableDrafter
-from ctc_drafter.evaluate.learning import learning_curves
-from ctc_drafter.evaluate.plots import save
+from ctc_drafter.evaluate.figures import learning_curves, save
 from ctc_drafter.files import disk_errors, write_atomic
 from ctc_drafter.provenance import MANIFEST, read_manifest, versions
 from ctc_drafter.train.prompts import hub_name

@@ -1,6 +1,6 @@
 """Which model families decode exactly and which are refused: tiny random models of each, tried one by one.
 
-`python -m ctc_drafter.evaluate.families docs/families.md` writes the table. It is a report: what is accepted or
+`python -m benchmarks.families docs/families.md` writes the table. It is a report: what is accepted or
 refused is decided by `support.py` and `selftest.py`, which know no family.
 """
 
@@ -17,12 +17,12 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from benchmarks.family_checks import stock_continuations
+from benchmarks.family_sweep import every_family, outcome, sweep_page
 from ctc_drafter.decode.generate import generate
 from ctc_drafter.drafters.base import Drafter
 from ctc_drafter.drafters.ctc import CTCDrafter
-from ctc_drafter.evaluate.family_checks import stock_continuations
-from ctc_drafter.evaluate.family_sweep import every_family, outcome, sweep_page
-from ctc_drafter.evaluate.scripted import ScriptedDrafter
+from ctc_drafter.evaluate.exactness import ScriptedDrafter
 from ctc_drafter.target.checks import KERNELS, refuse_config
 from ctc_drafter.target.model import CACHES, Target
 from ctc_drafter.types import UserError
@@ -188,7 +188,7 @@ def page(verdicts: Sequence[Verdict]) -> str:
 
 HEAD = f"""# Model families
 
-Written by `python -m ctc_drafter.evaluate.families docs/families.md`; a test keeps it up to date.
+Written by `python -m benchmarks.families docs/families.md`; a test keeps it up to date.
 
 Each family below was built tiny and random in float32, and decoded greedily: alone and in a batch of three prompts of
 different lengths, with trees of {NODES} nodes, by drafters that are never, always and sometimes right and by an
@@ -211,7 +211,7 @@ def whole_page() -> str:
 
 def main(arguments: Sequence[str]) -> int:
     if len(arguments) != 1:
-        print("usage: python -m ctc_drafter.evaluate.families docs/families.md", file=sys.stderr)
+        print("usage: python -m benchmarks.families docs/families.md", file=sys.stderr)
         return 2
     Path(arguments[0]).write_text(whole_page(), encoding="utf-8")
     return 0

@@ -18,7 +18,7 @@ import transformers
 from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
-from ctc_drafter.evaluate.family_table import CHUNK, CONTEXT, LAYERS, OVERRIDES, VOCABULARY, WINDOW, Family
+from benchmarks.family_table import CHUNK, CONTEXT, LAYERS, OVERRIDES, VOCABULARY, WINDOW, Family
 
 SPREAD = 0.5
 CAUSAL: dict[str, str] = dict(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)

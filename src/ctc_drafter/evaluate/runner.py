@@ -20,10 +20,9 @@ from ctc_drafter.decode.generate import DEFAULT_FLOOR, DEFAULT_NODES
 from ctc_drafter.drafters.base import Drafter
 from ctc_drafter.drafters.prompt_lookup import PromptLookup
 from ctc_drafter.drafters.registry import PROMPT_LOOKUP
-from ctc_drafter.evaluate.calibration import Calibration
-from ctc_drafter.evaluate.contenders import Contender, contenders_of, decoding
-from ctc_drafter.evaluate.records import Journal, Record, histogram, row_of
-from ctc_drafter.evaluate.stock import stock_contenders
+from ctc_drafter.evaluate.hf_generate import stock_contenders
+from ctc_drafter.evaluate.methods import Calibration, Contender, contenders_of, decoding
+from ctc_drafter.evaluate.results import Journal, Record, histogram, row_of
 from ctc_drafter.evaluate.tasks import Prompt, Task
 from ctc_drafter.provenance import environment
 from ctc_drafter.target.model import Target

@@ -1,6 +1,6 @@
 """Every model type of transformers' causal LM and image-text mappings: refused, or decoded exactly or not.
 
-Its part of `docs/families.md` is written by `python -m ctc_drafter.evaluate.families`.
+Its part of `docs/families.md` is written by `python -m benchmarks.families`.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from ctc_drafter.evaluate.family_checks import CELLS, LENGTHS, NEW_TOKENS, Cell, Plain, differences
-from ctc_drafter.evaluate.family_configs import CAUSAL, PICTURES, small_config, small_model
-from ctc_drafter.evaluate.family_table import CHUNK, ORIGINAL, UNBUILT, VARIANTS, WINDOW, Family
+from benchmarks.family_checks import CELLS, LENGTHS, NEW_TOKENS, Cell, Plain, differences
+from benchmarks.family_configs import CAUSAL, PICTURES, small_config, small_model
+from benchmarks.family_table import CHUNK, ORIGINAL, UNBUILT, VARIANTS, WINDOW, Family
 from ctc_drafter.target.checks import refuse_config
 from ctc_drafter.target.model import Target
 from ctc_drafter.types import UserError

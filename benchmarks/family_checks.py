@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from ctc_drafter.decode.generate import generate, plain_generate
 from ctc_drafter.decode.sampling import ARGMAX, Chooser, Sampled, warpers
-from ctc_drafter.evaluate.scripted import ScriptedDrafter
+from ctc_drafter.evaluate.exactness import ScriptedDrafter
 from ctc_drafter.target.model import Target
 
 SHORT = ((3, 11, 6), 12)  # lengths and new tokens where the context is small

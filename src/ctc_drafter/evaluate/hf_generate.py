@@ -18,8 +18,7 @@ from transformers.generation import BaseStreamer
 
 from ctc_drafter.decode.generate import Generation
 from ctc_drafter.decode.stats import Stats
-from ctc_drafter.evaluate.calibration import Calibration
-from ctc_drafter.evaluate.contenders import Contender, Decoding
+from ctc_drafter.evaluate.methods import Calibration, Contender, Decoding
 from ctc_drafter.target.checks import load_causal_lm
 from ctc_drafter.types import UserError
 

@@ -3,9 +3,9 @@
 Run where vLLM is installed (`make test-vllm` makes such an environment in .venv-vllm):
 
     ctc-drafter export --dtype float32 --out E
-    python -m ctc_drafter.evaluate.engines measure --drafter E --tasks mt_bench,gsm8k --tasks-path FOLDER \\
+    python -m benchmarks.vllm_acceptance measure --drafter E --tasks mt_bench,gsm8k --tasks-path FOLDER \\
         --json results/vllm-float32.json -- --dtype float32 --enforce-eager --max-model-len 1024
-    python -m ctc_drafter.evaluate.engines report docs/serving.md results/vllm-*.json
+    python -m benchmarks.vllm_acceptance report docs/serving.md results/vllm-*.json
 """
 
 from __future__ import annotations
@@ -27,10 +27,9 @@ from urllib.request import urlopen
 import typer
 from prometheus_client.parser import text_string_to_metric_families
 
-from ctc_drafter.evaluate.clients import PATIENCE, Reply, ask_all
-from ctc_drafter.evaluate.command import run, write_figures
-from ctc_drafter.evaluate.report import number
-from ctc_drafter.evaluate.serving import bodies_of
+from benchmarks.pages import run, write_figures
+from benchmarks.serving import PATIENCE, Reply, ask_all, bodies_of
+from ctc_drafter.evaluate.results import number
 from ctc_drafter.evaluate.tasks import read_tasks
 from ctc_drafter.files import check_place, write_json
 from ctc_drafter.provenance import environment
@@ -206,7 +205,7 @@ def measure(
     engine, chosen = vllm_version(), read_tasks(tasks_path, tasks.split(","))
     bodies = {task.name: bodies_of(task.some(limit).prompts, max_new_tokens) for task in chosen}
     settings = {
-        "command": shlex.join(["python", "-m", "ctc_drafter.evaluate.engines", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", "benchmarks.vllm_acceptance", *sys.argv[1:]]),
         "serve": shlex.join(serve or []),
         "vllm": engine,
         "draft_length": length,

@@ -1,6 +1,6 @@
 """What steps of large models would take on a GPU at its limits: arithmetic, measured nowhere.
 
-python -m ctc_drafter.evaluate.projection docs/performance.md
+python -m benchmarks.projection docs/performance.md
 
 A forward takes as long as reading what it must read, or calculating what it must calculate, whichever is longer (the
 roofline model of Williams, Waterman and Patterson, CACM 2009); the search as it is written, level by level over the
@@ -19,13 +19,11 @@ import torch
 import typer
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
+from benchmarks.pages import run_alone, write_figures
+from benchmarks.steps import cached_bytes, head_size, named_shape, step_bytes
 from ctc_drafter.drafters.ctc import CTCDrafter
 from ctc_drafter.drafters.registry import blank_drafter
-from ctc_drafter.evaluate.command import write_figures
-from ctc_drafter.evaluate.page import table
-from ctc_drafter.evaluate.roofline import cached_bytes, head_size, step_bytes
-from ctc_drafter.evaluate.shapes import named_shape
-from ctc_drafter.load import run_alone
+from ctc_drafter.evaluate.report_page import table
 from ctc_drafter.target.model import Target
 
 MODELS = ("vicuna-7b", "vicuna-13b", "vicuna-33b", "llama-3.1-8b")

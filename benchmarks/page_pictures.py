@@ -1,4 +1,4 @@
-"""Pictures of the page at work on the shipped model, made anew by `python tests/page_pictures.py [FOLDER]`.
+"""Pictures of the page at work on the shipped model, made anew by `python -m benchmarks.page_pictures [FOLDER]`.
 
 Without a folder those of `docs/serving.md`; into a folder, every state in both schemes and sizes, to be looked at.
 """
@@ -14,7 +14,7 @@ from typing import Any
 
 from PIL import Image
 
-from ctc_drafter.evaluate.clients import served
+from benchmarks.serving import served
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM = next((found for name in NAMES if (found := shutil.which(name))), "")

@@ -1,4 +1,4 @@
-"""docs/generate.md from the tables of settings: `python -m ctc_drafter.decode.generate_page > docs/generate.md`."""
+"""docs/generate.md from the tables of settings: `python -m benchmarks.generate_page > docs/generate.md`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ctc_drafter.decode.generate_settings import FIELDS, INPUTS, PARAMETERS, Set
 
 HEAD = """# What `generate(..., custom_generate=speculate(drafter))` takes
 
-Made by `python -m ctc_drafter.decode.generate_page` from `decode/generate_settings.py`; do not edit it.
+Made by `python -m benchmarks.generate_page` from `decode/generate_settings.py`; do not edit it.
 
 - **honoured**: the output is that of stock `generate` (of `do_sample=True`: of its distribution).
 - **refused**: an error of one line before anything is decoded. It is the text in the last column.

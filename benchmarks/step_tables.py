@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from ctc_drafter.evaluate.page import table
-from ctc_drafter.evaluate.paper_table import MODELS, TABLE, TIME
-from ctc_drafter.evaluate.report import number
+from ctc_drafter.evaluate.report_page import MODELS, TABLE, TIME, table
+from ctc_drafter.evaluate.results import number
 
 BETAS = (2.0, 2.5, 3.0, 3.5, 4.0, 5.0)
 PAPER_BETA = TABLE["MT-bench", "CTC-drafter"][1]

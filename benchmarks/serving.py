@@ -1,27 +1,35 @@
 """Throughput of the server by number of clients, with the drafter and without: docs/serving.md's figures.
 
-    python -m ctc_drafter.evaluate.serving measure --tasks mt_bench,gsm8k --tasks-path FOLDER --limit 16 \\
+    python -m benchmarks.serving measure --tasks mt_bench,gsm8k --tasks-path FOLDER --limit 16 \\
         --json results/serve-float32.json -- --threads 2
-    python -m ctc_drafter.evaluate.serving report docs/serving.md results/serve-*.json
+    python -m benchmarks.serving report docs/serving.md results/serve-*.json
 """
 
 from __future__ import annotations
 
+import json
 import shlex
+import shutil
 import statistics
+import subprocess
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import typer
+from prometheus_client.parser import text_string_to_metric_families
 
-from ctc_drafter.evaluate.clients import Reply, ask_all, served, totals
-from ctc_drafter.evaluate.command import run, write_figures
-from ctc_drafter.evaluate.report import number
+from benchmarks.pages import run, write_figures
+from ctc_drafter.evaluate.results import number
 from ctc_drafter.evaluate.tasks import Prompt, read_tasks
 from ctc_drafter.files import check_place, write_json
 from ctc_drafter.provenance import environment
@@ -30,6 +38,15 @@ from ctc_drafter.types import UserError
 PLAIN = "plain"
 # Servers by name and the options that tell them apart. One that fits its trees to the batch is one more line.
 WAYS: dict[str, tuple[str, ...]] = {PLAIN: ("--plain",), "ctc": ()}
+
+
+@dataclass(frozen=True)
+class Reply:
+    """text: the answer. tokens: in it. seconds: from the request to its last byte."""
+
+    text: str
+    tokens: int
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -201,7 +218,7 @@ def measure(
     except ValueError as error:
         raise UserError(f"--clients is {clients}; give numbers with commas between, as in 1,4,16") from error
     result = serving(prompts, serve or [], counts, rounds, max_new_tokens)
-    result["meta"]["command"] = shlex.join(["python", "-m", "ctc_drafter.evaluate.serving", *sys.argv[1:]])
+    result["meta"]["command"] = shlex.join(["python", "-m", "benchmarks.serving", *sys.argv[1:]])
     write_json(out, result)
     print(markdown_serving([result]))
 
@@ -214,6 +231,67 @@ def report(page: Path, files: list[Path]) -> None:
 
 def main() -> None:
     run(app)
+
+
+# A server as its clients see it: the process, requests over HTTP, what its metrics count.
+
+PATIENCE = 600.0  # seconds
+
+
+@contextmanager
+def served(*options: str) -> Iterator[str]:
+    """`ctc-drafter serve OPTIONS` as a process on a free port, until the block ends; gives its address.
+
+    Raises `UserError` with what the server said when it did not start.
+    """
+    command = [sys.executable, "-m", "ctc_drafter.cli", "serve", "--port", "0", *options]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stderr is not None
+            line = process.stderr.readline()
+            if " on http" not in line:
+                raise UserError(f"the server did not start: {line.strip() or 'it said nothing'}; mend its options")
+            threading.Thread(target=shutil.copyfileobj, args=(process.stderr, sys.stderr), daemon=True).start()
+            yield line.split(" on ")[1].split(";")[0]
+        finally:
+            process.terminate()
+
+
+def ask(url: str, body: dict[str, Any]) -> Reply:
+    """One chat completion, not streamed. Raises `UserError` when the server refuses it."""
+    data = json.dumps(body).encode()
+    request = Request(f"{url}/v1/chat/completions", data, {"Content-Type": "application/json"})
+    begin = time.perf_counter()
+    try:
+        with urlopen(request, timeout=PATIENCE) as reply:
+            answer = json.loads(reply.read())
+    except HTTPError as error:
+        message = json.loads(error.read())["error"]["message"]
+        raise UserError(f"the server refused a prompt: {message}") from error
+    seconds = time.perf_counter() - begin
+    return Reply(answer["choices"][0]["message"]["content"], answer["usage"]["completion_tokens"], seconds)
+
+
+def ask_all(url: str, bodies: Sequence[dict[str, Any]], clients: int) -> tuple[list[Reply], float]:
+    """All of them, `clients` at a time: each client asks for the next one when it has its answer.
+
+    Returns the replies in the order of the bodies, and the seconds that all of them took together.
+    """
+    begin = time.perf_counter()
+    with ThreadPoolExecutor(clients) as pool:
+        replies = list(pool.map(lambda body: ask(url, body), bodies))
+    return replies, time.perf_counter() - begin
+
+
+def totals(url: str) -> tuple[float, float]:
+    """Tokens and verifications that the server has counted, in all its lanes."""
+    with urlopen(f"{url}/metrics", timeout=PATIENCE) as reply:
+        families = {family.name: family for family in text_string_to_metric_families(reply.read().decode())}
+    names = ("ctc_drafter_tokens", "ctc_drafter_verifications")
+    tokens, verifications = (
+        sum(sample.value for sample in families[name].samples if sample.name.endswith("_total")) for name in names
+    )
+    return tokens, verifications
 
 
 if __name__ == "__main__":

@@ -1,0 +1,193 @@
+"""Ways to decode that are measured against each other: plain, chains, trees of a size; calibration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from ctc_drafter.chat import eos_ids
+from ctc_drafter.decode.budget import Budget
+from ctc_drafter.decode.generate import Generation, generate, plain_generate
+from ctc_drafter.decode.sampling import ARGMAX, Chooser
+from ctc_drafter.decode.sequence import Row
+from ctc_drafter.decode.tree import best_chain
+from ctc_drafter.drafters.base import Drafter, DraftSession, refuse_call
+from ctc_drafter.drafters.registry import method_of
+from ctc_drafter.drafters.trainable import network_of
+from ctc_drafter.evaluate.results import BUDGET, CHAIN, PLAIN, Key
+from ctc_drafter.target.model import Target
+from ctc_drafter.types import Candidates, TokenTree
+
+# How often nodes were accepted that a drafter gave a probability: sums by bins of that probability.
+
+BINS = 20  # of equal width, from 0 to 1
+
+
+@dataclass
+class Calibration:
+    """Of every bin: nodes that were verified, the sum of their probabilities, and how many were accepted."""
+
+    nodes: list[float] = field(default_factory=lambda: [0.0] * BINS)
+    predicted: list[float] = field(default_factory=lambda: [0.0] * BINS)
+    accepted: list[float] = field(default_factory=lambda: [0.0] * BINS)
+
+    def add(self, tree: TokenTree, wanted: torch.Tensor) -> None:
+        """Counts a tree whose nodes the target follows with `wanted int64 [B, 1+N]`."""
+        agrees = (tree.tokens == wanted.gather(1, tree.parents)) & tree.valid
+        agrees[:, 0] = True
+        on_path = ~(tree.ancestors & ~agrees.unsqueeze(1)).any(-1)
+        counted = tree.valid[:, 1:]
+        scores, reached = tree.scores[:, 1:][counted].exp().double(), on_path[:, 1:][counted].double()
+        place = (scores * BINS).long().clamp(max=BINS - 1)
+        self.nodes = [a + b for a, b in zip(self.nodes, totals(place, torch.ones_like(scores)), strict=True)]
+        self.predicted = [a + b for a, b in zip(self.predicted, totals(place, scores), strict=True)]
+        self.accepted = [a + b for a, b in zip(self.accepted, totals(place, reached), strict=True)]
+
+
+# Ways to decode that are measured against each other: plain, and drafted in chains or trees of a size.
+
+# (prompts as token ids, timed, where to count what trees promised) -> what was generated
+Decode = Callable[[list[list[int]], bool, Calibration | None], Generation]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A way to decode. nodes: "chain", a tree's size, "budget" for what pays, None for plain decoding."""
+
+    method: str
+    nodes: int | str | None
+    run: Decode
+
+    @property
+    def key(self) -> Key:
+        return self.method, self.nodes
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """Makes contenders that share everything but the drafter and its trees."""
+
+    target: Target
+    eos: frozenset[int]
+    max_new_tokens: int
+
+    def plain(self) -> Contender:
+        def run(prompts: list[list[int]], timed: bool, _: Calibration | None) -> Generation:
+            return plain_generate(self.target, prompts, max_new_tokens=self.max_new_tokens, eos=self.eos, timed=timed)
+
+        return Contender(PLAIN, None, run)
+
+    def drafted(
+        self,
+        method: str,
+        drafter: Drafter,
+        nodes: int | str,
+        size: int,
+        floor: float,
+        chooser: Chooser = ARGMAX,
+        budget: Budget | None = None,
+    ) -> Contender:
+        """Trees of up to `size` nodes, or of a budget's choice; results call them `nodes`."""
+
+        def run(prompts: list[list[int]], timed: bool, calibration: Calibration | None) -> Generation:
+            return generate(
+                self.target,
+                drafter,
+                prompts,
+                max_new_tokens=self.max_new_tokens,
+                nodes=size,
+                floor=floor,
+                budget=budget,
+                eos=self.eos,
+                chooser=Watched(calibration, chooser) if calibration else chooser,
+                timed=timed,
+            )
+
+        return Contender(method, nodes, run)
+
+    def of_size(self, method: str, drafter: Drafter, nodes: int | str, chooser: Chooser = ARGMAX) -> Contender:
+        """A chain of the drafter's network, or trees of so many nodes: without a floor, as far as it has as many."""
+        if nodes == CHAIN:
+            return self.drafted(method, Chained(network_of(drafter)), CHAIN, POOL, 0.0, chooser)
+        return self.drafted(method, drafter, nodes, int(nodes), 0.0, chooser)
+
+
+def decoding(target: Target, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> Decoding:
+    return Decoding(target, frozenset(eos_ids(target.model, tokenizer)), max_new_tokens)
+
+
+def contenders_of(
+    decoding: Decoding, drafter: Drafter, nodes: int, floor: float, budget: Budget | None
+) -> list[Contender]:
+    """Plain decoding and the drafter's, under a budget as well if there is one."""
+    method = method_of(drafter)
+    found = [decoding.plain(), decoding.drafted(method, drafter, nodes, nodes, floor)]
+    return found if budget is None else [*found, decoding.drafted(method, drafter, BUDGET, nodes, floor, budget=budget)]
+
+
+# Chains: of what a drafter proposes, the one path that is worth most.
+
+POOL = 64  # prefixes among which the path is looked for, as in the held-out β of training
+
+
+@dataclass(frozen=True)
+class Chained:
+    """A drafter that proposes a single path: the one with the largest sum of prefix probabilities.
+
+    That is the chain of which most tokens will be accepted, by the drafter's belief; following the likeliest child from
+    the root down can miss it. It is looked for among the `POOL` best prefixes. Method after method pays for these, so γ
+    of chains says less than β.
+    """
+
+    drafter: Drafter
+
+    @property
+    def feature_layers(self) -> tuple[int, ...]:
+        return self.drafter.feature_layers
+
+    __call__ = refuse_call
+
+    def begin(self, embed: nn.Module, head: nn.Module, batch_size: int) -> ChainedSession:
+        """See `Drafter.begin`."""
+        return ChainedSession(self.drafter.begin(embed, head, batch_size))
+
+
+class ChainedSession:
+    """See `DraftSession`."""
+
+    def __init__(self, inner: DraftSession):
+        self.inner = inner
+        self.extend, self.join, self.select = inner.extend, inner.join, inner.select
+
+    def propose(self, root: torch.Tensor, nodes: int, floor: float) -> Candidates:
+        found = self.inner.propose(root, max(nodes, POOL), floor)
+        return best_chain(found) if found.tokens.shape[1] else found
+
+
+def totals(place: torch.Tensor, values: torch.Tensor) -> list[float]:
+    """Sums of values `[N]` by bin, `int64 [N]`."""
+    found: list[float] = torch.bincount(place, values, BINS).tolist()
+    return found
+
+
+@dataclass(frozen=True)
+class Watched:
+    """A chooser that counts what its trees promised. It takes time: not for runs that are timed."""
+
+    calibration: Calibration
+    chooser: Chooser = ARGMAX
+
+    def check(self, row: Row, logits: torch.Tensor) -> None:
+        self.chooser.check(row, logits)
+
+    def next(self, logits: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
+        return self.chooser.next(logits, rows)
+
+    def along(self, tree: TokenTree, logits: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
+        wanted = self.chooser.along(tree, logits, rows)
+        self.calibration.add(tree, wanted)
+        return wanted
