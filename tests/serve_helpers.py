@@ -18,7 +18,7 @@ from ctc_drafter.decode.generate import plain_generate
 from ctc_drafter.decode.sampling import ARGMAX, Sampled, warpers
 from ctc_drafter.drafters.base import Drafter, Silent
 from ctc_drafter.serve.engine import Engine
-from ctc_drafter.serve.run import Server, bind, make_engine, make_server
+from ctc_drafter.serve.server import Server, bind, make_engine, make_server
 from ctc_drafter.serve.service import Limits, Service
 from ctc_drafter.target.model import Target
 from ctc_drafter.types import Candidates

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ctc_drafter.serve.answer_text import AnswerText
+from ctc_drafter.serve.requests import AnswerText
 from serve_helpers import cut
 from tiny_models import tiny_tokenizer
 

@@ -16,8 +16,8 @@ from ctc_drafter.decode.sampling import ARGMAX
 from ctc_drafter.drafters.base import LazySession
 from ctc_drafter.drafters.registry import TRAINED, trained_method
 from ctc_drafter.serve.engine import Engine
-from ctc_drafter.serve.jobs import Failure, Finish
-from ctc_drafter.serve.schema import Sampling
+from ctc_drafter.serve.protocol import Sampling
+from ctc_drafter.serve.requests import Failure, Finish
 from ctc_drafter.serve.service import Limits, Service
 from ctc_drafter.target.model import Target
 from helpers import tiny_target

@@ -57,7 +57,6 @@ ON_THE_WAY = {
     "load",
     "options",
     "quickstart",
-    "serve",
 }
 
 # In drafters/, what is shared imports no concrete drafter. Those of baselines/ do not import each other, but for what

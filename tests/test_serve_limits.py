@@ -246,7 +246,7 @@ def test_a_slow_reader_keeps_nobody_waiting(server):
 def test_a_request_that_never_comes_is_dropped():
     service = tiny_service(timeout=0.2)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ctc_drafter.serve.app.SLACK", 0.2)
+        patch.setattr("ctc_drafter.serve.server.SLACK", 0.2)
         with running(service) as at, closing(socket.create_connection(("127.0.0.1", at.port), 10)) as raw:
             head = f"POST /v1/completions HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {KEY}\r\n"
             raw.sendall(f"{head}Content-Type: application/json\r\nContent-Length: 100\r\n\r\n{{".encode())

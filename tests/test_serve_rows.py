@@ -15,8 +15,8 @@ from ctc_drafter.decode.generate import generate, generate_many, plain_generate
 from ctc_drafter.decode.sampling import ARGMAX, Greedy, Sampled
 from ctc_drafter.evaluate.exactness import ScriptedDrafter
 from ctc_drafter.serve.engine import Engine
-from ctc_drafter.serve.jobs import Failure, Finish, Job
-from ctc_drafter.serve.schema import Sampling
+from ctc_drafter.serve.protocol import Sampling
+from ctc_drafter.serve.requests import Failure, Finish, Job
 from ctc_drafter.serve.service import Limits, Service
 from ctc_drafter.target.model import CACHES, Target
 from ctc_drafter.types import UserError

@@ -1,4 +1,4 @@
-"""One thread loads and decodes: why is said in serve/worker.py."""
+"""One thread loads and decodes: why is said in serve/engine.py."""
 
 import logging
 import queue
@@ -15,11 +15,10 @@ from ctc_drafter import cli, load
 from ctc_drafter.decode import profile
 from ctc_drafter.decode.batch import Batch, Method
 from ctc_drafter.decode.sampling import ARGMAX
-from ctc_drafter.serve import run
-from ctc_drafter.serve.engine import Engine
-from ctc_drafter.serve.jobs import Failure, Finish
-from ctc_drafter.serve.schema import Sampling
-from ctc_drafter.serve.worker import Worker
+from ctc_drafter.serve import server
+from ctc_drafter.serve.engine import Engine, Worker
+from ctc_drafter.serve.protocol import Sampling
+from ctc_drafter.serve.requests import Failure, Finish
 from ctc_drafter.target.model import Target
 from ctc_drafter.types import UserError
 from serve_helpers import tiny_service, wait_until
@@ -85,7 +84,7 @@ def test_serve_loads_tries_and_decodes_on_one_thread(monkeypatch, tmp_path, opti
             where.append(threading.get_ident())
             return work(*args, **kwargs)
 
-        return run
+        return server
 
     def answer_one(listener, service, *_):
         with service.engine:
@@ -97,9 +96,9 @@ def test_serve_loads_tries_and_decodes_on_one_thread(monkeypatch, tmp_path, opti
                 pass
 
     monkeypatch.setattr(load, "load_target", noted(load.load_target))
-    monkeypatch.setattr(run, "make_engine", noted(run.make_engine))
+    monkeypatch.setattr(server, "make_engine", noted(server.make_engine))
     monkeypatch.setattr(Batch, "advance", noted(Batch.advance))
-    monkeypatch.setattr(run, "serve_on", answer_one)
+    monkeypatch.setattr(server, "serve_on", answer_one)
     pair = ["--target", str(tmp_path / "target"), "--drafter", str(tmp_path / "drafter")]
     assert cli.main(["serve", "--port", "0", *pair, *options]) == 0
     assert len(where) > 4
@@ -165,6 +164,6 @@ def test_a_folder_named_by_a_dot_has_its_own_name(monkeypatch, tmp_path):
     folder, _ = save_pair(tmp_path)
     monkeypatch.chdir(folder)
     names = []
-    monkeypatch.setattr(run, "serve_on", lambda listener, service, *_: names.append(service.name))
+    monkeypatch.setattr(server, "serve_on", lambda listener, service, *_: names.append(service.name))
     assert cli.main(["serve", "--port", "0", "--target", ".", "--drafter", "../drafter"]) == 0
     assert names == ["target"]

@@ -164,10 +164,10 @@ def serve(
     from ctc_drafter.decode.generate import DEFAULT_FLOOR, DEFAULT_NODES
     from ctc_drafter.decode.profile import budget_for
     from ctc_drafter.load import compiled_for, load_drafter, load_target, pair
-    from ctc_drafter.serve.run import make_engine
-    from ctc_drafter.serve.run import serve as run_server
+    from ctc_drafter.serve.engine import Worker
+    from ctc_drafter.serve.server import make_engine
+    from ctc_drafter.serve.server import serve as run_server
     from ctc_drafter.serve.service import Limits, Service
-    from ctc_drafter.serve.worker import Worker
 
     limits = Limits(max_new_tokens, max_prompt, max_body, timeout, grace)
     if threads:

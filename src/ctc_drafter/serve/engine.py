@@ -1,4 +1,4 @@
-"""The loop that decodes: requests wait in a bounded queue, join a batch between its steps, and leave when done."""
+"""The decoding engine: one worker thread, a bounded queue, a batch whose rows join and leave."""
 
 from __future__ import annotations
 
@@ -6,19 +6,24 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from queue import SimpleQueue
 from types import TracebackType
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 
 from ctc_drafter.decode.batch import Method
-from ctc_drafter.serve.jobs import ERROR, Failure, Job, failure
-from ctc_drafter.serve.lane import Lane
-from ctc_drafter.serve.speedup import Speedup
-from ctc_drafter.serve.worker import Worker
+from ctc_drafter.decode.profile import fitting, plain_method, time_steps
+from ctc_drafter.serve.method_batch import Lane
+from ctc_drafter.serve.requests import ERROR, Failure, Job, failure
+from ctc_drafter.target.model import Target
 from ctc_drafter.types import UserError
+
+# The loop that decodes: requests wait in a bounded queue, join a batch between its steps, and leave when done.
 
 LOG = logging.getLogger(__name__)
 SHUTDOWN = Failure("shutdown", "the server is shutting down; try another one, or later")
@@ -210,3 +215,87 @@ class Engine:
         for lane in self.lanes.values():
             for job in lane.clear():
                 job.deliver(why)
+
+
+# The thread on which everything happens that computes.
+
+T = TypeVar("T")
+Task = tuple[Callable[[], Any], "Future[Any]"]
+
+
+class Worker:
+    """Does one task after the other on a daemon thread, until it is closed.
+
+    Models are loaded, compiled and run on the same one. OpenMP (libgomp) keeps workers for each thread that computes,
+    and once those of two threads outnumber the cores it lets none of them wait awake: plain decoding of a small model
+    took three times as long (docs/log.md). And CUDA graphs belong to the thread that captured them. Not a
+    `ThreadPoolExecutor`: its threads hold up the end of the process until they are done.
+    """
+
+    def __init__(self, name: str):
+        self._tasks: SimpleQueue[Task | None] = SimpleQueue()
+        self._closed = False
+        self.thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self.thread.start()
+
+    def begin(self, task: Callable[[], T]) -> Future[T]:
+        """Does it when those before it are done; its future has what it returned or raised."""
+        if self._closed:
+            raise RuntimeError("the worker is closed")
+        future: Future[T] = Future()
+        self._tasks.put((task, future))
+        return future
+
+    def do(self, task: Callable[[], T]) -> T:
+        """Waits for what it returns; raises what it raised."""
+        return self.begin(task).result()
+
+    def close(self) -> None:
+        """Waits for the tasks there are, and ends the thread."""
+        self._closed = True
+        self._tasks.put(None)
+        self.thread.join()
+
+    def _run(self) -> None:
+        while (item := self._tasks.get()) is not None:
+            task, future = item
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                future.set_result(task())
+            except BaseException as error:  # whoever waits for the future decides
+                future.set_exception(error)
+
+
+# How much sooner the server's tokens come than plain decoding would have written them, estimated.
+
+PROMPT = 64
+
+
+class Speedup:
+    """γ: seconds that plain steps of the same number of rows would have taken, over the seconds that were taken.
+
+    plain: seconds of a plain step by number of rows, as `time_plain_steps` measures them; numbers between are
+    interpolated. An estimate: plain steps slow down with long texts, and are timed once on short ones.
+    """
+
+    def __init__(self, plain: Mapping[int, float]):
+        self.sizes, self.seconds = np.array(sorted(plain)), np.array([plain[size] for size in sorted(plain)])
+        self.plain_seconds = self.taken_seconds = 0.0
+
+    def count(self, rows: int, tokens: int, seconds: float) -> None:
+        """A step of `rows` rows that emitted `tokens` tokens."""
+        self.plain_seconds += tokens / rows * float(np.interp(rows, self.sizes, self.seconds))
+        self.taken_seconds += seconds
+
+    @property
+    def gamma(self) -> float:
+        """0 before the first step."""
+        return self.plain_seconds / self.taken_seconds if self.taken_seconds else 0.0
+
+
+def time_plain_steps(target: Target, batch_size: int) -> dict[int, float]:
+    """Median seconds of a plain step with 1, 2, 4, ... rows; warms the target up as well."""
+    sizes = [*(1 << power for power in range((batch_size - 1).bit_length())), batch_size]
+    plain, context = [plain_method(target)], fitting(target, PROMPT, 0)
+    return {size: time_steps(plain, size, context)[0].ms / 1e3 for size in sizes}

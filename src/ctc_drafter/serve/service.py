@@ -14,11 +14,10 @@ from transformers import PreTrainedTokenizerBase
 from ctc_drafter.chat import eos_ids
 from ctc_drafter.decode.prefill import check_prompts
 from ctc_drafter.decode.sampling import ARGMAX, Chooser, Sampled, warpers
-from ctc_drafter.serve.answer_text import AnswerText
 from ctc_drafter.serve.engine import Engine
-from ctc_drafter.serve.errors import APIError
-from ctc_drafter.serve.jobs import Job
-from ctc_drafter.serve.schema import MOST_CHOICES, Message, Sampling
+from ctc_drafter.serve.middleware import APIError
+from ctc_drafter.serve.protocol import MOST_CHOICES, Message, Sampling
+from ctc_drafter.serve.requests import AnswerText, Job
 from ctc_drafter.target.model import Target
 from ctc_drafter.types import UserError
 

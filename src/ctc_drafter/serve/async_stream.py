@@ -13,8 +13,8 @@ from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from ctc_drafter.serve.engine import Engine
-from ctc_drafter.serve.errors import CLIENT_GONE, APIError
-from ctc_drafter.serve.jobs import Burst, Event, Failure, Finish, Job, Written
+from ctc_drafter.serve.middleware import CLIENT_GONE, APIError
+from ctc_drafter.serve.requests import Burst, Event, Failure, Finish, Job, Written
 
 STATUS = {"timeout": 504, "shutdown": 503, "error": 500}
 T = TypeVar("T")

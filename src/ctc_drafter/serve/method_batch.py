@@ -17,7 +17,7 @@ from ctc_drafter.decode.sampling import ByRow, Chooser, RowErrors
 from ctc_drafter.decode.sequence import Row
 from ctc_drafter.decode.stats import Stats, Stopwatch
 from ctc_drafter.drafters.base import LazySession, Silent
-from ctc_drafter.serve.jobs import Burst, Job, Likelihood, Node, failure
+from ctc_drafter.serve.requests import Burst, Job, Likelihood, Node, failure
 from ctc_drafter.types import UserError
 
 LOG = logging.getLogger(__name__)

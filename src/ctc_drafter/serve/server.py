@@ -1,4 +1,4 @@
-"""`ctc-drafter serve`: the application on a socket, until it is told to stop."""
+"""`ctc-drafter serve`: the web application on a socket, until it is told to stop."""
 
 from __future__ import annotations
 
@@ -6,8 +6,13 @@ import contextlib
 import logging
 import socket
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import uvicorn
+from fastapi import FastAPI
+from fastapi.responses import FileResponse, Response
+from fastapi.staticfiles import StaticFiles
+from prometheus_client import CONTENT_TYPE_LATEST
 
 from ctc_drafter.decode.batch import Method
 from ctc_drafter.decode.budget import Budget
@@ -15,14 +20,18 @@ from ctc_drafter.decode.generate import generate
 from ctc_drafter.decode.profile import plain_method
 from ctc_drafter.decode.sampling import ARGMAX
 from ctc_drafter.drafters.base import Drafter
-from ctc_drafter.serve.app import create_app
-from ctc_drafter.serve.engine import Engine
+from ctc_drafter.serve import middleware
+from ctc_drafter.serve.engine import Engine, Speedup, Worker, time_plain_steps
+from ctc_drafter.serve.metrics import Metrics
+from ctc_drafter.serve.middleware import Gate
+from ctc_drafter.serve.openai_api import openai_router
+from ctc_drafter.serve.protocol import Health
 from ctc_drafter.serve.service import Service
-from ctc_drafter.serve.speedup import Speedup, time_plain_steps
-from ctc_drafter.serve.trace import PLAIN
-from ctc_drafter.serve.worker import Worker
+from ctc_drafter.serve.trace_api import PLAIN, trace_router
 from ctc_drafter.target.model import Target
 from ctc_drafter.types import UserError
+
+# `ctc-drafter serve`: the application on a socket, until it is told to stop.
 
 LOG = logging.getLogger(__name__)
 BACKLOG = 128
@@ -126,3 +135,46 @@ def listening_errors(host: str, port: int) -> Iterator[None]:
 def address(listener: socket.socket) -> str:
     host, port = listener.getsockname()[:2]
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+# The web application around a service.
+
+PAGE = Path(__file__).parent / "page"
+SLACK = 30.0  # seconds to read and write a request beyond those of its answer
+
+
+def create_app(service: Service, api_key: str | None = None) -> FastAPI:
+    """OpenAI's API, our own stream, health, metrics and the page. The engine is started and stopped by the caller.
+
+    api_key: clients must send it under /v1/; None lets everybody in.
+    """
+    app = FastAPI(
+        title="CTC-drafter",
+        docs_url=None,  # its page loads scripts from elsewhere
+        redoc_url=None,
+    )
+    metrics, limits = Metrics(service.engine), service.limits
+    seconds = limits.timeout + SLACK
+    app.add_middleware(Gate, api_key=api_key, max_body=limits.max_body, seconds=seconds, metrics=metrics)
+    middleware.install(app)
+    app.include_router(openai_router(service))
+    app.include_router(trace_router(service))
+
+    @app.get("/health", responses={503: {"model": Health}})
+    async def health(response: Response) -> Health:
+        """Whether requests are taken."""
+        load = service.engine.load()
+        response.status_code = 200 if load.open else 503
+        return Health(status="ok" if load.open else "stopping", running=load.running, waiting=load.waiting)
+
+    @app.get("/metrics", response_class=Response)
+    async def figures() -> Response:
+        """Figures for Prometheus."""
+        return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> FileResponse:
+        return FileResponse(PAGE / "index.html")
+
+    app.mount("/page", StaticFiles(directory=PAGE))
+    return app

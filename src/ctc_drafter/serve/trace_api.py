@@ -9,13 +9,11 @@ from fastapi.responses import Response
 from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 
-from ctc_drafter.serve.errors import APIError
-from ctc_drafter.serve.exchange import EventStream, Exchange
-from ctc_drafter.serve.forms import Wording, usage_of
-from ctc_drafter.serve.jobs import Burst, Finish
-from ctc_drafter.serve.openai_api import ERRORS
-from ctc_drafter.serve.replies import TraceEnd, TraceNode, TracePiece, TraceStep
-from ctc_drafter.serve.schema import TraceRequest
+from ctc_drafter.serve.async_stream import EventStream, Exchange
+from ctc_drafter.serve.middleware import APIError
+from ctc_drafter.serve.openai_api import ERRORS, Wording, usage_of
+from ctc_drafter.serve.protocol import TraceEnd, TraceNode, TracePiece, TraceRequest, TraceStep
+from ctc_drafter.serve.requests import Burst, Finish
 from ctc_drafter.serve.service import Service
 
 PLAIN = "plain"  # the lane without a drafter
