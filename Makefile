@@ -50,7 +50,7 @@ check: $(STAMP) ## format, lint, types, import rule
 
 quickstart: $(STAMP) ## train the shipped target and drafter anew: CORPUS=folder
 	@test -n "$(CORPUS)" || { echo "say where the corpus is: make quickstart CORPUS=folder" >&2; exit 2; }
-	$(BIN)/python -m ctc_drafter.quickstart.build "$(CORPUS)"
+	$(BIN)/python -m recipes.quickstart.build "$(CORPUS)"
 
 bench: $(STAMP) ## evaluate the shipped model into results/ and the README: TASKS_PATH=folder [LIMIT=40]
 	@test -n "$(TASKS_PATH)" || { echo "say where the task files are: make bench TASKS_PATH=folder" >&2; exit 2; }

@@ -18,7 +18,7 @@ def tiny_quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Options of a quick bench of a tiny target, in place of the shipped one, with trainings of 2 steps."""
     from ctc_drafter.cli import main
     from ctc_drafter.evaluate import variants
-    from ctc_drafter.quickstart.sample import write_sample
+    from recipes.quickstart.sample import write_sample
     from tiny_models import save_pair
 
     target, drafter = save_pair(tmp_path)

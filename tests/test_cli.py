@@ -274,7 +274,7 @@ def test_bugs_are_not_hidden(monkeypatch: pytest.MonkeyPatch, models: list[str])
     def broken(*_args: object, **_options: object) -> None:
         raise ValueError("a bug")
 
-    monkeypatch.setattr("ctc_drafter.answer.generate", broken)
+    monkeypatch.setattr("ctc_drafter.cli.answer.generate", broken)
     with pytest.raises(ValueError, match="a bug"):
         main(["generate", *models, "--prompt", "a"])
 
@@ -283,7 +283,7 @@ def test_interrupt(monkeypatch: pytest.MonkeyPatch, models: list[str]) -> None:
     def interrupted(*_args: object, **_options: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("ctc_drafter.answer.generate", interrupted)
+    monkeypatch.setattr("ctc_drafter.cli.answer.generate", interrupted)
     assert main(["generate", *models, "--prompt", "a"]) == 130
 
 

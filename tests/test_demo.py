@@ -4,9 +4,9 @@ import re
 import pytest
 from rich.console import Console
 
+from ctc_drafter.cli.demo import COLOURS, RunPrinter, Total, demo, summary
 from ctc_drafter.decode.generate import Generation
 from ctc_drafter.decode.stats import Stats
-from ctc_drafter.demo import COLOURS, RunPrinter, Total, demo, summary
 from ctc_drafter.target.model import Target
 from tiny_models import tiny_drafter, tiny_llama, tiny_tokenizer
 

@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 from transformers import Gemma3TextConfig
 
 from ctc_drafter.cli import main
+from ctc_drafter.integrations.export import embedding_scale, export
 from ctc_drafter.integrations.head import CTCHead
 from ctc_drafter.integrations.settings import ARCHITECTURE, HeadSettings, check_vllm
-from ctc_drafter.integrations.speculators import embedding_scale, export
 from ctc_drafter.integrations.vllm.cpu import expand
 from ctc_drafter.types import UserError
 from ctc_oracle import prefix_probs, sequence_probs

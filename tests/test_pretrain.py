@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from ctc_drafter.load import load_target
-from ctc_drafter.quickstart import TARGET_DIR, corpus, smaller
-from ctc_drafter.quickstart.pretrain import Phase, Shape
+from ctc_drafter.quickstart import TARGET_DIR
 from ctc_drafter.train.data import DistilledDataset
 from ctc_drafter.types import UserError
+from recipes.quickstart import pretrain, smaller_targets
+from recipes.quickstart.pretrain import Phase, Shape
 
 PHASES = (Phase("short", 64, steps=2, warmup=1, peak=1e-3, floor=1e-4), Phase("long", 128, 1, 0, 1e-4, 1e-5))
 
@@ -24,20 +25,20 @@ def small_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for split in ("train", "val"):
         with gzip.open(folder / f"cats.{split}.jsonl.gz", "wt") as out:
             out.writelines(json.dumps({"source": "cats", "messages": messages}) + "\n" for _ in range(40))
-    for name in list(corpus.MIX):
-        monkeypatch.delitem(corpus.MIX, name)
-    monkeypatch.setitem(corpus.MIX, "cats", 1.0)
-    monkeypatch.setattr("ctc_drafter.quickstart.pretrain.TOKENS_PER_STEP", 256)
+    for name in list(pretrain.MIX):
+        monkeypatch.delitem(pretrain.MIX, name)
+    monkeypatch.setitem(pretrain.MIX, "cats", 1.0)
+    monkeypatch.setattr("recipes.quickstart.pretrain.TOKENS_PER_STEP", 256)
     monkeypatch.setattr(torch, "compile", lambda work: work)
-    sample = DistilledDataset.load([smaller.SAMPLE_DIR]).rows[:3]
-    monkeypatch.setattr(smaller.DistilledDataset, "load", lambda _: DistilledDataset(sample, None))
+    sample = DistilledDataset.load([smaller_targets.SAMPLE_DIR]).rows[:3]
+    monkeypatch.setattr(smaller_targets.DistilledDataset, "load", lambda _: DistilledDataset(sample, None))
     return folder
 
 
 def test_a_smaller_target(small_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     work, shape = tmp_path / "tiny", Shape(layers=1, width=64, inner=96, kv_heads=1)
-    monkeypatch.setattr(smaller, "ANSWER_TOKENS", 8)
-    smaller.make(small_corpus, work, shape, "tiny", PHASES)
+    monkeypatch.setattr(smaller_targets, "ANSWER_TOKENS", 8)
+    smaller_targets.make(small_corpus, work, shape, "tiny", PHASES)
     target, tokenizer = load_target(str(work / "target"), "float32", "cpu")
     its_tokenizer = load_target(str(TARGET_DIR), "float32", "cpu")[1]
     assert tokenizer.get_vocab() == its_tokenizer.get_vocab()
@@ -45,23 +46,23 @@ def test_a_smaller_target(small_corpus: Path, tmp_path: Path, monkeypatch: pytes
     assert (work / "distilled" / "manifest.json").is_file()
     assert json.loads((work / "perplexity.json").read_text()).keys() == {"cats"}
     before = (work / "target" / "model.safetensors").stat().st_mtime_ns
-    smaller.make(small_corpus, work, shape, "tiny", PHASES)
+    smaller_targets.make(small_corpus, work, shape, "tiny", PHASES)
     assert (work / "target" / "model.safetensors").stat().st_mtime_ns == before
 
 
 def test_no_corpus(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="give the folder that holds the corpus files"):
-        smaller.make(tmp_path, tmp_path / "w", smaller.SHAPES["tiny"], "tiny")
+        smaller_targets.make(tmp_path, tmp_path / "w", smaller_targets.SHAPES["tiny"], "tiny")
 
 
 def test_sizes_are_as_said() -> None:
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-    from ctc_drafter.quickstart.pretrain import SHIPPED, target_config
+    from recipes.quickstart.pretrain import SHIPPED, target_config
 
     tokenizer = PreTrainedTokenizerFast.from_pretrained(TARGET_DIR)
     counts = {}
-    for name, shape in {"shipped": SHIPPED, **smaller.SHAPES}.items():
+    for name, shape in {"shipped": SHIPPED, **smaller_targets.SHAPES}.items():
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(target_config(tokenizer, shape))
         counts[name] = sum(weight.numel() for weight in model.parameters())

@@ -12,9 +12,9 @@ from ctc_drafter.evaluate import variants
 from ctc_drafter.evaluate.variants import Recipe, TrainedAlike, recipes, sample_rows, selected
 from ctc_drafter.load import load_target
 from ctc_drafter.provenance import config_hash
-from ctc_drafter.quickstart.sample import write_sample
 from ctc_drafter.train.data import DistilledDataset
 from ctc_drafter.types import UserError
+from recipes.quickstart.sample import write_sample
 
 
 def distilled(folder: Path, prefix: str, rows: int, length: int, config: str = "c") -> Path:

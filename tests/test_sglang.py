@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from ctc_drafter.integrations.export import export
 from ctc_drafter.integrations.settings import ARCHITECTURE
-from ctc_drafter.integrations.speculators import export
 from ctc_drafter.types import UserError
 from helpers import tiny_drafter, tiny_target
 

@@ -18,7 +18,7 @@ import torch
 from ctc_drafter.decode.generate import generate
 from ctc_drafter.drafters.ctc import CTCDrafter
 from ctc_drafter.evaluate.methods import Chained
-from ctc_drafter.integrations.speculators import export
+from ctc_drafter.integrations.export import export
 from ctc_drafter.load import load_drafter, load_target
 from ctc_drafter.quickstart import DRAFTER_DIR, TARGET_DIR
 

@@ -1,7 +1,6 @@
 """The small target and drafter that ship with the package, so that `demo` needs no network.
 
-Reading order: `corpus` (text and tokenizer), `pretrain` (the target), `build` (the whole recipe),
-`sample` (a little of the distilled text, for `bench --quick`), `smaller` (smaller targets, for comparison).
+`recipes/quickstart/` in the repository made them.
 """
 
 from pathlib import Path

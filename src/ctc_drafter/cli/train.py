@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from ctc_drafter.cli_estimate import show_estimate, show_recipe
-from ctc_drafter.options import (
+from ctc_drafter.cli.options import (
     BatchOption,
     DeviceOption,
     Dtype,
@@ -21,6 +20,10 @@ from ctc_drafter.options import (
     TemplateOption,
     refuse,
 )
+
+if TYPE_CHECKING:
+    from ctc_drafter.train.estimate import Plan
+    from ctc_drafter.train.recipe import Recipe
 
 MANY_CUT = 0.9  # of all answers: seldom right
 
@@ -317,3 +320,33 @@ def pairs(settings: list[str]) -> dict[str, Any]:
             refuse(f"--set {text} has no value; write NAME=VALUE")
         found[name.strip().replace("-", "_")] = value.split(",") if "," in value else value
     return found
+
+
+# What `--estimate` prints. As in `cli`, the work is imported when it starts.
+
+
+def show_estimate(plan: Plan, flops: float | None, device: str) -> float:
+    """Prints what a run needs; returns the rate, operations per second: the one given, or this machine's."""
+    from ctc_drafter.load import chosen_device, keep_quiet
+    from ctc_drafter.train.estimate import describe, estimate, measured_rate
+
+    keep_quiet()
+    rate, source = flops, "given"
+    if rate is None:
+        rate, source = measured_rate(plan.dtype, chosen_device(device)), "measured here: matrix products"
+    for what, much in describe(estimate(plan), rate, source):
+        print(f"{what}: {much}")
+    return rate
+
+
+def show_recipe(recipe: Recipe, flops: float | None, bandwidth: float | None, device: str) -> None:
+    """As `show_estimate`, and what the answers cost; bandwidth: bytes per second, measured if not given."""
+    from ctc_drafter.load import chosen_device
+    from ctc_drafter.train.estimate import measured_bandwidth
+    from ctc_drafter.train.recipe import distillation, plan_of
+
+    rate = show_estimate(plan_of(recipe), flops, device)
+    speed = bandwidth or measured_bandwidth(chosen_device(device))
+    source = "given" if flops and bandwidth else "measured here where not given"
+    for what, much in distillation(recipe, rate, speed, source):
+        print(f"{what}: {much}")

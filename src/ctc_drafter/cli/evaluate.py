@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ctc_drafter.options import (
+from ctc_drafter.cli.options import (
     AlsoOption,
     BatchOption,
     CompileOption,
@@ -291,8 +291,8 @@ def exactness(
     import torch
     from rich.console import Console
 
+    from ctc_drafter.cli.demo import PROMPTS
     from ctc_drafter.decode.generate import DEFAULT_NODES
-    from ctc_drafter.demo import PROMPTS
     from ctc_drafter.evaluate.exactness import exactness as compare
     from ctc_drafter.evaluate.exactness import exactness_table
     from ctc_drafter.evaluate.tasks import Prompt, Task, read_tasks

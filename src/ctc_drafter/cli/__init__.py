@@ -5,14 +5,12 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-from ctc_drafter.cli_evaluate import bench, evaluate, exactness, profile, report
-from ctc_drafter.cli_export import export
-from ctc_drafter.cli_train import distill, recipe, train
-from ctc_drafter.options import (
+from ctc_drafter.cli.evaluate import bench, evaluate, exactness, profile, report
+from ctc_drafter.cli.options import (
     BatchOption,
     BudgetOption,
     CompileOption,
@@ -29,6 +27,7 @@ from ctc_drafter.options import (
     meta,
     refuse,
 )
+from ctc_drafter.cli.train import distill, recipe, train
 
 app = typer.Typer(
     help="Lossless speculative decoding with a CTC drafter.",
@@ -50,8 +49,8 @@ def demo(
     """Shows plain and CTC decoding of three prompts, and how much sooner the same text is there."""
     from rich.console import Console
 
+    from ctc_drafter.cli.demo import demo as run_demo
     from ctc_drafter.decode.generate import DEFAULT_NODES
-    from ctc_drafter.demo import demo as run_demo
     from ctc_drafter.load import load_pair
 
     lm, tokenizer, draft = load_pair(target, drafter, dtype, device)
@@ -86,7 +85,7 @@ def generate(
     json_out: JsonOption = None,
 ) -> None:
     """Answers a prompt, or every prompt of a file, in the target's own words."""
-    from ctc_drafter.answer import Answerer, AnswerSettings, answer
+    from ctc_drafter.cli.answer import Answerer, AnswerSettings, answer
     from ctc_drafter.decode.generate import DEFAULT_NODES
     from ctc_drafter.evaluate.tasks import Prompt, read_prompts
     from ctc_drafter.files import check_place
@@ -117,6 +116,40 @@ def generate(
         lm = compiled_for(lm, draft, settings.nodes, batch_size)
     details = meta(*names) | ({"drafter": None} if plain else {})
     answer(Answerer(lm, draft, tokenizer, settings), prompts, details, json_out, sys.stdout)
+
+
+# The command that hands a drafter to other engines. As in `cli`, the work is imported when it starts.
+
+
+def export(
+    out: Annotated[Path, typer.Option("--out", help="New folder for the exported drafter.")],
+    target: TargetOption = None,
+    drafter: DrafterOption = None,
+    layout: Annotated[Literal["speculators"], typer.Option("--format", help="How engines read it.")] = "speculators",
+    width: Annotated[int, typer.Option("--width", min=1, help="Prefixes of each length that a search keeps.")] = 8,
+    dtype: DtypeOption = "bfloat16",
+) -> None:
+    """Writes a drafter as vLLM and SGLang load it, with our plugin: vllm serve OUT."""
+    import torch
+
+    from ctc_drafter.chat import fingerprint
+    from ctc_drafter.drafters.ctc import CTCDrafter
+    from ctc_drafter.drafters.registry import open_drafter
+    from ctc_drafter.integrations.export import export as write
+    from ctc_drafter.load import load_config, pair, shipped
+    from ctc_drafter.quickstart import DRAFTER_DIR, TARGET_DIR
+
+    names = pair(target, drafter)
+    name = names[0] or shipped(TARGET_DIR)
+    config, tokenizer, _ = load_config(name)
+    found = open_drafter(names[1] or shipped(DRAFTER_DIR))
+    if not isinstance(found, CTCDrafter):
+        refuse(f"engines run CTC drafters only, and {drafter} is another; give --drafter the folder of one")
+    found.check_target(config, fingerprint(tokenizer))
+    place = str(Path(name).resolve()) if Path(name).is_dir() else name
+    left_out = write(found.to(getattr(torch, dtype)), config, place, out, width)
+    note = f"; engines draft without {', '.join(left_out)}" if left_out else ""
+    print(f"{out}: {layout}, {found.config.frames} frames{note}")
 
 
 for command in (profile, bench, report, exactness, distill, train, recipe, export):
@@ -215,7 +248,3 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         print(f"error: {message}", file=sys.stderr)
         return 2
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,4 @@
-"""Smaller targets, made as the shipped one was: `python -m ctc_drafter.quickstart.smaller CORPUS --out FOLDER`.
+"""Smaller targets, made as the shipped one was: `python -m recipes.quickstart.smaller_targets CORPUS --out FOLDER`.
 
 With them `bench --ablations --target FOLDER/NAME/target --data FOLDER/NAME/distilled` shows how acceptance changes with
 the target: same text, same tokenizer, same prompts to answer as those of the sample that ships with the package.
@@ -15,11 +15,11 @@ from transformers import AutoTokenizer
 from benchmarks.pages import run_alone
 from ctc_drafter.load import load_target
 from ctc_drafter.quickstart import SAMPLE_DIR, TARGET_DIR
-from ctc_drafter.quickstart.build import ANSWER_TOKENS
-from ctc_drafter.quickstart.pretrain import PERPLEXITY, PHASES, Phase, Shape, pretrain
 from ctc_drafter.train.data import DistilledDataset
 from ctc_drafter.train.distill import distill
 from ctc_drafter.train.prompts import Prompt
+from recipes.quickstart.build import ANSWER_TOKENS
+from recipes.quickstart.pretrain import PERPLEXITY, PHASES, Phase, Shape, pretrain
 
 SHAPES = {
     "small": Shape(layers=4, width=256, inner=640),  # 4.9 M parameters

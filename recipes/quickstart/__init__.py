@@ -1,0 +1,1 @@
+"""How the shipped target and drafter were made: corpus and target, distillation, drafter, model card."""
