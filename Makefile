@@ -25,7 +25,7 @@ test-slow: $(STAMP) ## tests that take minutes
 # torchao in a folder of its own: transformers imports it wherever it is installed, which takes long.
 test-quant: $(STAMP) ## tests of int8 targets
 	$(PIP) install -q --no-deps -c constraints.txt --target .quant --upgrade torchao
-	PYTHONPATH=.quant $(BIN)/python -m pytest tests/test_quantised.py
+	PYTHONPATH=.quant $(BIN)/python -m pytest tests/target/test_quantised.py
 
 # vLLM has ranges of its own and needs an environment of its own. Its wheel asks for parts of torch that break its imports.
 VLLM := .venv-vllm
@@ -33,7 +33,7 @@ VLLM_STAMP := $(VLLM)/.installed
 VLLM_PIP := $(VLLM)/bin/python -m pip
 
 test-vllm: $(VLLM_STAMP) ## the vLLM plugin on a CPU, in .venv-vllm
-	$(VLLM)/bin/python -m pytest -m vllm tests/test_vllm.py --timeout 1800
+	$(VLLM)/bin/python -m pytest -m vllm tests/integrations/test_vllm.py --timeout 1800
 
 $(VLLM_STAMP): pyproject.toml constraints-vllm.txt
 	$(PYTHON) -m venv $(VLLM)

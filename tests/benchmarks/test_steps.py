@@ -15,7 +15,7 @@ from ctc_drafter.decode.profile import median_of
 from ctc_drafter.types import UserError
 from helpers import tiny_target
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def parameters(name):

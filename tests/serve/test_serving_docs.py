@@ -6,7 +6,7 @@ import typer
 
 from ctc_drafter.cli import app
 
-PAGE = (Path(__file__).parents[1] / "docs" / "serving.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
 
 
 def options_table() -> str:

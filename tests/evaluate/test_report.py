@@ -14,7 +14,7 @@ from ctc_drafter.evaluate.report_page import draw, page
 from ctc_drafter.evaluate.results import Results, read_results
 from ctc_drafter.types import UserError
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 METHODS = {"medusa": 2.5, "ctc": 3.4, "prompt_lookup": 1.6}
 
 

@@ -78,7 +78,15 @@ def test_sigkill_and_resume(tmp_path: Path, unbroken: tuple[Path, Trained]) -> N
         "t.short_run(pathlib.Path(sys.argv[1]))\n"
     )
     here = Path(__file__).parent
-    path = os.pathsep.join([str(here), str(here.parent / "src"), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join(
+        [
+            str(here),
+            str(here.parent / "support"),
+            str(here.parents[1]),
+            str(here.parents[1] / "src"),
+            os.environ.get("PYTHONPATH", ""),
+        ]
+    )
     killed = subprocess.run([sys.executable, "-c", script, str(tmp_path)], env={**os.environ, "PYTHONPATH": path})
     assert killed.returncode == -signal.SIGKILL
     assert [folder.name for folder in (tmp_path / "checkpoints").iterdir()] == ["checkpoint-3"]

@@ -14,7 +14,7 @@ from ctc_drafter.types import UserError
 from tiny_models import tiny_tokenizer
 from train_helpers import write_jsonl
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 TOY = {
     "vocab_size": 280,

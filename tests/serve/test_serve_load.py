@@ -1,6 +1,7 @@
 """Load: many clients at once, some rude, some gone in the middle; every answer is plain decoding's and memory is flat.
 
-`LOAD_CLIENTS=200 LOAD_SECONDS=300 LOAD_JSON=results/load.json pytest -m slow tests/test_serve_load.py` is the long one.
+`LOAD_CLIENTS=200 LOAD_SECONDS=300 LOAD_JSON=results/load.json pytest -m slow tests/serve/test_serve_load.py` is the
+long one.
 """
 
 from __future__ import annotations

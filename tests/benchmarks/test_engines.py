@@ -12,7 +12,7 @@ from benchmarks.serving import Reply
 from benchmarks.vllm_acceptance import Counts, counters, markdown_engines, row_of, ways_of
 from ctc_drafter.types import UserError
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 METRICS = """# TYPE vllm:spec_decode_num_drafts_total counter
 vllm:spec_decode_num_drafts_total{engine="0"} 20.0
 vllm:spec_decode_num_drafts_created{engine="0"} 1.7e9

@@ -189,7 +189,15 @@ print((peak() - before) / 1e9)
 @pytest.mark.slow
 def test_the_loss_of_a_large_vocabulary_needs_less_than_two_gigabytes() -> None:
     here = Path(__file__).parent
-    path = os.pathsep.join([str(here), str(here.parent / "src"), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join(
+        [
+            str(here),
+            str(here.parent / "support"),
+            str(here.parents[1]),
+            str(here.parents[1] / "src"),
+            os.environ.get("PYTHONPATH", ""),
+        ]
+    )
     done = subprocess.run(
         [sys.executable, "-c", MEMORY],
         env={**os.environ, "PYTHONPATH": path},

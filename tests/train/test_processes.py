@@ -58,7 +58,15 @@ def launch(out: Path, arguments: str = "") -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     here = Path(__file__).parent
-    path = os.pathsep.join([str(here), str(here.parent / "src"), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join(
+        [
+            str(here),
+            str(here.parent / "support"),
+            str(here.parents[1]),
+            str(here.parents[1] / "src"),
+            os.environ.get("PYTHONPATH", ""),
+        ]
+    )
     common = {"PYTHONPATH": path, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     processes = [
         subprocess.Popen(

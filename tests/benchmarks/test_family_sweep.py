@@ -16,7 +16,7 @@ from ctc_drafter.target.model import Target
 from ctc_drafter.types import UserError
 from spoilt import POSITIONS, knows_positions, unnoticed
 
-DOCS = Path(__file__).parents[1] / "docs" / "families.md"
+DOCS = Path(__file__).parents[2] / "docs" / "families.md"
 EVERY = {family.name: family for family in every_family()}
 FAST = [
     *(

@@ -84,7 +84,7 @@ def test_serve_loads_tries_and_decodes_on_one_thread(monkeypatch, tmp_path, opti
             where.append(threading.get_ident())
             return work(*args, **kwargs)
 
-        return server
+        return run
 
     def answer_one(listener, service, *_):
         with service.engine:

@@ -3,6 +3,7 @@
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_accept import tree_of
 from transformers import (
     LogitsProcessorList,
     NoRepeatNGramLogitsProcessor,
@@ -14,7 +15,6 @@ from transformers import (
 from ctc_drafter.decode.sampling import ARGMAX, Greedy, Sampled, gumbel
 from ctc_drafter.decode.sequence import Row
 from ctc_drafter.decode.verify import follow
-from test_accept import tree_of
 
 WORDS = 6
 PROCESSORS = LogitsProcessorList(

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import test_distill
+import test_trainer
 import torch
 from safetensors.torch import load_file
 
-import test_distill
-import test_trainer
 from ctc_drafter.train.prompts import Prompt
 
 HERE = Path(__file__).parent
@@ -48,7 +48,15 @@ TRAIN = (
 
 def kill_again_and_again(script: str, out: Path, longest: float) -> None:
     """Starts the script and kills it at a random moment of its work, again and again."""
-    path = os.pathsep.join([str(HERE), str(HERE.parent / "src"), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join(
+        [
+            str(HERE),
+            str(HERE.parent / "support"),
+            str(HERE.parents[1]),
+            str(HERE.parents[1] / "src"),
+            os.environ.get("PYTHONPATH", ""),
+        ]
+    )
     rng = random.Random(0)
     for _ in range(KILLS):
         process = subprocess.Popen(

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from ctc_drafter import provenance as manifest_module
 from ctc_drafter.decode.generate import plain_generate
 from ctc_drafter.target.model import Target
 from ctc_drafter.train import distill as distill_module
@@ -103,7 +102,15 @@ def test_sigkill_while_a_shard_is_written(tmp_path: Path, unbroken: dict[str, st
         "t.run(pathlib.Path(sys.argv[1]))\n"
     )
     here = Path(__file__).parent
-    path = os.pathsep.join([str(here), str(here.parent / "src"), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join(
+        [
+            str(here),
+            str(here.parent / "support"),
+            str(here.parents[1]),
+            str(here.parents[1] / "src"),
+            os.environ.get("PYTHONPATH", ""),
+        ]
+    )
     killed = subprocess.run([sys.executable, "-c", script, str(tmp_path)], env={**os.environ, "PYTHONPATH": path})
     assert killed.returncode == -signal.SIGKILL
     assert sorted(file.name for file in tmp_path.iterdir()) == [
@@ -123,7 +130,7 @@ def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unbroken: di
         if syncs[0] == 4:  # manifest, two shards, then the disk is full
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(manifest_module.os, "fsync", fsync)
+    monkeypatch.setattr(os, "fsync", fsync)
     with pytest.raises(UserError, match=f"cannot write to {tmp_path}: No space left.*same command again"):
         run(tmp_path)
     assert [file.name for file in sorted(tmp_path.iterdir())] == [

@@ -151,7 +151,7 @@ print(len(tokens), peak() - before)
 @pytest.mark.parametrize(("kernel", "kind"), [("sdpa", "dynamic"), ("sdpa", "static"), ("eager", "dynamic")])
 def test_sixteen_thousand_tokens_fit_into_little_memory(kernel, kind):
     """Eager attention at once would take 4 GB, a dense mask 1 GB; the cache takes 4 MB."""
-    command = [sys.executable, "-c", LONG, str(Path(__file__).parent), kernel, kind]
+    command = [sys.executable, "-c", LONG, str(Path(__file__).parents[1] / "support"), kernel, kind]
     run = subprocess.run(command, capture_output=True, text=True, check=True)
     tokens, megabytes = run.stdout.split()
     assert int(tokens) == 16

@@ -21,7 +21,7 @@ from benchmarks.steps import named_shape
 from ctc_drafter.drafters.ctc import CTCDrafter
 from helpers import tiny_target
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def test_a_forward_is_bound_by_memory_or_by_arithmetic():

@@ -13,7 +13,7 @@ from ctc_drafter.types import UserError
 from serve_helpers import plain_texts, running, tiny_service
 from tiny_models import save_pair
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def measured(seconds: float, verifications: float, *texts: str) -> Measured:

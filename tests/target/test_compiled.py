@@ -114,7 +114,6 @@ def test_times_of_compiled_steps_are_kept_apart():
 def test_where_sizes_are_fixed_each_has_a_graph_of_its_own(monkeypatch):
     """As for CUDA graphs: a text that outgrows its cache, and other numbers of rows, get new graphs."""
     monkeypatch.setattr(compiled, "sizes_are_fixed", lambda _: True)
-    monkeypatch.setattr(compiled, "sizes_are_fixed", lambda _: True)
     target = tiny_target(max_position_embeddings=1024, num_hidden_layers=1)
     made = compile_target(target, backend="eager")
     check(target, made, [text(BLOCK - 6)], 14)

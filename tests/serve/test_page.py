@@ -13,7 +13,7 @@ import pytest
 from benchmarks.page_pictures import CHROMIUM, LOOKS
 from serve_helpers import KEY, NAME, blocked_service, plain_texts, running, tiny_service
 
-PAGE = Path(__file__).parents[1] / "src" / "ctc_drafter" / "serve" / "page"
+PAGE = Path(__file__).parents[2] / "src" / "ctc_drafter" / "serve" / "page"
 NODE = shutil.which("node") or ""
 needs_chromium = pytest.mark.skipif(not CHROMIUM, reason="needs Chromium; on Debian: apt install chromium")
 needs_node = pytest.mark.skipif(not NODE, reason="needs Node.js; on Debian: apt install nodejs")
@@ -88,7 +88,7 @@ def test_the_scripts_work_together(server, tmp_path):
     scripts = tmp_path / "page"
     shutil.copytree(PAGE, scripts)
     (scripts / "package.json").write_text('{"type": "module"}')
-    driver = Path(__file__).with_name("page_driver.mjs")
+    driver = Path(__file__).parents[1] / "support" / "page_driver.mjs"
     command = [NODE, str(driver), server.url, KEY, str(scripts)]
     run = subprocess.run(command, capture_output=True, check=False, text=True, timeout=60)
     assert run.returncode == 0, run.stderr

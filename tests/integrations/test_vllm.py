@@ -75,7 +75,7 @@ def run_vllm(folder, name, model, options, *runs):
     """Results of the runs, see `vllm_run`; the process's last words where it failed."""
     job = folder / f"{name}.json"
     job.write_text(json.dumps({"model": str(model), "options": OPTIONS | options, "runs": runs}))
-    command = [sys.executable, str(Path(__file__).with_name("vllm_run.py")), str(job)]
+    command = [sys.executable, str(Path(__file__).parents[1] / "support" / "vllm_run.py"), str(job)]
     own = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     done = subprocess.run(command, env=os.environ | ENVIRONMENT | own, capture_output=True, text=True, check=False)
     out = job.with_suffix(".out")
