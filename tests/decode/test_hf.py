@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from ctc_drafter.decode.hf import speculate
-from ctc_drafter.drafters.base import Silent
+from ctc_drafter.drafters.base import NoDrafter
 from ctc_drafter.drafters.prompt_lookup import PromptLookup
 from ctc_drafter.types import UserError
 from helpers import ScriptedDrafter, tiny_config, tiny_drafter, tiny_target
@@ -175,7 +175,7 @@ def test_configurations_loaded_without_a_cache_are_decoded(tmp_path):
 DRAFTERS = {
     "lookup": PromptLookup,
     "ctc": lambda: model_and_drafter()[1],
-    "silent": Silent,
+    "silent": NoDrafter,
     "scripted": lambda: ScriptedDrafter([[1]], 1),
 }
 

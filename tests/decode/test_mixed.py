@@ -4,7 +4,7 @@ from transformers import LogitsProcessorList, NoRepeatNGramLogitsProcessor
 
 from ctc_drafter.decode.generate import generate, generate_many, plain_generate
 from ctc_drafter.decode.sampling import ARGMAX, ByRow, Greedy, Sampled, warpers
-from ctc_drafter.drafters.base import Silent
+from ctc_drafter.drafters.base import NoDrafter
 from helpers import ScriptedDrafter, tiny_drafter, tiny_target
 
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6], [2, 7], [8, 2, 8, 1], [5], [31, 41, 59], [6, 6]]
@@ -39,9 +39,9 @@ def test_nothing_drafted_is_plain_decoding():
     eos = {expected[0][3], expected[2][6]}
     expected = plain_generate(target, PROMPTS, max_new_tokens=NEW, eos=eos)
     for prompts in (PROMPTS, PROMPTS[:1]):
-        silent = generate(target, Silent(), prompts, max_new_tokens=NEW, eos=eos)
+        silent = generate(target, NoDrafter(), prompts, max_new_tokens=NEW, eos=eos)
         assert silent.tokens == expected.tokens[: len(prompts)]
         assert silent.stats.beta == 1.0
-    assert dict(generate_many(target, Silent(), PROMPTS, in_flight=3, max_new_tokens=NEW, eos=eos)) == dict(
+    assert dict(generate_many(target, NoDrafter(), PROMPTS, in_flight=3, max_new_tokens=NEW, eos=eos)) == dict(
         enumerate(expected.tokens)
     )

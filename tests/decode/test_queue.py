@@ -8,7 +8,7 @@ from ctc_drafter.decode.prefill import prefill
 from ctc_drafter.decode.sampling import ARGMAX, Sampled
 from ctc_drafter.decode.sequence import Row
 from ctc_drafter.decode.stats import Stopwatch
-from ctc_drafter.drafters.layers import ContextCache
+from ctc_drafter.drafters.layers import DraftKVCache
 from ctc_drafter.target import cache as join_module
 from ctc_drafter.target.cache import join
 from ctc_drafter.target.model import Target
@@ -143,7 +143,7 @@ def test_a_row_that_memory_does_not_suffice_for_leaves_the_others_as_they_were(m
 
     monkeypatch.setattr(join_module, "stacked", stacked)
     if place == "session":
-        monkeypatch.setattr(ContextCache, "join", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError()))
+        monkeypatch.setattr(DraftKVCache, "join", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError()))
     with pytest.raises(torch.OutOfMemoryError):
         batch.admit([Row(1, long, 16)])
     monkeypatch.undo()

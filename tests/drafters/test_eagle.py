@@ -8,7 +8,7 @@ from torch.nn import functional as fn
 
 from ctc_drafter.decode.prefill import prefill
 from ctc_drafter.drafters.baselines.eagle import EagleDrafter
-from ctc_drafter.drafters.layers import rotate
+from ctc_drafter.drafters.layers import apply_rotary
 from ctc_drafter.train.validate import offline_beta
 from helpers import tiny_target
 from train_helpers import written_rows
@@ -45,7 +45,7 @@ def rollout(target, drafter, features: torch.Tensor, known: list[int], drafted: 
             projection(pairs).unflatten(-1, (-1, config.head_dim)).transpose(0, 1)
             for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
         ]
-        queries, keys = rotate(attention.q_norm(split[0]), by), rotate(attention.k_norm(split[1]), by)
+        queries, keys = apply_rotary(attention.q_norm(split[0]), by), apply_rotary(attention.k_norm(split[1]), by)
         share = config.num_attention_heads // config.num_key_value_heads
         keys, values = keys.repeat_interleave(share, 0), split[2].repeat_interleave(share, 0)
         weights = (queries[:, -1:] @ keys.transpose(1, 2) / math.sqrt(config.head_dim)).softmax(-1)

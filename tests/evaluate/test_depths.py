@@ -9,7 +9,7 @@ import torch
 from ctc_drafter.cli import main
 from ctc_drafter.decode.generate import generate, plain_generate
 from ctc_drafter.decode.prefill import prefill
-from ctc_drafter.drafters.base import Drafter, Silent
+from ctc_drafter.drafters.base import Drafter, NoDrafter
 from ctc_drafter.drafters.prompt_lookup import PromptLookup
 from ctc_drafter.drafters.registry import TRAINED, trained_method
 from ctc_drafter.evaluate.bench import Entry, at_depths, parse_depths, shortened
@@ -64,7 +64,7 @@ def test_entries() -> None:
     with pytest.raises(UserError, match=f"ours drafts {own} tokens at most"):
         at_depths(entries, (99,))
     with pytest.raises(UserError, match="Silent has no depth"):
-        at_depths({"silent": Entry(Silent(), {})}, (1,))
+        at_depths({"silent": Entry(NoDrafter(), {})}, (1,))
 
 
 def test_parse() -> None:

@@ -16,7 +16,7 @@ from ctc_drafter.chat import TextStream, eos_ids
 from ctc_drafter.decode.batch import Method
 from ctc_drafter.decode.generate import plain_generate
 from ctc_drafter.decode.sampling import ARGMAX, Sampled, warpers
-from ctc_drafter.drafters.base import Drafter, Silent
+from ctc_drafter.drafters.base import Drafter, NoDrafter
 from ctc_drafter.serve.engine import Engine
 from ctc_drafter.serve.server import Server, bind, make_engine, make_server
 from ctc_drafter.serve.service import Limits, Service
@@ -106,7 +106,7 @@ def cut(text: str, stops: list[str]) -> str:
     return text
 
 
-class Turnstile(Silent):
+class Turnstile(NoDrafter):
     """Lets so many verifications through as it was told to, and then waits."""
 
     def __init__(self) -> None:

@@ -24,7 +24,7 @@ from ctc_drafter.decode.budget import Budget, StepTimes
 from ctc_drafter.decode.sampling import ARGMAX
 from ctc_drafter.decode.sequence import Row
 from ctc_drafter.decode.stats import Stopwatch
-from ctc_drafter.drafters.base import Drafter, Silent
+from ctc_drafter.drafters.base import Drafter, NoDrafter
 from ctc_drafter.drafters.trainable import network_of
 from ctc_drafter.provenance import environment, source_hash
 from ctc_drafter.target.model import Target
@@ -158,7 +158,7 @@ class StepTime:
 
 def plain_method(target: Target) -> Method:
     """Plain decoding as a method: the same loop without a draft."""
-    return Method(target, Silent(), 1, 0.0, ARGMAX)
+    return Method(target, NoDrafter(), 1, 0.0, ARGMAX)
 
 
 @torch.inference_mode()

@@ -59,14 +59,14 @@ class Drafter(Protocol):
 # A drafter that proposes nothing: plain decoding in a batch whose rows join and leave.
 
 
-class Silent:
+class NoDrafter:
     """See `Drafter`. It is its own session, since there is nothing to remember."""
 
     feature_layers: tuple[int, ...] = ()
 
     __call__ = refuse_call
 
-    def begin(self, embed: nn.Module, head: nn.Module, batch_size: int) -> Silent:
+    def begin(self, embed: nn.Module, head: nn.Module, batch_size: int) -> NoDrafter:
         return self
 
     def extend(self, tokens: torch.Tensor, features: torch.Tensor | None, counts: torch.Tensor) -> None:

@@ -14,16 +14,16 @@ from torch.utils.checkpoint import checkpoint
 from ctc_drafter.drafters.base import DraftSession
 from ctc_drafter.drafters.layers import (
     Context,
-    ContextCache,
     ContextSession,
+    CosSin,
+    DraftKVCache,
     DraftLayer,
     LayerConfig,
     RMSNorm,
-    Rotation,
+    cos_sin,
     newest_states,
-    rotation,
 )
-from ctc_drafter.drafters.lm_head import Borrowed, head_logits
+from ctc_drafter.drafters.lm_head import DraftHead, head_logits
 from ctc_drafter.drafters.trainable import TrainableDrafter
 from ctc_drafter.types import Candidates, UserError
 
@@ -105,11 +105,11 @@ class BlockModel(TrainableDrafter):
         states = embed(self.block_tokens(root)).to(self.fc.weight.dtype)
         return states if self.carry is None else states + self.carry(newest).unsqueeze(-2)
 
-    def rotation(self, positions: torch.Tensor) -> Rotation:
-        return rotation(positions, self.config.head_dim, self.config.rope_theta, self.fc.weight.dtype)
+    def rotation(self, positions: torch.Tensor) -> CosSin:
+        return cos_sin(positions, self.config.head_dim, self.config.rope_theta, self.fc.weight.dtype)
 
     def run_layers(
-        self, states: torch.Tensor, by: Rotation, contexts: Sequence[Context], mask: torch.Tensor | None
+        self, states: torch.Tensor, by: CosSin, contexts: Sequence[Context], mask: torch.Tensor | None
     ) -> torch.Tensor:
         """Block states `[B, T, H]` through all layers and the last norm."""
         for layer, context in zip(self.draft_layers, contexts, strict=True):
@@ -205,20 +205,20 @@ class BlockNetwork(Protocol):
     def context_states(self, features: torch.Tensor) -> torch.Tensor: ...
     def block_states(self, root: torch.Tensor, newest: torch.Tensor, embed: nn.Module) -> torch.Tensor: ...
     def run_layers(
-        self, states: torch.Tensor, by: Rotation, contexts: Sequence[Context], mask: torch.Tensor | None
+        self, states: torch.Tensor, by: CosSin, contexts: Sequence[Context], mask: torch.Tensor | None
     ) -> torch.Tensor: ...
     def candidates(
-        self, blocks: torch.Tensor, root: torch.Tensor, borrowed: Borrowed, nodes: int, floor: float = 0.0
+        self, blocks: torch.Tensor, root: torch.Tensor, borrowed: DraftHead, nodes: int, floor: float = 0.0
     ) -> Candidates: ...
 
 
 class BlockSession(ContextSession):
     """Slot s of a row holds the keys and values of the token at position s; blocks are written behind them."""
 
-    def __init__(self, drafter: BlockNetwork, borrowed: Borrowed, batch_size: int):
+    def __init__(self, drafter: BlockNetwork, borrowed: DraftHead, batch_size: int):
         self.drafter, self.borrowed = drafter, borrowed
         weight = drafter.draft_layers[0].self_attn.k_proj.weight
-        self.context = ContextCache(drafter.config, len(drafter.draft_layers), batch_size, weight)
+        self.context = DraftKVCache(drafter.config, len(drafter.draft_layers), batch_size, weight)
         self.newest = weight.new_zeros(batch_size, drafter.config.hidden_size)
 
     def propose(self, root: torch.Tensor, nodes: int, floor: float = 0.0) -> Candidates:
@@ -246,7 +246,7 @@ class BlockSession(ContextSession):
         contexts = [context(index) for index in range(len(self.drafter.draft_layers))]
         return self.drafter.run_layers(states, cache.rotation(positions), contexts, mask)
 
-    def _take(self, cache: ContextCache, features: torch.Tensor | None, counts: torch.Tensor) -> torch.Tensor:
+    def _take(self, cache: DraftKVCache, features: torch.Tensor | None, counts: torch.Tensor) -> torch.Tensor:
         """Returns the context states of the newest tokens, `[B, H]`; any, if the drafter does not carry them."""
         assert features is not None
         positions = cache.slots(features.shape[1])

@@ -16,7 +16,7 @@ from ctc_drafter.ctc.copies import Text
 from ctc_drafter.ctc.search import prefix_search
 from ctc_drafter.drafters.base import LazySession
 from ctc_drafter.drafters.block import BlockNetwork, BlockSession
-from ctc_drafter.drafters.lm_head import Borrowed, columns_of, draft_head
+from ctc_drafter.drafters.lm_head import DraftHead, columns_of, draft_head
 from ctc_drafter.drafters.predictor import Predictor, low_rank_bias
 from ctc_drafter.drafters.prompt_lookup import LookupSession
 from ctc_drafter.types import Candidates, Prefix, padded
@@ -31,7 +31,7 @@ class CopyingNetwork(BlockNetwork, Protocol):
         self,
         blocks: torch.Tensor,
         root: torch.Tensor,
-        borrowed: Borrowed,
+        borrowed: DraftHead,
         nodes: int,
         floor: float = 0.0,
         text: Text | None = None,
@@ -43,7 +43,7 @@ class CopySession(BlockSession):
 
     drafter: CopyingNetwork
 
-    def __init__(self, drafter: CopyingNetwork, borrowed: Borrowed, batch_size: int):
+    def __init__(self, drafter: CopyingNetwork, borrowed: DraftHead, batch_size: int):
         super().__init__(drafter, borrowed, batch_size)
         self.tokens = self.context.lengths.new_zeros(batch_size, 0)
 
@@ -135,7 +135,7 @@ Search = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, Text 
 
 
 @dataclass(frozen=True)
-class BorrowedSearch(Borrowed):
+class BorrowedSearch(DraftHead):
     """With the search of a CTC lattice."""
 
     search: Search

@@ -21,11 +21,11 @@ from ctc_drafter.types import UserError
 # `q_norm`, `k_norm`, `layers.*.mlp.{gate,up,down}_proj`, `input_layernorm`, `post_attention_layernorm`.
 # Source of the layout: vLLM, `model_executor/models/qwen3_dflash.py`; Qwen3 decoder layers.
 
-Rotation = tuple[torch.Tensor, torch.Tensor]
+CosSin = tuple[torch.Tensor, torch.Tensor]
 Context = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
-def rotation(positions: torch.Tensor, dim: int, theta: float, dtype: torch.dtype) -> Rotation:
+def cos_sin(positions: torch.Tensor, dim: int, theta: float, dtype: torch.dtype) -> CosSin:
     """Cosines and sines `[B, 1, T, dim]` of rotary positions `int64 [B, T]`, computed in float32."""
     frequency = theta ** (-torch.arange(0, dim, 2, device=positions.device).float() / dim)
     angle = positions.unsqueeze(-1).float() * frequency
@@ -33,7 +33,7 @@ def rotation(positions: torch.Tensor, dim: int, theta: float, dtype: torch.dtype
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
-def rotate(states: torch.Tensor, by: Rotation) -> torch.Tensor:
+def apply_rotary(states: torch.Tensor, by: CosSin) -> torch.Tensor:
     """Turns states `[B, heads, T, dim]` by their positions, halves paired (the NeoX style)."""
     first, second = states.chunk(2, -1)
     return states * by[0] + torch.cat([-second, first], -1) * by[1]
@@ -67,16 +67,16 @@ class BlockAttention(nn.Module):
         self.q_norm = RMSNorm(self.dim, eps=config.rms_norm_eps)
         self.k_norm = RMSNorm(self.dim, eps=config.rms_norm_eps)
 
-    def keys_values(self, states: torch.Tensor, by: Rotation) -> tuple[torch.Tensor, torch.Tensor]:
+    def keys_values(self, states: torch.Tensor, by: CosSin) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values `[B, kv_heads, T, dim]` of states `[B, T, H]`."""
         keys = self.k_norm(self._split(self.k_proj(states), self.kv_heads))
-        return rotate(keys, by), self._split(self.v_proj(states), self.kv_heads)
+        return apply_rotary(keys, by), self._split(self.v_proj(states), self.kv_heads)
 
     def forward(
-        self, states: torch.Tensor, by: Rotation, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None
+        self, states: torch.Tensor, by: CosSin, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None
     ) -> torch.Tensor:
         """states `[B, T, H]` attend to keys and values `[B, kv_heads, S, dim]` where mask `bool [B, 1, T, S]`."""
-        queries = rotate(self.q_norm(self._split(self.q_proj(states), self.heads)), by)
+        queries = apply_rotary(self.q_norm(self._split(self.q_proj(states), self.heads)), by)
         grouped = self.heads != self.kv_heads
         mixed = fn.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, enable_gqa=grouped)
         return self.o_proj(mixed.transpose(1, 2).flatten(2))
@@ -108,7 +108,7 @@ class DraftLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = GatedMLP(config)
 
-    def forward(self, states: torch.Tensor, by: Rotation, context: Context, mask: torch.Tensor | None) -> torch.Tensor:
+    def forward(self, states: torch.Tensor, by: CosSin, context: Context, mask: torch.Tensor | None) -> torch.Tensor:
         normed = self.input_layernorm(states)
         keys, values = context(*self.self_attn.keys_values(normed, by))
         states = states + self.self_attn(normed, by, keys, values, mask)
@@ -120,7 +120,7 @@ class DraftLayer(nn.Module):
 GROWTH = 256  # slots added at a time
 
 
-class ContextCache:
+class DraftKVCache:
     """Slot s of a row holds the keys and values of the token at position s, for each of `layers` draft layers.
 
     lengths `int64 [B]`: tokens that are in. What lies beyond is garbage, for drafts to write over. end: the last slot
@@ -145,8 +145,8 @@ class ContextCache:
             self.turns = self._turns(self.states.shape[4])
         return positions
 
-    def rotation(self, positions: torch.Tensor) -> Rotation:
-        """`rotation` of positions `int64 [B, T]`, looked up."""
+    def rotation(self, positions: torch.Tensor) -> CosSin:
+        """`cos_sin` of positions `int64 [B, T]`, looked up."""
         cosines, sines = self.turns
         if len(positions) == 1:
             start, count = int(positions[0, 0]), positions.shape[1]
@@ -163,11 +163,11 @@ class ContextCache:
         """Keys and values `[B, kv_heads, end, dim]` of the first slots."""
         return self.states[layer, 0, :, :, :end], self.states[layer, 1, :, :, :end]
 
-    def empty(self, batch_size: int) -> ContextCache:
+    def empty(self, batch_size: int) -> DraftKVCache:
         """A new one of the same sizes for other rows."""
-        return ContextCache(self.config, len(self.states), batch_size, self.states)
+        return DraftKVCache(self.config, len(self.states), batch_size, self.states)
 
-    def join(self, other: ContextCache) -> None:
+    def join(self, other: DraftKVCache) -> None:
         """Puts the rows of another one behind these; all of them or, where memory does not suffice, none."""
         longest = max(self, other, key=lambda each: each.states.shape[4])
         slots = longest.states.shape[4]
@@ -179,15 +179,15 @@ class ContextCache:
         """Keeps only these rows, `int64 [R]`."""
         self.lengths, self.states = self.lengths[rows], self.states[:, :, rows]
 
-    def _turns(self, slots: int) -> Rotation:
+    def _turns(self, slots: int) -> CosSin:
         positions = torch.arange(slots, device=self.lengths.device).unsqueeze(0)
-        return rotation(positions, self.config.head_dim, self.config.rope_theta, self.states.dtype)
+        return cos_sin(positions, self.config.head_dim, self.config.rope_theta, self.states.dtype)
 
 
 class ContextSession(ABC):
     """A `DraftSession` with a context cache of committed text and a state of each row's newest token, `[B, H]`."""
 
-    context: ContextCache
+    context: DraftKVCache
     newest: torch.Tensor
 
     def extend(self, tokens: torch.Tensor, features: torch.Tensor | None, counts: torch.Tensor) -> None:
@@ -207,7 +207,7 @@ class ContextSession(ABC):
         self.newest = self.newest[rows]
 
     @abstractmethod
-    def _take(self, cache: ContextCache, features: torch.Tensor | None, counts: torch.Tensor) -> torch.Tensor:
+    def _take(self, cache: DraftKVCache, features: torch.Tensor | None, counts: torch.Tensor) -> torch.Tensor:
         """Stores new tokens in the cache; returns the states of the newest ones, `[B, H]`."""
 
 

@@ -14,7 +14,7 @@ from ctc_drafter.types import UserError
 
 
 @dataclass(frozen=True)
-class Borrowed:
+class DraftHead:
     """embed and head are for drafting only: the head may be of lower precision than the target's."""
 
     embed: nn.Module

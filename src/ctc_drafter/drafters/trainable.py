@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ctc_drafter.drafters.base import Drafter, DraftSession, refuse_call
-from ctc_drafter.drafters.lm_head import Borrowed
+from ctc_drafter.drafters.lm_head import DraftHead
 from ctc_drafter.types import Candidates, UserError
 
 # (what the drafter says of labels, labels int64 [N, U], valid bool [N, U]) -> loss of each anchor [N], in nats
@@ -78,7 +78,7 @@ class TrainableDrafter(PreTrainedModel):
 
     def __init__(self, config: DrafterConfig):
         super().__init__(config)
-        self._borrowed: tuple[Any, Borrowed] | None = None
+        self._borrowed: tuple[Any, DraftHead] | None = None
 
     def __call__(self, *given: Any, **options: Any) -> Any:
         """`forward`. Raises `UserError` where `generate` calls it: a drafter is no `custom_generate` by itself."""
@@ -201,7 +201,7 @@ class TrainableDrafter(PreTrainedModel):
         """See `Drafter.begin`."""
 
     @abstractmethod
-    def prepare(self, embed: nn.Module, head: nn.Module) -> Borrowed:
+    def prepare(self, embed: nn.Module, head: nn.Module) -> DraftHead:
         """The target's embedding and LM head made ready for drafting."""
 
     def borrow(self, embed: nn.Module, head: nn.Module) -> Any:

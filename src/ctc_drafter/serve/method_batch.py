@@ -16,7 +16,7 @@ from ctc_drafter.decode.batch import Batch, Method, Step
 from ctc_drafter.decode.sampling import ByRow, Chooser, RowErrors
 from ctc_drafter.decode.sequence import Row
 from ctc_drafter.decode.stats import Stats, Stopwatch
-from ctc_drafter.drafters.base import LazySession, Silent
+from ctc_drafter.drafters.base import LazySession, NoDrafter
 from ctc_drafter.serve.requests import Burst, Job, Likelihood, Node, failure
 from ctc_drafter.types import UserError
 
@@ -97,9 +97,9 @@ class Lane:
         except Exception as error:
             if isinstance(error, (RowErrors, *meant)) or not self.batch.rows:
                 raise
-            if isinstance(self.batch.session.session, Silent):
+            if isinstance(self.batch.session.session, NoDrafter):
                 raise
-            session, self.batch.session = self.batch.session, LazySession(Silent())
+            session, self.batch.session = self.batch.session, LazySession(NoDrafter())
             try:
                 result = work()
             except Exception:

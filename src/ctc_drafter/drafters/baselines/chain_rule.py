@@ -10,13 +10,13 @@ import torch
 from torch import nn
 from torch.nn import functional as fn
 
-from ctc_drafter.drafters.lm_head import Borrowed, draft_head
+from ctc_drafter.drafters.lm_head import DraftHead, draft_head
 from ctc_drafter.drafters.trainable import DrafterConfig, Objective, TrainableDrafter
 from ctc_drafter.types import Candidates, UserError
 
 
 @dataclass(frozen=True)
-class BorrowedOutputs(Borrowed):
+class BorrowedOutputs(DraftHead):
     """outputs: for each drafted token, the matrix that turns a hidden state into its logits."""
 
     outputs: Sequence[nn.Module]

@@ -15,7 +15,7 @@ from ctc_drafter.ctc.loss import ctc_objective
 from ctc_drafter.drafters.base import DraftSession
 from ctc_drafter.drafters.baselines.heads import LastStateSession, before
 from ctc_drafter.drafters.ctc import CTCDrafter, CTCDrafterConfig, FramesConfig, FramesModel
-from ctc_drafter.drafters.lm_head import Borrowed, draft_head
+from ctc_drafter.drafters.lm_head import DraftHead, draft_head
 from ctc_drafter.drafters.trainable import Objective
 from ctc_drafter.types import Candidates, Prefix, UserError, padded
 
@@ -68,11 +68,11 @@ class PaperDrafter(FramesModel):
     def likelihood(self, blocks: torch.Tensor, prefixes: torch.Tensor, embed: nn.Module, head: nn.Module) -> Lattice:
         return lattice(*self.frame_logits(blocks, head), prefixes[:, 1:], None)
 
-    def prepare(self, embed: nn.Module, head: nn.Module) -> Borrowed:
-        return Borrowed(embed, draft_head(head))
+    def prepare(self, embed: nn.Module, head: nn.Module) -> DraftHead:
+        return DraftHead(embed, draft_head(head))
 
     def candidates(
-        self, blocks: torch.Tensor, root: torch.Tensor, borrowed: Borrowed, nodes: int, floor: float = 0.0
+        self, blocks: torch.Tensor, root: torch.Tensor, borrowed: DraftHead, nodes: int, floor: float = 0.0
     ) -> Candidates:
         """See `TrainableDrafter.candidates`: the static tree's prefixes, however many `nodes` there is room for."""
         tokens, blanks = self.frame_logits(blocks, borrowed.head)

@@ -23,8 +23,8 @@ from torch.nn import functional as fn
 
 from ctc_drafter.drafters.baselines.chain_rule import ChainDrafter, expand
 from ctc_drafter.drafters.baselines.heads import before
-from ctc_drafter.drafters.layers import BlockAttention, ContextCache, GatedMLP, LayerConfig, RMSNorm, Rotation, rotation
-from ctc_drafter.drafters.lm_head import Borrowed, draft_head, head_logits
+from ctc_drafter.drafters.layers import BlockAttention, CosSin, DraftKVCache, GatedMLP, LayerConfig, RMSNorm, cos_sin
+from ctc_drafter.drafters.lm_head import DraftHead, draft_head, head_logits
 from ctc_drafter.types import Candidates, UserError
 
 
@@ -63,7 +63,7 @@ class EagleDrafter(ChainDrafter):
         return self.fc(features.to(self.fc.weight.dtype))
 
     def keys_values(
-        self, tokens: torch.Tensor, fused: torch.Tensor, by: Rotation, embed: nn.Module
+        self, tokens: torch.Tensor, fused: torch.Tensor, by: CosSin, embed: nn.Module
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of committed pairs: tokens `int64 [B, T]`, features of the tokens before them."""
         return self.layer.self_attn.keys_values(self.layer.pairs(embed(tokens).to(fused.dtype), fused), by)
@@ -89,8 +89,8 @@ class EagleDrafter(ChainDrafter):
             found.append(self.norm(states))
         return torch.stack(found, 2)
 
-    def rotation(self, positions: torch.Tensor) -> Rotation:
-        return rotation(positions, self.config.head_dim, self.config.rope_theta, self.fc.weight.dtype)
+    def rotation(self, positions: torch.Tensor) -> CosSin:
+        return cos_sin(positions, self.config.head_dim, self.config.rope_theta, self.fc.weight.dtype)
 
     def known_logits(
         self, blocks: torch.Tensor, prefixes: torch.Tensor, embed: nn.Module, head: nn.Module
@@ -103,13 +103,13 @@ class EagleDrafter(ChainDrafter):
         tokens: torch.Tensor,
         anchors: torch.Tensor,
         used: torch.Tensor,
-        borrowed: Borrowed,
+        borrowed: DraftHead,
         nodes: int,
         chunk: int,
     ) -> Iterator[Candidates]:
         """See `TrainableDrafter.drafts`: each anchor is a row of its own, with its row's context up to there."""
         fused = self.fused(features)
-        cache = ContextCache(self.config, 1, len(tokens), fused)
+        cache = DraftKVCache(self.config, 1, len(tokens), fused)
         positions = cache.slots(tokens.shape[1])
         by = cache.rotation(positions)
         cache.store(0, positions, *self.keys_values(tokens, shifted(fused), by, borrowed.embed))
@@ -121,8 +121,8 @@ class EagleDrafter(ChainDrafter):
             context.lengths = lengths[part]
             yield propose(self, borrowed, context, newest[part], roots[part], nodes)
 
-    def prepare(self, embed: nn.Module, head: nn.Module) -> Borrowed:
-        return Borrowed(embed, draft_head(head))
+    def prepare(self, embed: nn.Module, head: nn.Module) -> DraftHead:
+        return DraftHead(embed, draft_head(head))
 
     def begin(self, embed: nn.Module, head: nn.Module, batch_size: int) -> EagleSession:
         """See `Drafter.begin`."""
@@ -156,7 +156,7 @@ class PairLayer(nn.Module):
         self,
         features: torch.Tensor,
         pairs: torch.Tensor,
-        by: Rotation,
+        by: CosSin,
         keys: torch.Tensor,
         values: torch.Tensor,
         mask: torch.Tensor | None,
@@ -178,17 +178,17 @@ class PairNetwork(Protocol):
 
     def fused(self, features: torch.Tensor) -> torch.Tensor: ...
     def keys_values(
-        self, tokens: torch.Tensor, fused: torch.Tensor, by: Rotation, embed: nn.Module
+        self, tokens: torch.Tensor, fused: torch.Tensor, by: CosSin, embed: nn.Module
     ) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
 class EagleSession:
     """See `DraftSession`. Keeps keys and values of committed pairs, and the feature `[B, H]` of each newest token."""
 
-    def __init__(self, drafter: PairNetwork, borrowed: Borrowed, batch_size: int):
+    def __init__(self, drafter: PairNetwork, borrowed: DraftHead, batch_size: int):
         self.drafter, self.borrowed = drafter, borrowed
         like = next(drafter.layer.parameters())
-        self.context = ContextCache(drafter.config, 1, batch_size, like)
+        self.context = DraftKVCache(drafter.config, 1, batch_size, like)
         self.newest = like.new_zeros(batch_size, drafter.config.hidden_size)
 
     def extend(self, tokens: torch.Tensor, features: torch.Tensor | None, counts: torch.Tensor) -> None:
@@ -210,7 +210,7 @@ class EagleSession:
 
     def _take(
         self,
-        cache: ContextCache,
+        cache: DraftKVCache,
         newest: torch.Tensor,
         tokens: torch.Tensor,
         features: torch.Tensor | None,
@@ -228,8 +228,8 @@ class EagleSession:
 
 def propose(
     drafter: PairNetwork,
-    borrowed: Borrowed,
-    cache: ContextCache,
+    borrowed: DraftHead,
+    cache: DraftKVCache,
     newest: torch.Tensor,
     root: torch.Tensor,
     nodes: int,
@@ -247,7 +247,7 @@ class Rollout:
     the way to each of them. Node i of a row lies in slot `lengths + i`, whatever its position.
     """
 
-    def __init__(self, drafter: PairNetwork, borrowed: Borrowed, cache: ContextCache, newest: torch.Tensor):
+    def __init__(self, drafter: PairNetwork, borrowed: DraftHead, cache: DraftKVCache, newest: torch.Tensor):
         self.drafter, self.borrowed, self.cache = drafter, borrowed, cache
         self.states = newest.unsqueeze(1)
         self.seen = torch.zeros(len(newest), 1, 0, dtype=torch.bool, device=newest.device)

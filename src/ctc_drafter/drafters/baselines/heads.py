@@ -12,7 +12,7 @@ from torch.nn import functional as fn
 from ctc_drafter.drafters.base import DraftSession
 from ctc_drafter.drafters.baselines.chain_rule import Step, StepwiseDrafter
 from ctc_drafter.drafters.layers import RMSNorm
-from ctc_drafter.drafters.lm_head import Borrowed, head_logits
+from ctc_drafter.drafters.lm_head import DraftHead, head_logits
 from ctc_drafter.drafters.trainable import DrafterConfig
 from ctc_drafter.types import Candidates, UserError
 
@@ -103,7 +103,7 @@ class Heads(Protocol):
 
     def states(self, features: torch.Tensor) -> torch.Tensor: ...
     def candidates(
-        self, blocks: torch.Tensor, root: torch.Tensor, borrowed: Borrowed, nodes: int, floor: float = 0.0
+        self, blocks: torch.Tensor, root: torch.Tensor, borrowed: DraftHead, nodes: int, floor: float = 0.0
     ) -> Candidates: ...
 
 
@@ -112,7 +112,7 @@ class LastStateSession:
 
     newest: torch.Tensor
 
-    def __init__(self, drafter: Heads, borrowed: Borrowed):
+    def __init__(self, drafter: Heads, borrowed: DraftHead):
         self.drafter, self.borrowed = drafter, borrowed
 
     def extend(self, tokens: torch.Tensor, features: torch.Tensor | None, counts: torch.Tensor) -> None:

@@ -18,7 +18,7 @@ from torch.nn import functional as fn
 from ctc_drafter.drafters.base import DraftSession
 from ctc_drafter.drafters.baselines.chain_rule import BorrowedOutputs, Step
 from ctc_drafter.drafters.baselines.heads import HeadsConfig, HeadsDrafter, before
-from ctc_drafter.drafters.layers import ContextCache, ContextSession, DraftLayer, LayerConfig, RMSNorm, rotation
+from ctc_drafter.drafters.layers import ContextSession, DraftKVCache, DraftLayer, LayerConfig, RMSNorm, cos_sin
 from ctc_drafter.drafters.lm_head import head_logits
 from ctc_drafter.types import Candidates
 
@@ -99,7 +99,7 @@ class HydraDrafter(HeadsDrafter):
         if self.prefix_layer is not None:
             length = states.shape[1]
             slots = torch.arange(length, device=states.device).unsqueeze(0)
-            by = rotation(slots, self.config.head_dim, self.config.rope_theta, states.dtype)
+            by = cos_sin(slots, self.config.head_dim, self.config.rope_theta, states.dtype)
             causal = torch.ones(length, length, dtype=torch.bool, device=states.device).tril()
             states = self.seen(self.prefix_layer(states, by, lambda keys, values: (keys, values), causal[None, None]))
         return before(states, anchors)
@@ -120,12 +120,12 @@ class PrefixSession(ContextSession):
 
     def __init__(self, drafter: HydraDrafter, layer: DraftLayer, borrowed: BorrowedOutputs, batch_size: int):
         self.drafter, self.layer, self.borrowed = drafter, layer, borrowed
-        self.context = ContextCache(drafter.config, 1, batch_size, layer.self_attn.k_proj.weight)
+        self.context = DraftKVCache(drafter.config, 1, batch_size, layer.self_attn.k_proj.weight)
 
     def propose(self, root: torch.Tensor, nodes: int, floor: float = 0.0) -> Candidates:
         return self.drafter.candidates(self.newest, root, self.borrowed, nodes, floor)
 
-    def _take(self, cache: ContextCache, features: torch.Tensor | None, counts: torch.Tensor) -> torch.Tensor:
+    def _take(self, cache: DraftKVCache, features: torch.Tensor | None, counts: torch.Tensor) -> torch.Tensor:
         """Stores all new tokens, and lets the newest one of each row look at those that are there."""
         assert features is not None
         positions = cache.slots(features.shape[1])
