@@ -13,7 +13,7 @@ from transformers import (
 )
 
 from ctc_drafter.decode.sampling import ARGMAX, Greedy, Sampled, gumbel
-from ctc_drafter.decode.sequence import Row
+from ctc_drafter.decode.sequence import SequenceState
 from ctc_drafter.decode.verify import follow
 
 WORDS = 6
@@ -63,7 +63,7 @@ def test_every_node_on_the_way_has_its_own_history(drawn, prompt, emitted, seed,
     tree = tree_of(tokens, parents)
     logits = torch.randn(1, len(tokens), WORDS, generator=torch.Generator().manual_seed(noise)) * 2
     chooser = Greedy(PROCESSORS) if seed is None else Sampled([seed], PROCESSORS)
-    wanted = chooser.along(tree, logits, [Row(0, prompt, 99, tokens=list(emitted))])
+    wanted = chooser.along(tree, logits, [SequenceState(0, prompt, 99, tokens=list(emitted))])
 
     expected = []
     for node in range(len(tokens)):
@@ -89,7 +89,7 @@ def test_nobody_is_asked_beyond_the_end_of_a_row():
         asked.append(text.tolist()[0])
         return scores
 
-    for row in (Row(0, [7], 3, tokens=[9]), Row(0, [7], 99, frozenset({2}), tokens=[9])):
+    for row in (SequenceState(0, [7], 3, tokens=[9]), SequenceState(0, [7], 99, frozenset({2}), tokens=[9])):
         asked.clear()
         assert Greedy(LogitsProcessorList([watch])).along(tree, logits, [row]).tolist() == [[1, 2, -1, -1]]
         assert asked == [[7, 9], [7, 9, 1]]
@@ -103,7 +103,7 @@ def test_processors_see_the_padding_that_generate_gives():
         asked.append(text.tolist())
         return scores
 
-    rows = [Row(0, [7], 9, given=[0, 0, 7], tokens=[5]), Row(1, [7, 8], 9)]
+    rows = [SequenceState(0, [7], 9, given=[0, 0, 7], tokens=[5]), SequenceState(1, [7, 8], 9)]
     Greedy(LogitsProcessorList([watch])).next(torch.zeros(2, 4), rows)
     assert asked == [[[0, 0, 7, 5]], [[7, 8]]]
 

@@ -22,7 +22,7 @@ from ctc_drafter.decode.generate import generate, plain_generate
 from ctc_drafter.decode.hf import speculate
 from ctc_drafter.decode.processors import process
 from ctc_drafter.decode.sampling import Sampled
-from ctc_drafter.decode.sequence import Row
+from ctc_drafter.decode.sequence import SequenceState
 from ctc_drafter.target.model import Target
 from helpers import VOCABULARY, ScriptedDrafter, tiny_drafter, tiny_target
 
@@ -123,7 +123,7 @@ def test_the_processed_scores_are_those_of_generate(options):
     kept = {"output_scores": True, "output_logits": True, "return_dict_in_generate": True}
     stock = TARGET.model.generate(ids, **options, **kept)
     new = stock.sequences[0, 6:].tolist()
-    rows = [Row(0, PROMPTS[0], 6, tokens=new[:step]) for step in range(6)]
+    rows = [SequenceState(0, PROMPTS[0], 6, tokens=new[:step]) for step in range(6)]
     ours = process(caught[0], torch.cat(stock.logits), rows)
     torch.testing.assert_close(ours, torch.cat(stock.scores))
     assert not torch.equal(ours, torch.cat(stock.logits))

@@ -6,7 +6,7 @@ from ctc_drafter.decode.batch import Batch, Method
 from ctc_drafter.decode.generate import generate, generate_many, plain_generate
 from ctc_drafter.decode.prefill import prefill
 from ctc_drafter.decode.sampling import ARGMAX, Sampled
-from ctc_drafter.decode.sequence import Row
+from ctc_drafter.decode.sequence import SequenceState
 from ctc_drafter.decode.stats import Stopwatch
 from ctc_drafter.drafters.layers import DraftKVCache
 from ctc_drafter.target import cache as join_module
@@ -125,7 +125,10 @@ def test_a_row_that_memory_does_not_suffice_for_leaves_the_others_as_they_were(m
     drafter = tiny_drafter(target, copies=4, carry=True)
     text, long = [3, 1, 4, 1, 5], [2] * 280  # needs more slots than are there
     expected = plain_generate(target, [text], max_new_tokens=16).tokens[0]
-    batch, row = Batch(Method(target, drafter, 6, 0.0, ARGMAX), Stopwatch(target.device, False)), Row(0, text, 16)
+    batch, row = (
+        Batch(Method(target, drafter, 6, 0.0, ARGMAX), Stopwatch(target.device, False)),
+        SequenceState(0, text, 16),
+    )
     row.tokens += batch.admit([row])
 
     def go_on():
@@ -145,7 +148,7 @@ def test_a_row_that_memory_does_not_suffice_for_leaves_the_others_as_they_were(m
     if place == "session":
         monkeypatch.setattr(DraftKVCache, "join", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError()))
     with pytest.raises(torch.OutOfMemoryError):
-        batch.admit([Row(1, long, 16)])
+        batch.admit([SequenceState(1, long, 16)])
     monkeypatch.undo()
     assert batch.rows == [row]
     for layer in batch.cache.layers:  # nothing of the failed row is kept

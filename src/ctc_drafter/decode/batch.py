@@ -11,7 +11,7 @@ from transformers import Cache
 from ctc_drafter.decode.budget import Budget, Pace
 from ctc_drafter.decode.prefill import Prefill, prefill, reread
 from ctc_drafter.decode.sampling import Chooser, RowErrors, chosen, tokens_along
-from ctc_drafter.decode.sequence import Row
+from ctc_drafter.decode.sequence import SequenceState
 from ctc_drafter.decode.stats import Stopwatch
 from ctc_drafter.decode.tree import build_tree, up_to, without_drafts
 from ctc_drafter.decode.verify import follow, no_numbers, verify
@@ -86,13 +86,13 @@ class Batch:
     def __init__(self, method: Method, clock: Stopwatch):
         self.method, self.clock = method, clock
         self.pace = Pace(method.budget) if method.budget else None
-        self.rows: list[Row] = []
+        self.rows: list[SequenceState] = []
 
-    def admit(self, rows: Sequence[Row]) -> list[int]:
+    def admit(self, rows: Sequence[SequenceState]) -> list[int]:
         """Prefills new rows, which take the last places; returns the first token of each."""
         return self.enter(rows)[0].tolist()
 
-    def enter(self, rows: Sequence[Row]) -> tuple[torch.Tensor, torch.Tensor]:
+    def enter(self, rows: Sequence[SequenceState]) -> tuple[torch.Tensor, torch.Tensor]:
         """`admit`, as tensors: the first token `int64 [R]` of each new row, chosen from these logits `[R, V]`.
 
         Where new rows cannot be prefilled, or memory does not suffice for them beside the others, the batch stays as it

@@ -14,7 +14,7 @@ from ctc_drafter.decode.batch import Batch, Method
 from ctc_drafter.decode.budget import Budget
 from ctc_drafter.decode.prefill import prefill, reread
 from ctc_drafter.decode.sampling import ARGMAX, Chooser, chosen
-from ctc_drafter.decode.sequence import OnTokens, Row, Writer
+from ctc_drafter.decode.sequence import OnTokens, OutputWriter, SequenceState
 from ctc_drafter.decode.stats import Stats, Stopwatch
 from ctc_drafter.drafters.base import Drafter
 from ctc_drafter.target.cache import compact
@@ -26,7 +26,7 @@ from ctc_drafter.types import UserError
 DEFAULT_NODES = 16
 DEFAULT_FLOOR = 0.05
 NO_CRITERIA = StoppingCriteriaList()
-OnLogits = Callable[[Sequence[Row], torch.Tensor], None]
+OnLogits = Callable[[Sequence[SequenceState], torch.Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def generate(
 @torch.inference_mode()
 def run(
     method: Method,
-    rows: Sequence[Row],
+    rows: Sequence[SequenceState],
     criteria: StoppingCriteriaList = NO_CRITERIA,
     on_tokens: OnTokens | None = None,
     timed: bool = False,
@@ -87,7 +87,7 @@ def run(
     """
     device = method.target.device
     begin, clock, stats = time.perf_counter(), Stopwatch(device, timed), Stats()
-    batch, writer = Batch(method, clock), Writer(stats, on_tokens, criteria, device)
+    batch, writer = Batch(method, clock), OutputWriter(stats, on_tokens, criteria, device)
     first, logits = batch.enter(rows)
     if on_logits is not None:
         on_logits(rows, logits.unsqueeze(1))
@@ -121,7 +121,7 @@ def plain_generate(
         state = prefill(target, prompts)
         chooser.check(rows[0], state.logits[:1])
     cache, lengths, root, active = state.cache, state.lengths, chosen(chooser, state.logits, rows), rows
-    writer = Writer(stats, on_tokens, criteria, target.device)
+    writer = OutputWriter(stats, on_tokens, criteria, target.device)
     places = writer.start(active, root.tolist())
     stats.prefill_seconds = time.perf_counter() - begin
     path = torch.zeros(len(root), 1, dtype=torch.long, device=target.device)
@@ -159,16 +159,18 @@ def step(target: Target, cache: Cache, lengths: torch.Tensor, root: torch.Tensor
 
 def new_rows(
     target: Target, prompts: Sequence[Sequence[int]], max_new_tokens: int, eos: Collection[int], first: int = 0
-) -> list[Row]:
+) -> list[SequenceState]:
     """Rows with room for as many new tokens as asked. Raises `UserError` where the target has no positions for them."""
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens is {max_new_tokens}; give at least 1")
-    rows = [Row(first + place, prompt, max_new_tokens, frozenset(eos)) for place, prompt in enumerate(prompts)]
+    rows = [
+        SequenceState(first + place, prompt, max_new_tokens, frozenset(eos)) for place, prompt in enumerate(prompts)
+    ]
     check_room(rows, target.limit)
     return rows
 
 
-def check_room(rows: Sequence[Row], limit: int) -> None:
+def check_room(rows: Sequence[SequenceState], limit: int) -> None:
     """Raises `UserError` for rows whose prompt and answer need more positions than the target has.
 
     The last token that is written is never read, and needs none.
@@ -207,12 +209,14 @@ def generate_many(
         raise UserError(f"in_flight is {in_flight}; give at least 1")
     method = Method(target, drafter, nodes, floor, chooser)
     arriving = (new_rows(target, [prompt], max_new_tokens, eos, place)[0] for place, prompt in enumerate(prompts))
-    writer = Writer(Stats(), on_tokens, criteria, target.device)
+    writer = OutputWriter(Stats(), on_tokens, criteria, target.device)
     return flow(Batch(method, Stopwatch(target.device, False)), writer, arriving, in_flight)
 
 
 @torch.inference_mode()
-def flow(batch: Batch, writer: Writer, arriving: Iterator[Row], in_flight: int) -> Iterator[tuple[int, list[int]]]:
+def flow(
+    batch: Batch, writer: OutputWriter, arriving: Iterator[SequenceState], in_flight: int
+) -> Iterator[tuple[int, list[int]]]:
     while True:
         new = list(islice(arriving, in_flight - len(batch.rows)))
         if not new and not batch.rows:

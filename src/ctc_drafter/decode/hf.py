@@ -17,7 +17,7 @@ from ctc_drafter.decode.generate import DEFAULT_FLOOR, DEFAULT_NODES, check_room
 from ctc_drafter.decode.generate_settings import refuse_encoder, refuse_inputs, refuse_settings
 from ctc_drafter.decode.processors import end_tokens, fills_up, process, refuse_criteria, remaining
 from ctc_drafter.decode.sampling import ARGMAX, Chooser, Greedy, Sampled, walk
-from ctc_drafter.decode.sequence import OnTokens, Row
+from ctc_drafter.decode.sequence import OnTokens, SequenceState
 from ctc_drafter.drafters.base import Drafter
 from ctc_drafter.target.model import UNLIMITED_CONTEXT, Target
 from ctc_drafter.types import TokenTree, UserError
@@ -120,7 +120,9 @@ def chooser_of(
     return Sampled(seeds, processors)
 
 
-def rows_of(input_ids: torch.Tensor, mask: torch.Tensor, criteria: StoppingCriteriaList, target: Target) -> list[Row]:
+def rows_of(
+    input_ids: torch.Tensor, mask: torch.Tensor, criteria: StoppingCriteriaList, target: Target
+) -> list[SequenceState]:
     """Rows of `int64 [B, T]`, read without the padding that a 2-D mask marks, with their ends.
 
     Raises `UserError` where the target has no positions for all that may be written, and for rows of different lengths
@@ -132,7 +134,7 @@ def rows_of(input_ids: torch.Tensor, mask: torch.Tensor, criteria: StoppingCrite
     rows = []
     for index, (given, keep) in enumerate(zip(input_ids, mask, strict=True)):
         prompt = given[keep.bool()].tolist()
-        rows.append(Row(index, prompt, room, eos, given.tolist()))
+        rows.append(SequenceState(index, prompt, room, eos, given.tolist()))
     if lengths:
         check_room(rows, target.limit)
     padded = any(len(row.prompt) < input_ids.shape[1] for row in rows)
@@ -146,12 +148,12 @@ def rows_of(input_ids: torch.Tensor, mask: torch.Tensor, criteria: StoppingCrite
 
 def decode_rows(
     method: Method,
-    rows: Sequence[Row],
+    rows: Sequence[SequenceState],
     criteria: StoppingCriteriaList,
     on_tokens: OnTokens | None,
     record: Record | None,
     filled: bool,
-) -> list[Row]:
+) -> list[SequenceState]:
     """Decodes the rows until each has ended, or, unless those that have are `filled` up, until all of them have."""
     run(method, rows, criteria, on_tokens, on_logits=record)
     width = max(len(row.tokens) for row in rows)
@@ -207,14 +209,14 @@ class Record:
 
     parts: dict[int, list[Chosen]] = field(default_factory=dict)
 
-    def __call__(self, rows: Sequence[Row], logits: torch.Tensor) -> None:
+    def __call__(self, rows: Sequence[SequenceState], logits: torch.Tensor) -> None:
         for row, own in zip(rows, logits, strict=True):
             parts = self.parts.setdefault(row.index, [])
             if parts:  # now it is known how many of them were emitted; a clone lets go of the rest
                 parts[-1].logits = parts[-1].logits[: len(row.tokens) - parts[-1].first].clone()
             parts.append(Chosen(len(row.tokens), own))
 
-    def of(self, row: Row) -> torch.Tensor:
+    def of(self, row: SequenceState) -> torch.Tensor:
         """`float32 [T, V]` of the row's T tokens."""
         return torch.cat([part.logits for part in self.parts[row.index]])[: len(row.tokens)].float()
 
@@ -225,17 +227,19 @@ class Dictated:
 
     texts: dict[int, list[int]]
 
-    def check(self, row: Row, logits: torch.Tensor) -> None:
+    def check(self, row: SequenceState, logits: torch.Tensor) -> None:
         return
 
-    def next(self, logits: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
+    def next(self, logits: torch.Tensor, rows: Sequence[SequenceState]) -> torch.Tensor:
         return torch.tensor([self.texts[row.index][len(row.tokens)] for row in rows], device=logits.device)
 
-    def along(self, tree: TokenTree, logits: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
+    def along(self, tree: TokenTree, logits: torch.Tensor, rows: Sequence[SequenceState]) -> torch.Tensor:
         return walk(tree, logits, rows, self.next)
 
 
-def emitted_logits(method: Method, record: Record, rows: Sequence[Row], filler: int) -> tuple[torch.Tensor, ...]:
+def emitted_logits(
+    method: Method, record: Record, rows: Sequence[SequenceState], filler: int
+) -> tuple[torch.Tensor, ...]:
     """Logits `float32 [B, V]` of each step up to the longest row's last.
 
     Stock `generate` goes on with rows that have ended, as if pad tokens were text. So such rows are decoded anew, with
@@ -252,13 +256,13 @@ def emitted_logits(method: Method, record: Record, rows: Sequence[Row], filler: 
     return tuple(torch.stack([found[row.index] for row in rows]).unbind(1))
 
 
-def padded(rows: Sequence[Row], filler: int, width: int) -> dict[int, list[int]]:
+def padded(rows: Sequence[SequenceState], filler: int, width: int) -> dict[int, list[int]]:
     """What `generate` returns of each row, by its index."""
     return {row.index: row.tokens + [filler] * (width - len(row.tokens)) for row in rows}
 
 
 def scores_of(
-    processors: LogitsProcessorList, logits: Sequence[torch.Tensor], rows: Sequence[Row], filler: int
+    processors: LogitsProcessorList, logits: Sequence[torch.Tensor], rows: Sequence[SequenceState], filler: int
 ) -> tuple[torch.Tensor, ...]:
     """Processed scores `float32 [B, V]` of each step, from its logits; rows that ended go on with pad tokens."""
     texts = padded(rows, filler, len(logits))

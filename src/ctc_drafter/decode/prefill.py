@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from transformers import Cache
 
-from ctc_drafter.decode.sequence import Row
+from ctc_drafter.decode.sequence import SequenceState
 from ctc_drafter.target.model import Target
 from ctc_drafter.types import UserError
 
@@ -96,7 +96,7 @@ def check_prompts(target: Target, prompts: Sequence[Sequence[int]], first: int =
             raise UserError(f"prompt {row} holds a token outside the target's vocabulary of {target.vocab_size}")
 
 
-def reread(target: Target, cache: Cache, lengths: torch.Tensor, rows: Sequence[Row]) -> None:
+def reread(target: Target, cache: Cache, lengths: torch.Tensor, rows: Sequence[SequenceState]) -> None:
     """Reads the rows that have come to `Target.reread_at` tokens, of `lengths int64 [B]`, anew with the long factors.
 
     Stock `generate` does so for Phi-3 and its like. The cache then holds their committed tokens, the root not

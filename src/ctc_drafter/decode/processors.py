@@ -28,7 +28,7 @@ from transformers import (
 from transformers.generation import logits_process as stock
 from transformers.generation import stopping_criteria as stock_criteria
 
-from ctc_drafter.decode.sequence import Row
+from ctc_drafter.decode.sequence import SequenceState
 from ctc_drafter.types import UserError
 
 # The logits processors of transformers, applied to rows that are at different places in their text.
@@ -58,7 +58,7 @@ REFUSED: dict[type, str] = {
 }
 
 
-def process(processors: LogitsProcessorList, logits: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
+def process(processors: LogitsProcessorList, logits: torch.Tensor, rows: Sequence[SequenceState]) -> torch.Tensor:
     """Scores `float32 [R, V]` of each row's next token: what `generate` computes from logits `[R, V]`."""
     scores = logits.to(torch.float32, copy=True)
     texts: list[torch.Tensor] = []
@@ -91,7 +91,7 @@ def refuse_unsuitable(processors: LogitsProcessorList) -> None:
             raise UserError(f"{type(processor).__name__} {REFUSED[type(processor)]}")
 
 
-def refuse_changing(processors: LogitsProcessorList, row: Row, logits: torch.Tensor) -> None:
+def refuse_changing(processors: LogitsProcessorList, row: SequenceState, logits: torch.Tensor) -> None:
     """Asks the user's own processors twice the same about this row, logits `[1, V]`. Raises `UserError` if they change.
 
     A token tree needs processors that are functions of a row's text and scores, as all stock ones are: the text

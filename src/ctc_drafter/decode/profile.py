@@ -22,7 +22,7 @@ from torch import nn
 from ctc_drafter.decode.batch import Batch, Method
 from ctc_drafter.decode.budget import Budget, StepTimes
 from ctc_drafter.decode.sampling import ARGMAX
-from ctc_drafter.decode.sequence import Row
+from ctc_drafter.decode.sequence import SequenceState
 from ctc_drafter.decode.stats import Stopwatch
 from ctc_drafter.drafters.base import Drafter, NoDrafter
 from ctc_drafter.drafters.trainable import network_of
@@ -193,7 +193,7 @@ def started(method: Method, rows: int, context: int, clock: Stopwatch) -> Batch:
     batch = Batch(replace(method, drafter=network_of(method.drafter)), clock)  # made-up text may run in circles
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(method.target.vocab_size, (rows, context), generator=generator).tolist()
-    made = [Row(place, prompt, method.target.context) for place, prompt in enumerate(prompts)]
+    made = [SequenceState(place, prompt, method.target.context) for place, prompt in enumerate(prompts)]
     for row, token in zip(made, batch.admit(made), strict=True):
         row.tokens.append(token)
     return batch

@@ -10,7 +10,7 @@ import torch
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from ctc_drafter.decode.processors import process, refuse_changing, refuse_unsuitable
-from ctc_drafter.decode.sequence import Row
+from ctc_drafter.decode.sequence import SequenceState
 from ctc_drafter.types import TokenTree, UserError
 
 # Which token the target writes next: the argmax or a draw, after all logits processors.
@@ -19,26 +19,26 @@ from ctc_drafter.types import TokenTree, UserError
 class Chooser(Protocol):
     """How the target turns logits into tokens."""
 
-    def check(self, row: Row, logits: torch.Tensor) -> None:
+    def check(self, row: SequenceState, logits: torch.Tensor) -> None:
         """Raises `UserError` if it cannot serve rows like this one, logits `[1, V]`."""
 
-    def next(self, logits: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
+    def next(self, logits: torch.Tensor, rows: Sequence[SequenceState]) -> torch.Tensor:
         """The token `int64 [R]` that follows each row's text, whose logits are `[R, V]`."""
 
-    def along(self, tree: TokenTree, logits: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
+    def along(self, tree: TokenTree, logits: torch.Tensor, rows: Sequence[SequenceState]) -> torch.Tensor:
         """The token `int64 [B, 1+N]` that follows each node, logits `[B, 1+N, V]`; -1 where none can be reached."""
 
 
 class Argmax:
     """Greedy decoding of the logits as they are."""
 
-    def check(self, row: Row, logits: torch.Tensor) -> None:
+    def check(self, row: SequenceState, logits: torch.Tensor) -> None:
         return
 
-    def next(self, logits: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
+    def next(self, logits: torch.Tensor, rows: Sequence[SequenceState]) -> torch.Tensor:
         return logits.argmax(-1)
 
-    def along(self, tree: TokenTree, logits: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
+    def along(self, tree: TokenTree, logits: torch.Tensor, rows: Sequence[SequenceState]) -> torch.Tensor:
         return logits.argmax(-1)
 
 
@@ -54,13 +54,13 @@ class Greedy:
     def __post_init__(self) -> None:
         refuse_unsuitable(self.processors)
 
-    def check(self, row: Row, logits: torch.Tensor) -> None:
+    def check(self, row: SequenceState, logits: torch.Tensor) -> None:
         refuse_changing(self.processors, row, logits)
 
-    def next(self, logits: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
+    def next(self, logits: torch.Tensor, rows: Sequence[SequenceState]) -> torch.Tensor:
         return process(self.processors, logits, rows).argmax(-1)
 
-    def along(self, tree: TokenTree, logits: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
+    def along(self, tree: TokenTree, logits: torch.Tensor, rows: Sequence[SequenceState]) -> torch.Tensor:
         return walk(tree, logits, rows, self.next)
 
 
@@ -84,10 +84,10 @@ class Sampled:
     def __post_init__(self) -> None:
         refuse_unsuitable(self.processors)
 
-    def check(self, row: Row, logits: torch.Tensor) -> None:
+    def check(self, row: SequenceState, logits: torch.Tensor) -> None:
         refuse_changing(self.processors, row, logits)
 
-    def next(self, logits: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
+    def next(self, logits: torch.Tensor, rows: Sequence[SequenceState]) -> torch.Tensor:
         scores = process(self.processors, logits, rows)
         allowed = scores > float("-inf")
         if not (scores.amax(1) > float("-inf")).all():  # NaN anywhere in a row fails, as in stock sampling
@@ -101,7 +101,7 @@ class Sampled:
         positions = torch.tensor([len(row.tokens) for row in rows], device=scores.device)
         return possible[(scores + gumbel(seeds, positions, possible)).argmax(-1)]
 
-    def along(self, tree: TokenTree, logits: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
+    def along(self, tree: TokenTree, logits: torch.Tensor, rows: Sequence[SequenceState]) -> torch.Tensor:
         return walk(tree, logits, rows, self.next)
 
     def _seeds(self, indices: Sequence[int]) -> list[int]:
@@ -115,8 +115,8 @@ class Sampled:
 def walk(
     tree: TokenTree,
     logits: torch.Tensor,
-    rows: Sequence[Row],
-    choose: Callable[[torch.Tensor, Sequence[Row]], torch.Tensor],
+    rows: Sequence[SequenceState],
+    choose: Callable[[torch.Tensor, Sequence[SequenceState]], torch.Tensor],
 ) -> torch.Tensor:
     """`Chooser.along` for a costly `choose`: it is asked about the nodes on the way only, `[R, V]` a level.
 
@@ -160,27 +160,27 @@ def warpers(temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Log
 
 # Rows of one batch that choose their tokens under settings of their own.
 
-Ask = Callable[[Chooser, torch.Tensor, Sequence[Row]], torch.Tensor]
+Ask = Callable[[Chooser, torch.Tensor, Sequence[SequenceState]], torch.Tensor]
 
 
 @dataclass(frozen=True)
 class ByRow:
     """A `Chooser`: `of(row)` chooses for that row. Rows of the same chooser go through it together."""
 
-    of: Callable[[Row], Chooser]
+    of: Callable[[SequenceState], Chooser]
 
-    def check(self, row: Row, logits: torch.Tensor) -> None:
+    def check(self, row: SequenceState, logits: torch.Tensor) -> None:
         self.of(row).check(row, logits)
 
-    def next(self, logits: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
+    def next(self, logits: torch.Tensor, rows: Sequence[SequenceState]) -> torch.Tensor:
         return self._each(rows, logits.device, lambda own, places, some: own.next(logits[places], some))
 
-    def along(self, tree: TokenTree, logits: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
+    def along(self, tree: TokenTree, logits: torch.Tensor, rows: Sequence[SequenceState]) -> torch.Tensor:
         return self._each(
             rows, logits.device, lambda own, places, some: own.along(taken(tree, places), logits[places], some)
         )
 
-    def _each(self, rows: Sequence[Row], device: torch.device, ask: Ask) -> torch.Tensor:
+    def _each(self, rows: Sequence[SequenceState], device: torch.device, ask: Ask) -> torch.Tensor:
         groups: dict[int, list[int]] = {}
         for place, row in enumerate(rows):
             groups.setdefault(id(self.of(row)), []).append(place)
@@ -253,14 +253,14 @@ T = TypeVar("T")
 class RowErrors(Exception):
     """Some rows cannot go on, the others can. errors: what each of them raises, by its place in the batch."""
 
-    def __init__(self, errors: Mapping[int, Exception], rows: Sequence[Row]):
+    def __init__(self, errors: Mapping[int, Exception], rows: Sequence[SequenceState]):
         self.errors = dict(errors)
         place = min(errors)
         self.first = named(errors[place], rows[place])
         super().__init__(str(self.first))
 
 
-def next_tokens(chooser: Chooser, logits: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
+def next_tokens(chooser: Chooser, logits: torch.Tensor, rows: Sequence[SequenceState]) -> torch.Tensor:
     """`Chooser.next`. Raises `RowErrors` where single rows fail."""
 
     def alone(place: int) -> torch.Tensor:
@@ -269,7 +269,7 @@ def next_tokens(chooser: Chooser, logits: torch.Tensor, rows: Sequence[Row]) -> 
     return asked(lambda: chooser.next(logits, rows), alone, rows)
 
 
-def chosen(chooser: Chooser, logits: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
+def chosen(chooser: Chooser, logits: torch.Tensor, rows: Sequence[SequenceState]) -> torch.Tensor:
     """`Chooser.next`, for a call that ends with the first error: which names its row."""
     try:
         return next_tokens(chooser, logits, rows)
@@ -277,7 +277,9 @@ def chosen(chooser: Chooser, logits: torch.Tensor, rows: Sequence[Row]) -> torch
         raise failed.first from failed
 
 
-def tokens_along(chooser: Chooser, tree: TokenTree, logits: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
+def tokens_along(
+    chooser: Chooser, tree: TokenTree, logits: torch.Tensor, rows: Sequence[SequenceState]
+) -> torch.Tensor:
     """`Chooser.along`. Raises `RowErrors` where single rows fail."""
 
     def alone(place: int) -> torch.Tensor:
@@ -287,7 +289,7 @@ def tokens_along(chooser: Chooser, tree: TokenTree, logits: torch.Tensor, rows: 
     return asked(lambda: chooser.along(tree, logits, rows), alone, rows)
 
 
-def asked(together: Callable[[], T], alone: Callable[[int], T], rows: Sequence[Row]) -> T:
+def asked(together: Callable[[], T], alone: Callable[[int], T], rows: Sequence[SequenceState]) -> T:
     """What all rows give together; where that fails, the errors of those that fail alone, or else that one."""
     try:
         return together()
@@ -305,7 +307,7 @@ def asked(together: Callable[[], T], alone: Callable[[int], T], rows: Sequence[R
         raise RowErrors(errors, rows) from error
 
 
-def named(error: Exception, row: Row) -> Exception:
+def named(error: Exception, row: SequenceState) -> Exception:
     """The same error, which says whose it is."""
     if isinstance(error, UserError):
         return UserError(f"row {row.index}: {error}")

@@ -15,7 +15,7 @@ from ctc_drafter.decode.stats import Stats
 OnTokens = Callable[[int, list[int]], None]
 
 
-class Writer:
+class OutputWriter:
     """Rows end at their eos (which is kept), at their limit, or where a stopping criterion says so.
 
     Criteria are asked after every single token about the row's text up to it, `int64 [1, T]`, as plain decoding
@@ -25,12 +25,14 @@ class Writer:
     def __init__(self, stats: Stats, on_tokens: OnTokens | None, criteria: StoppingCriteriaList, device: torch.device):
         self.stats, self.on_tokens, self.criteria, self.device = stats, on_tokens, criteria, device
 
-    def start(self, rows: Sequence[Row], first: Sequence[int]) -> list[int]:
+    def start(self, rows: Sequence[SequenceState], first: Sequence[int]) -> list[int]:
         """Takes the prefill's token of every row; returns the places in the batch that go on."""
         self.stats.tokens += len(first)
         return places(self._emit(row, [token]) for row, token in zip(rows, first, strict=True))
 
-    def write(self, rows: Sequence[Row], tokens: Sequence[Sequence[int]], accepted: Sequence[int]) -> list[int]:
+    def write(
+        self, rows: Sequence[SequenceState], tokens: Sequence[Sequence[int]], accepted: Sequence[int]
+    ) -> list[int]:
         """Takes one verification: `tokens[i][: accepted[i] + 1]` for place i; returns the places that go on."""
         alive = []
         for row, emitted, count in zip(rows, tokens, accepted, strict=True):
@@ -40,7 +42,7 @@ class Writer:
             self.stats.count(count, len(row.tokens) - before)
         return places(alive)
 
-    def _emit(self, row: Row, tokens: Sequence[int]) -> bool:
+    def _emit(self, row: SequenceState, tokens: Sequence[int]) -> bool:
         kept: list[int] = []
         goes_on = True
         for token in tokens:
@@ -53,7 +55,7 @@ class Writer:
             self.on_tokens(row.index, kept)
         return goes_on
 
-    def _stopped(self, row: Row) -> bool:
+    def _stopped(self, row: SequenceState) -> bool:
         if not self.criteria:
             return False
         return bool(self.criteria(torch.tensor([row.text], device=self.device), None).all())
@@ -67,7 +69,7 @@ def places(alive: Iterable[bool]) -> list[int]:
 
 
 @dataclass
-class Row:
+class SequenceState:
     """index: the prompt's place in the call, by which callers and seeds know it.
     prompt: what the target reads. limit: new tokens at most. eos: tokens that end the row.
     given: the prompt as processors and stopping criteria see it; `generate` shows them its padding.
@@ -99,6 +101,6 @@ class Row:
         """Whether the newest token is an eos or the last one there is room for."""
         return len(self.tokens) >= self.limit or self.tokens[-1] in self.eos
 
-    def ahead(self) -> Row:
+    def ahead(self) -> SequenceState:
         """The same row for a look ahead: what is appended to it leaves this one alone."""
         return replace(self, tokens=list(self.tokens))

@@ -13,7 +13,7 @@ from ctc_drafter.chat import eos_ids
 from ctc_drafter.decode.budget import Budget
 from ctc_drafter.decode.generate import Generation, generate, plain_generate
 from ctc_drafter.decode.sampling import ARGMAX, Chooser
-from ctc_drafter.decode.sequence import Row
+from ctc_drafter.decode.sequence import SequenceState
 from ctc_drafter.decode.tree import best_chain
 from ctc_drafter.drafters.base import Drafter, DraftSession, refuse_call
 from ctc_drafter.drafters.registry import method_of
@@ -181,13 +181,13 @@ class Watched:
     calibration: Calibration
     chooser: Chooser = ARGMAX
 
-    def check(self, row: Row, logits: torch.Tensor) -> None:
+    def check(self, row: SequenceState, logits: torch.Tensor) -> None:
         self.chooser.check(row, logits)
 
-    def next(self, logits: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
+    def next(self, logits: torch.Tensor, rows: Sequence[SequenceState]) -> torch.Tensor:
         return self.chooser.next(logits, rows)
 
-    def along(self, tree: TokenTree, logits: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
+    def along(self, tree: TokenTree, logits: torch.Tensor, rows: Sequence[SequenceState]) -> torch.Tensor:
         wanted = self.chooser.along(tree, logits, rows)
         self.calibration.add(tree, wanted)
         return wanted

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ctc_drafter.decode.sampling import ARGMAX, Chooser
-from ctc_drafter.decode.sequence import Row
+from ctc_drafter.decode.sequence import SequenceState
 from ctc_drafter.drafters.baselines.ctc_variants import PaperConfig, PaperDrafter
 from ctc_drafter.drafters.ctc import CTCDrafter
 from ctc_drafter.drafters.prompt_lookup import PromptLookup
@@ -337,13 +337,13 @@ class Typical:
             if getattr(self, name) <= 0:
                 raise UserError(f"{name} is {getattr(self, name)}; give more than 0")
 
-    def check(self, row: Row, logits: torch.Tensor) -> None:
+    def check(self, row: SequenceState, logits: torch.Tensor) -> None:
         return
 
-    def next(self, logits: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
+    def next(self, logits: torch.Tensor, rows: Sequence[SequenceState]) -> torch.Tensor:
         return logits.argmax(-1)
 
-    def along(self, tree: TokenTree, logits: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
+    def along(self, tree: TokenTree, logits: torch.Tensor, rows: Sequence[SequenceState]) -> torch.Tensor:
         log_probs = (logits.float() / self.temperature).log_softmax(-1)
         entropy = -(log_probs.exp() * log_probs).nansum(-1)
         least = (self.delta * (-entropy).exp()).clamp(max=self.epsilon).log()

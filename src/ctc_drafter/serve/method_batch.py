@@ -14,7 +14,7 @@ import torch
 
 from ctc_drafter.decode.batch import Batch, Method, Step
 from ctc_drafter.decode.sampling import ByRow, Chooser, RowErrors
-from ctc_drafter.decode.sequence import Row
+from ctc_drafter.decode.sequence import SequenceState
 from ctc_drafter.decode.stats import Stats, Stopwatch
 from ctc_drafter.drafters.base import LazySession, NoDrafter
 from ctc_drafter.serve.requests import Burst, Job, Likelihood, Node, failure
@@ -24,7 +24,7 @@ LOG = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-def own_chooser(row: Row) -> Chooser:
+def own_chooser(row: SequenceState) -> Chooser:
     assert isinstance(row, Job)
     return row.chooser
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ctc_drafter.chat import TextStream
 from ctc_drafter.decode.sampling import ARGMAX, Chooser
-from ctc_drafter.decode.sequence import Row
+from ctc_drafter.decode.sequence import SequenceState
 from ctc_drafter.decode.stats import Stats
 from ctc_drafter.types import UserError
 
@@ -142,7 +142,7 @@ class AnswerText:
 
 
 @dataclass(eq=False)
-class Job(Row):
+class Job(SequenceState):
     """A row, with: `index` the choice's number in its request, by which seeds go.
 
     lane: the batch it is decoded in. shown: its text. deliver: told every event, from the engine's thread.
