@@ -30,7 +30,7 @@ def test_drafts_never_change_the_output(nodes):
 
 def test_draws_are_those_of_the_cpu():
     target = on_gpu(torch.float32)
-    options = {"max_new_tokens": 24, "chooser": Sampled([1, 2, 3], warpers(temperature=1.5, top_p=0.95))}
+    options = {"max_new_tokens": 24, "sampler": Sampled([1, 2, 3], warpers(temperature=1.5, top_p=0.95))}
     expected = plain_generate(tiny_target(), PROMPTS, **options).tokens
     assert plain_generate(target, PROMPTS, **options).tokens == expected
     assert generate(target, tiny_drafter(target).to("cuda"), PROMPTS, **options).tokens == expected

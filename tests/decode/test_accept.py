@@ -70,15 +70,15 @@ def test_agrees_with_a_walk(walk, data):
         parents.append(data.draw(st.integers(0, node - 1)))
         siblings = {tokens[i] for i in range(1, node) if parents[i] == parents[node]}
         tokens.append(data.draw(st.sampled_from([t for t in range(12) if t not in siblings])))
-    wanted = data.draw(st.lists(st.integers(0, 3), min_size=size, max_size=size))
+    target_tokens = data.draw(st.lists(st.integers(0, 3), min_size=size, max_size=size))
     path, emitted = [0], []
     while True:
-        emitted.append(wanted[path[-1]])
+        emitted.append(target_tokens[path[-1]])
         below = [i for i in range(1, size) if parents[i] == path[-1] and tokens[i] == emitted[-1]]
         if not below:
             break
         path.append(below[0])
-    result = walk(tree_of(tokens, parents), torch.tensor([wanted]))
+    result = walk(tree_of(tokens, parents), torch.tensor([target_tokens]))
     count = int(result.counts)
     assert result.path[0, : count + 1].tolist() == path
     assert result.tokens[0, : count + 1].tolist() == emitted

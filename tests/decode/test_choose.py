@@ -62,8 +62,8 @@ def test_every_node_on_the_way_has_its_own_history(drawn, prompt, emitted, seed,
     tokens = [emitted[-1], *tokens[1:]]
     tree = tree_of(tokens, parents)
     logits = torch.randn(1, len(tokens), WORDS, generator=torch.Generator().manual_seed(noise)) * 2
-    chooser = Greedy(PROCESSORS) if seed is None else Sampled([seed], PROCESSORS)
-    wanted = chooser.along(tree, logits, [SequenceState(0, prompt, 99, tokens=list(emitted))])
+    sampler = Greedy(PROCESSORS) if seed is None else Sampled([seed], PROCESSORS)
+    target_tokens = sampler.sample_tree(tree, logits, [SequenceState(0, prompt, 99, tokens=list(emitted))])
 
     expected = []
     for node in range(len(tokens)):
@@ -73,11 +73,11 @@ def test_every_node_on_the_way_has_its_own_history(drawn, prompt, emitted, seed,
             place = torch.tensor([len(emitted) + len(below)])
             scores = scores + gumbel(torch.tensor([seed]), place, torch.arange(WORDS))
         expected.append(int(scores.argmax()))
-    whole, walked = follow(tree, torch.tensor([expected])), follow(tree, wanted)
+    whole, walked = follow(tree, torch.tensor([expected])), follow(tree, target_tokens)
     count = int(whole.counts)
     assert walked.tokens[0, : count + 1].tolist() == whole.tokens[0, : count + 1].tolist()
     assert walked.counts.tolist() == [count]
-    assert all(choice in (-1, right) for choice, right in zip(wanted[0].tolist(), expected, strict=True))
+    assert all(choice in (-1, right) for choice, right in zip(target_tokens[0].tolist(), expected, strict=True))
 
 
 def test_nobody_is_asked_beyond_the_end_of_a_row():
@@ -91,7 +91,7 @@ def test_nobody_is_asked_beyond_the_end_of_a_row():
 
     for row in (SequenceState(0, [7], 3, tokens=[9]), SequenceState(0, [7], 99, frozenset({2}), tokens=[9])):
         asked.clear()
-        assert Greedy(LogitsProcessorList([watch])).along(tree, logits, [row]).tolist() == [[1, 2, -1, -1]]
+        assert Greedy(LogitsProcessorList([watch])).sample_tree(tree, logits, [row]).tolist() == [[1, 2, -1, -1]]
         assert asked == [[7, 9], [7, 9, 1]]
         assert row.tokens == [9]
 
@@ -104,11 +104,11 @@ def test_processors_see_the_padding_that_generate_gives():
         return scores
 
     rows = [SequenceState(0, [7], 9, given=[0, 0, 7], tokens=[5]), SequenceState(1, [7, 8], 9)]
-    Greedy(LogitsProcessorList([watch])).next(torch.zeros(2, 4), rows)
+    Greedy(LogitsProcessorList([watch])).sample(torch.zeros(2, 4), rows)
     assert asked == [[[0, 0, 7, 5]], [[7, 8]]]
 
 
 def test_bare_argmax_is_the_logits_argmax():
     logits = torch.randn(2, 5, 7)
     tree = tree_of([1, 2, 3, 4, 5], [0] * 5)
-    assert torch.equal(ARGMAX.along(tree, logits, []), logits.argmax(-1))
+    assert torch.equal(ARGMAX.sample_tree(tree, logits, []), logits.argmax(-1))

@@ -154,8 +154,8 @@ def both(options):
 
     def plain(model, input_ids, logits_processor, **_rest):
         seen["processors"] = logits_processor
-        chooser = Sampled(seeds, logits_processor)
-        answers = plain_generate(TARGET, input_ids.tolist(), max_new_tokens=NEW, chooser=chooser).tokens
+        sampler = Sampled(seeds, logits_processor)
+        answers = plain_generate(TARGET, input_ids.tolist(), max_new_tokens=NEW, sampler=sampler).tokens
         return torch.cat([input_ids, torch.tensor(answers)], 1)
 
     expected = MODEL.generate(inputs, **options, custom_generate=plain)

@@ -105,11 +105,11 @@ def test_the_factors_matter_to_these_models(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_longrope_samples_as_plain_sampled_decoding(kind):
     target, rows = Target.wrap(longrope(kind)[0]), prompts(*LENGTHS)
-    chooser = Sampled([*range(len(rows))], warpers(temperature=0.8, top_p=0.9))
-    expected = plain_generate(target, rows, max_new_tokens=NEW, chooser=chooser).tokens
+    sampler = Sampled([*range(len(rows))], warpers(temperature=0.8, top_p=0.9))
+    expected = plain_generate(target, rows, max_new_tokens=NEW, sampler=sampler).tokens
     scripts = [prompt + text for prompt, text in zip(rows, expected, strict=True)]
     drafter = ScriptedDrafter(scripts, (0, 3, 1, 4))
-    assert generate(target, drafter, rows, max_new_tokens=NEW, chooser=chooser).tokens == expected
+    assert generate(target, drafter, rows, max_new_tokens=NEW, sampler=sampler).tokens == expected
 
 
 def test_prompts_in_chunks_are_read_with_the_factors_of_the_whole(monkeypatch):

@@ -3,7 +3,7 @@
 from transformers import LogitsProcessorList, NoRepeatNGramLogitsProcessor
 
 from ctc_drafter.decode.generate import generate, generate_many, plain_generate
-from ctc_drafter.decode.sampling import ARGMAX, ByRow, Greedy, Sampled, warpers
+from ctc_drafter.decode.sampling import ARGMAX, Greedy, PerSequenceSampler, Sampled, warpers
 from ctc_drafter.drafters.base import NoDrafter
 from helpers import ScriptedDrafter, tiny_drafter, tiny_target
 
@@ -17,7 +17,7 @@ CHOOSERS = [ARGMAX, HOT, ONCE, ARGMAX, HOT, Sampled(SEEDS)]  # groups whose orde
 
 def alone(target):
     """Each prompt by plain decoding in a call where all rows have its settings."""
-    each = [plain_generate(target, PROMPTS, max_new_tokens=NEW, chooser=chooser).tokens for chooser in CHOOSERS]
+    each = [plain_generate(target, PROMPTS, max_new_tokens=NEW, sampler=sampler).tokens for sampler in CHOOSERS]
     return [tokens[row] for row, tokens in enumerate(each)]
 
 
@@ -25,11 +25,11 @@ def test_rows_with_settings_of_their_own():
     target = tiny_target()
     expected = alone(target)
     assert len({tuple(row) for row in expected}) == len(expected)
-    mixed = ByRow(lambda row: CHOOSERS[row.index])
+    mixed = PerSequenceSampler(lambda row: CHOOSERS[row.index])
     scripted = ScriptedDrafter([p + t for p, t in zip(PROMPTS, expected, strict=True)], (4, 0, 2))
     for drafter in (scripted, tiny_drafter(target)):
-        assert generate(target, drafter, PROMPTS, max_new_tokens=NEW, nodes=12, chooser=mixed).tokens == expected
-    joined = generate_many(target, tiny_drafter(target), PROMPTS, in_flight=2, max_new_tokens=NEW, chooser=mixed)
+        assert generate(target, drafter, PROMPTS, max_new_tokens=NEW, nodes=12, sampler=mixed).tokens == expected
+    joined = generate_many(target, tiny_drafter(target), PROMPTS, in_flight=2, max_new_tokens=NEW, sampler=mixed)
     assert dict(joined) == dict(enumerate(expected))
 
 

@@ -135,8 +135,8 @@ def test_sampled_and_processed_answers(rows, cache):
         Sampled(7, LogitsProcessorList([NoNumbers()])),
     ]
     target = wrapped(model, cache)
-    for chooser in choosers:
-        options = {"max_new_tokens": LENGTH, "chooser": chooser}
+    for sampler in choosers:
+        options = {"max_new_tokens": LENGTH, "sampler": sampler}
         expected = plain_generate(target, prompts, **options).tokens
         token = unused([*prompts, *expected])
         texts = [prompt + text for prompt, text in zip(prompts, expected, strict=True)]
@@ -317,14 +317,14 @@ class Failing:
 
     on = False
 
-    def check(self, row, logits):
+    def validate(self, row, logits):
         return
 
-    def next(self, logits, rows):
+    def sample(self, logits, rows):
         if self.on and any(row.index == 1 for row in rows):
             raise UserError("no")
-        return ARGMAX.next(logits, rows)
+        return ARGMAX.sample(logits, rows)
 
-    def along(self, tree, logits, rows):
-        self.next(logits[:, 0], rows)
-        return ARGMAX.along(tree, logits, rows)
+    def sample_tree(self, tree, logits, rows):
+        self.sample(logits[:, 0], rows)
+        return ARGMAX.sample_tree(tree, logits, rows)

@@ -24,7 +24,7 @@ NEW = 16
 def test_rows_that_join_are_rows_that_start(in_flight, seeds):
     target = tiny_target()
     drafter = tiny_drafter(target, num_hidden_layers=2)
-    options = {"max_new_tokens": NEW} | ({"chooser": Sampled(seeds)} if seeds else {})
+    options = {"max_new_tokens": NEW} | ({"sampler": Sampled(seeds)} if seeds else {})
     full = generate(target, drafter, PROMPTS, **options).tokens
     eos = {full[0][3], full[2][6], full[3][0]}  # rows end at different times, one at once
     expected = generate(target, drafter, PROMPTS, eos=eos, **options).tokens

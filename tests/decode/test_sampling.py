@@ -53,22 +53,22 @@ class Typical:
 
     fair: Sampled
 
-    def check(self, row, logits):
+    def validate(self, row, logits):
         pass
 
-    def next(self, logits, rows):
-        return self.fair.next(logits, rows)
+    def sample(self, logits, rows):
+        return self.fair.sample(logits, rows)
 
-    def along(self, tree, logits, rows):
+    def sample_tree(self, tree, logits, rows):
         probabilities = logits.softmax(-1)
         entropy = torch.special.entr(probabilities).sum(-1, keepdim=True)
         likely = probabilities > (0.7 * torch.exp(-entropy)).clamp(max=0.09)
-        wanted = walk(tree, logits, rows, self.next)
+        target_tokens = walk(tree, logits, rows, self.sample)
         for node in reversed(range(1, tree.tokens.shape[1])):
-            row = torch.arange(len(wanted))
+            row = torch.arange(len(target_tokens))
             fine = likely[row, tree.parents[:, node], tree.tokens[:, node]]
-            wanted[row[fine], tree.parents[:, node][fine]] = tree.tokens[:, node][fine]
-        return torch.where(wanted < 0, logits.argmax(-1), wanted)
+            target_tokens[row[fine], tree.parents[:, node][fine]] = tree.tokens[:, node][fine]
+        return torch.where(target_tokens < 0, logits.argmax(-1), target_tokens)
 
 
 @dataclass(frozen=True)
@@ -77,16 +77,16 @@ class LongestBeam:
 
     beams: tuple[Sampled, ...]
 
-    def check(self, row, logits):
+    def validate(self, row, logits):
         pass
 
-    def next(self, logits, rows):
-        return self.beams[0].next(logits, rows)
+    def sample(self, logits, rows):
+        return self.beams[0].sample(logits, rows)
 
-    def along(self, tree, logits, rows):
-        wanted = torch.stack([beam.along(tree, logits, rows) for beam in self.beams])
-        counts = torch.stack([follow(tree, each).counts for each in wanted])
-        return wanted[counts.argmax(0), torch.arange(len(rows))]
+    def sample_tree(self, tree, logits, rows):
+        target_tokens = torch.stack([beam.sample_tree(tree, logits, rows) for beam in self.beams])
+        counts = torch.stack([follow(tree, each).counts for each in target_tokens])
+        return target_tokens[counts.argmax(0), torch.arange(len(rows))]
 
 
 def exact_distribution(target, processors):
@@ -104,8 +104,8 @@ def p_value(target, chooser_of, samples, processors, size=2000):
     counts = torch.zeros(SMALL**LENGTH)
     weights = SMALL ** torch.arange(LENGTH - 1, -1, -1)
     for start in range(0, samples, size):
-        chooser = chooser_of(row_seeds(5, range(start, start + size)))
-        options = {"max_new_tokens": LENGTH, "nodes": 5, "floor": 0.0, "chooser": chooser}
+        sampler = chooser_of(row_seeds(5, range(start, start + size)))
+        options = {"max_new_tokens": LENGTH, "nodes": 5, "floor": 0.0, "sampler": sampler}
         rows = torch.tensor(generate(target, SuccessorDrafter(), [PROMPT] * size, **options).tokens)
         counts += torch.bincount((rows * weights).sum(1), minlength=len(counts))
     expected = exact_distribution(target, processors) * samples
@@ -143,11 +143,11 @@ def test_the_whole_distribution_of_many_samples():
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 def test_equals_plain_sampling_with_the_same_stream(right, nodes, batch, cache):
     target, prompts = Target.wrap(tiny_target().model, cache=cache), PROMPTS[:batch]
-    chooser = Sampled(SEEDS, warpers(temperature=1.5, top_p=0.95))
-    expected = plain_generate(target, prompts, max_new_tokens=NEW, chooser=chooser)
+    sampler = Sampled(SEEDS, warpers(temperature=1.5, top_p=0.95))
+    expected = plain_generate(target, prompts, max_new_tokens=NEW, sampler=sampler)
     scripts = [p + t for p, t in zip(prompts, expected.tokens, strict=True)]
     result = generate(
-        target, ScriptedDrafter(scripts, right), prompts, max_new_tokens=NEW, nodes=nodes, chooser=chooser
+        target, ScriptedDrafter(scripts, right), prompts, max_new_tokens=NEW, nodes=nodes, sampler=sampler
     )
     assert result.tokens == expected.tokens
     assert expected.tokens != plain_generate(target, prompts, max_new_tokens=NEW).tokens
@@ -156,29 +156,29 @@ def test_equals_plain_sampling_with_the_same_stream(right, nodes, batch, cache):
 
 def test_the_ctc_drafter_never_changes_a_draw():
     target = tiny_target()
-    for chooser in (Sampled(SEEDS), Sampled(5)):
-        expected = plain_generate(target, PROMPTS, max_new_tokens=NEW, chooser=chooser).tokens
-        assert generate(target, tiny_drafter(target), PROMPTS, max_new_tokens=NEW, chooser=chooser).tokens == expected
+    for sampler in (Sampled(SEEDS), Sampled(5)):
+        expected = plain_generate(target, PROMPTS, max_new_tokens=NEW, sampler=sampler).tokens
+        assert generate(target, tiny_drafter(target), PROMPTS, max_new_tokens=NEW, sampler=sampler).tokens == expected
 
 
 def test_a_row_depends_on_its_seed_and_prompt_alone():
     target, drafter = tiny_target(), tiny_drafter(tiny_target())
-    together = generate(target, drafter, PROMPTS, max_new_tokens=NEW, chooser=Sampled(SEEDS)).tokens
+    together = generate(target, drafter, PROMPTS, max_new_tokens=NEW, sampler=Sampled(SEEDS)).tokens
     for order in itertools.permutations(range(3)):
         seeds, prompts = [SEEDS[i] for i in order], [PROMPTS[i] for i in order]
-        rows = generate(target, drafter, prompts, max_new_tokens=NEW, chooser=Sampled(seeds)).tokens
+        rows = generate(target, drafter, prompts, max_new_tokens=NEW, sampler=Sampled(seeds)).tokens
         assert rows == [together[i] for i in order]
     for row in range(3):
-        alone = generate(target, drafter, [PROMPTS[row]], max_new_tokens=NEW, chooser=Sampled([SEEDS[row]])).tokens
+        alone = generate(target, drafter, [PROMPTS[row]], max_new_tokens=NEW, sampler=Sampled([SEEDS[row]])).tokens
         assert alone == [together[row]]
-    twins = generate(target, drafter, [PROMPTS[0]] * 3, max_new_tokens=NEW, chooser=Sampled([1, 1, 2])).tokens
+    twins = generate(target, drafter, [PROMPTS[0]] * 3, max_new_tokens=NEW, sampler=Sampled([1, 1, 2])).tokens
     assert twins[0] == twins[1] != twins[2]
 
 
 def test_too_few_seeds():
     target = tiny_target()
     with pytest.raises(UserError, match="2 seeds for at least 3 rows"):
-        plain_generate(target, PROMPTS, max_new_tokens=4, chooser=Sampled([1, 2]))
+        plain_generate(target, PROMPTS, max_new_tokens=4, sampler=Sampled([1, 2]))
 
 
 @pytest.mark.parametrize("setting", [{"temperature": 0.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}])
@@ -192,4 +192,4 @@ def test_no_token_left():
     nothing = warpers()
     nothing.append(lambda _text, scores: torch.full_like(scores, float("-inf")))
     with pytest.raises(UserError, match="no token"):
-        plain_generate(target, PROMPTS, max_new_tokens=4, chooser=replace(Sampled(1), processors=nothing))
+        plain_generate(target, PROMPTS, max_new_tokens=4, sampler=replace(Sampled(1), processors=nothing))

@@ -88,7 +88,7 @@ def test_typical_acceptance_by_brute_force(seed: int) -> None:
         torch.tensor([[True] * 7 + [False]]), torch.zeros(1, 8),
     )  # fmt: skip
     rule = Typical(epsilon=0.2, delta=0.3, temperature=0.7)
-    found = follow(tree, rule.along(tree, logits, []))
+    found = follow(tree, rule.sample_tree(tree, logits, []))
 
     def likelihood(node: int) -> float:
         """Of the path to the node; 0 if it does not pass."""
@@ -115,7 +115,7 @@ def test_typical_acceptance_can_change_the_output() -> None:
     drafter = tiny_drafter(target)
     loose = Typical(epsilon=1e-6, delta=1e-6)
     options = {"max_new_tokens": 16, "nodes": 16, "floor": 0.0}
-    found = generate(target, drafter, PROMPTS, chooser=loose, **options)
+    found = generate(target, drafter, PROMPTS, sampler=loose, **options)
     assert found.tokens != generate(target, drafter, PROMPTS, **options).tokens
     with pytest.raises(UserError, match="epsilon is 0"):
         Typical(epsilon=0)

@@ -113,15 +113,15 @@ LOG_SAYS_WHY = "log says why"
     ("error", "message"), [(UserError("no token is left"), "no token is left"), (ValueError("odd"), LOG_SAYS_WHY)]
 )
 def test_a_choice_that_fails(target, at, error, message):
-    jobs, events = serve(target, scripted(target), lambda job: setattr(job, "chooser", Fails(at, error)))
+    jobs, events = serve(target, scripted(target), lambda job: setattr(job, "sampler", Fails(at, error)))
     check(target, jobs, events, message)
     assert len(jobs[FAILING].tokens) >= min(at, 1)
 
 
 def test_a_processor_that_fails(target):
     length = len(PROMPTS[FAILING]) + 5
-    chooser = Greedy(LogitsProcessorList([Bad(length)]))
-    jobs, events = serve(target, scripted(target), lambda job: setattr(job, "chooser", chooser))
+    sampler = Greedy(LogitsProcessorList([Bad(length)]))
+    jobs, events = serve(target, scripted(target), lambda job: setattr(job, "sampler", sampler))
     check(target, jobs, events, LOG_SAYS_WHY)
 
 
@@ -138,7 +138,7 @@ def test_a_row_without_numbers(target):
     ]
 
     def change(job):
-        job.prompt, job.chooser = [*job.prompt, poison], Sampled(3)
+        job.prompt, job.sampler = [*job.prompt, poison], Sampled(3)
 
     jobs, events = serve(target, drafter, change)
     assert "not numbers" in events[FAILING][-1].message
@@ -229,7 +229,7 @@ def test_in_the_library_the_error_names_the_row(target, decode, at):
             return ARGMAX.along(tree, logits, rows)
 
     def run(error):
-        options = {"max_new_tokens": LENGTH, "chooser": OfRow(at, error)}
+        options = {"max_new_tokens": LENGTH, "sampler": OfRow(at, error)}
         if decode == "plain_generate":
             return plain_generate(target, PROMPTS, **options)
         if decode == "generate":

@@ -83,9 +83,9 @@ def plain_tokens(
     service: Service, prompt: list[int], limit: int, *, n: int = 1, seed=None, **settings
 ) -> list[list[int]]:
     """The oracle: plain decoding with the same settings."""
-    chooser = ARGMAX if seed is None else Sampled(seed, warpers(**settings))
+    sampler = ARGMAX if seed is None else Sampled(seed, warpers(**settings))
     eos = eos_ids(service.target.model, service.tokenizer)
-    return plain_generate(service.target, [prompt] * n, max_new_tokens=limit, eos=eos, chooser=chooser).tokens
+    return plain_generate(service.target, [prompt] * n, max_new_tokens=limit, eos=eos, sampler=sampler).tokens
 
 
 def text_of(service: Service, tokens: list[int]) -> str:

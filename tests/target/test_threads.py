@@ -100,8 +100,8 @@ class Calls:
         return plain_generate(self.target, [prompt], max_new_tokens=count).tokens[0]
 
     def plain_sampled(self, prompt: list[int], count: int) -> list[int]:
-        chooser = Sampled([sum(prompt)], warpers(temperature=0.8))
-        return plain_generate(self.target, [prompt], max_new_tokens=count, chooser=chooser).tokens[0]
+        sampler = Sampled([sum(prompt)], warpers(temperature=0.8))
+        return plain_generate(self.target, [prompt], max_new_tokens=count, sampler=sampler).tokens[0]
 
     def features(self, prompt: list[int], _count: int) -> list[float]:
         features, last = self.target.hidden_states(torch.tensor([prompt]), LAYERS)

@@ -16,7 +16,7 @@ from ctc_drafter.decode.budget import Budget
 from ctc_drafter.decode.generate import Generation, generate, plain_generate
 from ctc_drafter.decode.prefill import check_prompts
 from ctc_drafter.decode.profile import budget_for
-from ctc_drafter.decode.sampling import ARGMAX, Chooser, Sampled, row_seeds, warpers
+from ctc_drafter.decode.sampling import ARGMAX, Sampled, Sampler, row_seeds, warpers
 from ctc_drafter.decode.sequence import OnTokens
 from ctc_drafter.decode.stats import Stats
 from ctc_drafter.drafters.base import Drafter
@@ -82,7 +82,7 @@ class Answerer:
         options: dict[str, Any] = {
             "max_new_tokens": self.settings.max_new_tokens,
             "eos": eos_ids(self.target.model, self.tokenizer),
-            "chooser": self.chooser(range(start, start + len(prompts))),
+            "sampler": self.sampler(range(start, start + len(prompts))),
             "criteria": self.criteria(),
             "on_tokens": on_tokens,
         }
@@ -96,7 +96,7 @@ class Answerer:
             return None
         return budget_for(self.target, self.drafter, self.settings.nodes, self.settings.batch_size)
 
-    def chooser(self, numbers: Sequence[int]) -> Chooser:
+    def sampler(self, numbers: Sequence[int]) -> Sampler:
         if not self.settings.temperature:
             return ARGMAX
         return Sampled(row_seeds(self.settings.seed, numbers), self.settings.warpers())

@@ -10,7 +10,7 @@ from transformers import Cache
 
 from ctc_drafter.decode.budget import Budget, Pace
 from ctc_drafter.decode.prefill import Prefill, prefill, reread
-from ctc_drafter.decode.sampling import Chooser, RowErrors, chosen, tokens_along
+from ctc_drafter.decode.sampling import RowErrors, Sampler, chosen, tokens_along
 from ctc_drafter.decode.sequence import SequenceState
 from ctc_drafter.decode.stats import Stopwatch
 from ctc_drafter.decode.tree import build_tree, up_to, without_drafts
@@ -64,7 +64,7 @@ class Method:
     drafter: Drafter
     nodes: int
     floor: float
-    chooser: Chooser
+    sampler: Sampler
     budget: Budget | None = None
 
     def __post_init__(self) -> None:
@@ -98,12 +98,12 @@ class Batch:
         Where new rows cannot be prefilled, or memory does not suffice for them beside the others, the batch stays as it
         was, and the error is raised.
         """
-        target, drafter, chooser = self.method.target, self.method.drafter, self.method.chooser
+        target, drafter, sampler = self.method.target, self.method.drafter, self.method.sampler
         with self.clock("prefill"):
             first = rows[0].index if rows else 0
             state = prefill(target, [row.prompt for row in rows], drafter.feature_layers, first)
-            chooser.check(rows[0], state.logits[:1])
-            root = chosen(chooser, state.logits, rows)
+            sampler.validate(rows[0], state.logits[:1])
+            root = chosen(sampler, state.logits, rows)
             if self.rows:
                 self._join(state)
                 self.lengths = torch.cat([self.lengths, state.lengths])
@@ -190,7 +190,7 @@ class Batch:
         with self.clock("accept"):
             broken = no_numbers(verification.logits)
             try:
-                acceptance = follow(tree, tokens_along(self.method.chooser, tree, verification.logits, self.rows))
+                acceptance = follow(tree, tokens_along(self.method.sampler, tree, verification.logits, self.rows))
             except Exception:
                 found = {place for place, is_broken in enumerate(broken.tolist()) if is_broken}
                 if not drafted or not found.difference(final):

@@ -13,7 +13,7 @@ from transformers import Cache, StoppingCriteriaList
 from ctc_drafter.decode.batch import Batch, Method
 from ctc_drafter.decode.budget import Budget
 from ctc_drafter.decode.prefill import prefill, reread
-from ctc_drafter.decode.sampling import ARGMAX, Chooser, chosen
+from ctc_drafter.decode.sampling import ARGMAX, Sampler, chosen
 from ctc_drafter.decode.sequence import OnTokens, OutputWriter, SequenceState
 from ctc_drafter.decode.stats import Stats, Stopwatch
 from ctc_drafter.drafters.base import Drafter
@@ -51,7 +51,7 @@ def generate(
     floor: float = DEFAULT_FLOOR,
     budget: Budget | None = None,
     eos: Collection[int] = (),
-    chooser: Chooser = ARGMAX,
+    sampler: Sampler = ARGMAX,
     criteria: StoppingCriteriaList = NO_CRITERIA,
     on_tokens: OnTokens | None = None,
     timed: bool = False,
@@ -60,14 +60,14 @@ def generate(
 
     Prefixes less likely than `floor` are not worth the time that a node adds to a verification. With a `budget` trees
     are as large as pays on this machine instead, and plain steps are taken where none does. Greedy, or as
-    `chooser` says: `Sampled(seeds, warpers(temperature=0.8))`. A row ends at an eos, at `max_new_tokens`, or where
+    `sampler` says: `Sampled(seeds, warpers(temperature=0.8))`. A row ends at an eos, at `max_new_tokens`, or where
     `criteria` say so; like transformers' own `generate` it may go on beyond the context that the target is made for.
 
     `on_tokens(row, tokens)` is called with what each verification emits. Rows may differ in length and finish
     at different times; a finished row leaves the batch.
     Raises `UserError` for prompts or settings that cannot be decoded.
     """
-    method = Method(target, drafter, nodes, floor, chooser, budget)
+    method = Method(target, drafter, nodes, floor, sampler, budget)
     return run(method, new_rows(target, prompts, max_new_tokens, eos), criteria, on_tokens, timed)
 
 
@@ -109,7 +109,7 @@ def plain_generate(
     *,
     max_new_tokens: int,
     eos: Collection[int] = (),
-    chooser: Chooser = ARGMAX,
+    sampler: Sampler = ARGMAX,
     criteria: StoppingCriteriaList = NO_CRITERIA,
     on_tokens: OnTokens | None = None,
     timed: bool = False,
@@ -119,8 +119,8 @@ def plain_generate(
     begin, clock, stats = time.perf_counter(), Stopwatch(target.device, timed), Stats()
     with clock("prefill"):
         state = prefill(target, prompts)
-        chooser.check(rows[0], state.logits[:1])
-    cache, lengths, root, active = state.cache, state.lengths, chosen(chooser, state.logits, rows), rows
+        sampler.validate(rows[0], state.logits[:1])
+    cache, lengths, root, active = state.cache, state.lengths, chosen(sampler, state.logits, rows), rows
     writer = OutputWriter(stats, on_tokens, criteria, target.device)
     places = writer.start(active, root.tolist())
     stats.prefill_seconds = time.perf_counter() - begin
@@ -140,7 +140,7 @@ def plain_generate(
         with clock("compact"):
             compact(cache, lengths, slots, path, torch.zeros_like(lengths))
         with clock("accept"):
-            lengths, root = lengths + 1, chosen(chooser, logits[:, -1], active)
+            lengths, root = lengths + 1, chosen(sampler, logits[:, -1], active)
         places = writer.write(active, root.unsqueeze(1).tolist(), [0] * len(active))
 
     stats.seconds, stats.stages_ms = time.perf_counter() - begin, dict(clock.total_ms)
@@ -196,7 +196,7 @@ def generate_many(
     nodes: int = DEFAULT_NODES,
     floor: float = DEFAULT_FLOOR,
     eos: Collection[int] = (),
-    chooser: Chooser = ARGMAX,
+    sampler: Sampler = ARGMAX,
     criteria: StoppingCriteriaList = NO_CRITERIA,
     on_tokens: OnTokens | None = None,
 ) -> Iterator[tuple[int, list[int]]]:
@@ -207,7 +207,7 @@ def generate_many(
     """
     if in_flight < 1:
         raise UserError(f"in_flight is {in_flight}; give at least 1")
-    method = Method(target, drafter, nodes, floor, chooser)
+    method = Method(target, drafter, nodes, floor, sampler)
     arriving = (new_rows(target, [prompt], max_new_tokens, eos, place)[0] for place, prompt in enumerate(prompts))
     writer = OutputWriter(Stats(), on_tokens, criteria, target.device)
     return flow(Batch(method, Stopwatch(target.device, False)), writer, arriving, in_flight)

@@ -16,7 +16,7 @@ from ctc_drafter.decode.batch import Method
 from ctc_drafter.decode.generate import DEFAULT_FLOOR, DEFAULT_NODES, check_room, run
 from ctc_drafter.decode.generate_settings import refuse_encoder, refuse_inputs, refuse_settings
 from ctc_drafter.decode.processors import end_tokens, fills_up, process, refuse_criteria, remaining
-from ctc_drafter.decode.sampling import ARGMAX, Chooser, Greedy, Sampled, walk
+from ctc_drafter.decode.sampling import ARGMAX, Greedy, Sampled, Sampler, walk
 from ctc_drafter.decode.sequence import OnTokens, SequenceState
 from ctc_drafter.drafters.base import Drafter
 from ctc_drafter.target.model import UNLIMITED_CONTEXT, Target
@@ -64,13 +64,13 @@ def speculate(
         check = getattr(drafter, "check_target", None)
         if check is not None:
             check(model.config)
-        chooser = chooser_of(config, logits_processor, seeds, len(input_ids))
+        sampler = sampler_of(config, logits_processor, seeds, len(input_ids))
         scored = bool(config.return_dict_in_generate and config.output_scores)
         record = Record() if config.return_dict_in_generate and (scored or config.output_logits) else None
         refuse_criteria(remaining(stopping_criteria, scored=False), input_ids)
         criteria = remaining(stopping_criteria, scored)
         target = wrap(model)
-        method = Method(target, drafter, nodes, floor, chooser)
+        method = Method(target, drafter, nodes, floor, sampler)
         rows = rows_of(input_ids, mask, stopping_criteria, target)
         told = on_tokens if streamer is None else streaming(streamer, input_ids, on_tokens)
         rows = decode_rows(method, rows, criteria, told, record, fills_up(stopping_criteria))
@@ -105,9 +105,9 @@ def filler_of(pad: int | None, criteria: StoppingCriteriaList) -> int:
     return pad if pad is not None else next(iter(end_tokens(criteria)), 0)
 
 
-def chooser_of(
+def sampler_of(
     config: GenerationConfig, processors: LogitsProcessorList, seeds: Sequence[int] | None, rows: int
-) -> Chooser:
+) -> Sampler:
     """The choice that this configuration asks for; `rows` is how many there are."""
     if not config.do_sample:
         if seeds is not None:
@@ -223,18 +223,18 @@ class Record:
 
 @dataclass(frozen=True)
 class Dictated:
-    """A `Chooser` that writes these texts, by the rows' index, whatever the target says."""
+    """A `Sampler` that writes these texts, by the rows' index, whatever the target says."""
 
     texts: dict[int, list[int]]
 
-    def check(self, row: SequenceState, logits: torch.Tensor) -> None:
+    def validate(self, row: SequenceState, logits: torch.Tensor) -> None:
         return
 
-    def next(self, logits: torch.Tensor, rows: Sequence[SequenceState]) -> torch.Tensor:
+    def sample(self, logits: torch.Tensor, rows: Sequence[SequenceState]) -> torch.Tensor:
         return torch.tensor([self.texts[row.index][len(row.tokens)] for row in rows], device=logits.device)
 
-    def along(self, tree: TokenTree, logits: torch.Tensor, rows: Sequence[SequenceState]) -> torch.Tensor:
-        return walk(tree, logits, rows, self.next)
+    def sample_tree(self, tree: TokenTree, logits: torch.Tensor, rows: Sequence[SequenceState]) -> torch.Tensor:
+        return walk(tree, logits, rows, self.sample)
 
 
 def emitted_logits(
@@ -251,7 +251,7 @@ def emitted_logits(
     ]
     anew, texts = Record(), padded(rows, filler, width)
     if again:
-        run(replace(method, chooser=Dictated(texts)), again, on_logits=anew)
+        run(replace(method, sampler=Dictated(texts)), again, on_logits=anew)
     found = {row.index: record.of(row) for row in rows} | {row.index: anew.of(row) for row in again}
     return tuple(torch.stack([found[row.index] for row in rows]).unbind(1))
 

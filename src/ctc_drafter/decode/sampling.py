@@ -16,29 +16,29 @@ from ctc_drafter.types import TokenTree, UserError
 # Which token the target writes next: the argmax or a draw, after all logits processors.
 
 
-class Chooser(Protocol):
+class Sampler(Protocol):
     """How the target turns logits into tokens."""
 
-    def check(self, row: SequenceState, logits: torch.Tensor) -> None:
+    def validate(self, row: SequenceState, logits: torch.Tensor) -> None:
         """Raises `UserError` if it cannot serve rows like this one, logits `[1, V]`."""
 
-    def next(self, logits: torch.Tensor, rows: Sequence[SequenceState]) -> torch.Tensor:
+    def sample(self, logits: torch.Tensor, rows: Sequence[SequenceState]) -> torch.Tensor:
         """The token `int64 [R]` that follows each row's text, whose logits are `[R, V]`."""
 
-    def along(self, tree: TokenTree, logits: torch.Tensor, rows: Sequence[SequenceState]) -> torch.Tensor:
+    def sample_tree(self, tree: TokenTree, logits: torch.Tensor, rows: Sequence[SequenceState]) -> torch.Tensor:
         """The token `int64 [B, 1+N]` that follows each node, logits `[B, 1+N, V]`; -1 where none can be reached."""
 
 
 class Argmax:
     """Greedy decoding of the logits as they are."""
 
-    def check(self, row: SequenceState, logits: torch.Tensor) -> None:
+    def validate(self, row: SequenceState, logits: torch.Tensor) -> None:
         return
 
-    def next(self, logits: torch.Tensor, rows: Sequence[SequenceState]) -> torch.Tensor:
+    def sample(self, logits: torch.Tensor, rows: Sequence[SequenceState]) -> torch.Tensor:
         return logits.argmax(-1)
 
-    def along(self, tree: TokenTree, logits: torch.Tensor, rows: Sequence[SequenceState]) -> torch.Tensor:
+    def sample_tree(self, tree: TokenTree, logits: torch.Tensor, rows: Sequence[SequenceState]) -> torch.Tensor:
         return logits.argmax(-1)
 
 
@@ -54,14 +54,14 @@ class Greedy:
     def __post_init__(self) -> None:
         refuse_unsuitable(self.processors)
 
-    def check(self, row: SequenceState, logits: torch.Tensor) -> None:
+    def validate(self, row: SequenceState, logits: torch.Tensor) -> None:
         refuse_changing(self.processors, row, logits)
 
-    def next(self, logits: torch.Tensor, rows: Sequence[SequenceState]) -> torch.Tensor:
+    def sample(self, logits: torch.Tensor, rows: Sequence[SequenceState]) -> torch.Tensor:
         return process(self.processors, logits, rows).argmax(-1)
 
-    def along(self, tree: TokenTree, logits: torch.Tensor, rows: Sequence[SequenceState]) -> torch.Tensor:
-        return walk(tree, logits, rows, self.next)
+    def sample_tree(self, tree: TokenTree, logits: torch.Tensor, rows: Sequence[SequenceState]) -> torch.Tensor:
+        return walk(tree, logits, rows, self.sample)
 
 
 @dataclass(frozen=True)
@@ -84,10 +84,10 @@ class Sampled:
     def __post_init__(self) -> None:
         refuse_unsuitable(self.processors)
 
-    def check(self, row: SequenceState, logits: torch.Tensor) -> None:
+    def validate(self, row: SequenceState, logits: torch.Tensor) -> None:
         refuse_changing(self.processors, row, logits)
 
-    def next(self, logits: torch.Tensor, rows: Sequence[SequenceState]) -> torch.Tensor:
+    def sample(self, logits: torch.Tensor, rows: Sequence[SequenceState]) -> torch.Tensor:
         scores = process(self.processors, logits, rows)
         allowed = scores > float("-inf")
         if not (scores.amax(1) > float("-inf")).all():  # NaN anywhere in a row fails, as in stock sampling
@@ -101,8 +101,8 @@ class Sampled:
         positions = torch.tensor([len(row.tokens) for row in rows], device=scores.device)
         return possible[(scores + gumbel(seeds, positions, possible)).argmax(-1)]
 
-    def along(self, tree: TokenTree, logits: torch.Tensor, rows: Sequence[SequenceState]) -> torch.Tensor:
-        return walk(tree, logits, rows, self.next)
+    def sample_tree(self, tree: TokenTree, logits: torch.Tensor, rows: Sequence[SequenceState]) -> torch.Tensor:
+        return walk(tree, logits, rows, self.sample)
 
     def _seeds(self, indices: Sequence[int]) -> list[int]:
         if isinstance(self.seeds, int):
@@ -118,18 +118,18 @@ def walk(
     rows: Sequence[SequenceState],
     choose: Callable[[torch.Tensor, Sequence[SequenceState]], torch.Tensor],
 ) -> torch.Tensor:
-    """`Chooser.along` for a costly `choose`: it is asked about the nodes on the way only, `[R, V]` a level.
+    """`Sampler.sample_tree` for a costly `choose`: it is asked about the nodes on the way only, `[R, V]` a level.
 
     No row is walked beyond its end, where processors may have no answer.
     """
     ahead = [row.ahead() for row in rows]
     live = torch.arange(len(rows), device=logits.device)
     node = torch.zeros_like(live)
-    wanted = torch.full_like(tree.tokens, -1)
+    target_tokens = torch.full_like(tree.tokens, -1)
     while len(live):
         walkers = [ahead[place] for place in live.tolist()]
         tokens = choose(logits[live, node], walkers)
-        wanted[live, node] = tokens
+        target_tokens[live, node] = tokens
         for row, token in zip(walkers, tokens.tolist(), strict=True):
             row.tokens.append(token)
         below = (tree.parents[live] == node.unsqueeze(1)) & (tree.tokens[live] == tokens.unsqueeze(1))
@@ -137,7 +137,7 @@ def walk(
         below[:, 0] = False  # the root is its own parent
         on = below.any(1) & torch.tensor([not row.ended for row in walkers], device=live.device)
         live, node = live[on], below[on].int().argmax(1)
-    return wanted
+    return target_tokens
 
 
 def warpers(temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> LogitsProcessorList:
@@ -160,24 +160,24 @@ def warpers(temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Log
 
 # Rows of one batch that choose their tokens under settings of their own.
 
-Ask = Callable[[Chooser, torch.Tensor, Sequence[SequenceState]], torch.Tensor]
+Ask = Callable[[Sampler, torch.Tensor, Sequence[SequenceState]], torch.Tensor]
 
 
 @dataclass(frozen=True)
-class ByRow:
-    """A `Chooser`: `of(row)` chooses for that row. Rows of the same chooser go through it together."""
+class PerSequenceSampler:
+    """A `Sampler`: `of(row)` chooses for that row. Rows of the same chooser go through it together."""
 
-    of: Callable[[SequenceState], Chooser]
+    of: Callable[[SequenceState], Sampler]
 
-    def check(self, row: SequenceState, logits: torch.Tensor) -> None:
-        self.of(row).check(row, logits)
+    def validate(self, row: SequenceState, logits: torch.Tensor) -> None:
+        self.of(row).validate(row, logits)
 
-    def next(self, logits: torch.Tensor, rows: Sequence[SequenceState]) -> torch.Tensor:
-        return self._each(rows, logits.device, lambda own, places, some: own.next(logits[places], some))
+    def sample(self, logits: torch.Tensor, rows: Sequence[SequenceState]) -> torch.Tensor:
+        return self._each(rows, logits.device, lambda own, places, some: own.sample(logits[places], some))
 
-    def along(self, tree: TokenTree, logits: torch.Tensor, rows: Sequence[SequenceState]) -> torch.Tensor:
+    def sample_tree(self, tree: TokenTree, logits: torch.Tensor, rows: Sequence[SequenceState]) -> torch.Tensor:
         return self._each(
-            rows, logits.device, lambda own, places, some: own.along(taken(tree, places), logits[places], some)
+            rows, logits.device, lambda own, places, some: own.sample_tree(taken(tree, places), logits[places], some)
         )
 
     def _each(self, rows: Sequence[SequenceState], device: torch.device, ask: Ask) -> torch.Tensor:
@@ -260,33 +260,33 @@ class RowErrors(Exception):
         super().__init__(str(self.first))
 
 
-def next_tokens(chooser: Chooser, logits: torch.Tensor, rows: Sequence[SequenceState]) -> torch.Tensor:
-    """`Chooser.next`. Raises `RowErrors` where single rows fail."""
+def next_tokens(sampler: Sampler, logits: torch.Tensor, rows: Sequence[SequenceState]) -> torch.Tensor:
+    """`Sampler.sample`. Raises `RowErrors` where single rows fail."""
 
     def alone(place: int) -> torch.Tensor:
-        return chooser.next(logits[place : place + 1], rows[place : place + 1])
+        return sampler.sample(logits[place : place + 1], rows[place : place + 1])
 
-    return asked(lambda: chooser.next(logits, rows), alone, rows)
+    return asked(lambda: sampler.sample(logits, rows), alone, rows)
 
 
-def chosen(chooser: Chooser, logits: torch.Tensor, rows: Sequence[SequenceState]) -> torch.Tensor:
-    """`Chooser.next`, for a call that ends with the first error: which names its row."""
+def chosen(sampler: Sampler, logits: torch.Tensor, rows: Sequence[SequenceState]) -> torch.Tensor:
+    """`Sampler.sample`, for a call that ends with the first error: which names its row."""
     try:
-        return next_tokens(chooser, logits, rows)
+        return next_tokens(sampler, logits, rows)
     except RowErrors as failed:
         raise failed.first from failed
 
 
 def tokens_along(
-    chooser: Chooser, tree: TokenTree, logits: torch.Tensor, rows: Sequence[SequenceState]
+    sampler: Sampler, tree: TokenTree, logits: torch.Tensor, rows: Sequence[SequenceState]
 ) -> torch.Tensor:
-    """`Chooser.along`. Raises `RowErrors` where single rows fail."""
+    """`Sampler.sample_tree`. Raises `RowErrors` where single rows fail."""
 
     def alone(place: int) -> torch.Tensor:
         own = taken(tree, torch.tensor([place], device=logits.device))
-        return chooser.along(own, logits[place : place + 1], rows[place : place + 1])
+        return sampler.sample_tree(own, logits[place : place + 1], rows[place : place + 1])
 
-    return asked(lambda: chooser.along(tree, logits, rows), alone, rows)
+    return asked(lambda: sampler.sample_tree(tree, logits, rows), alone, rows)
 
 
 def asked(together: Callable[[], T], alone: Callable[[int], T], rows: Sequence[SequenceState]) -> T:

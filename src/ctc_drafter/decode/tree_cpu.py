@@ -21,9 +21,9 @@ def build_tree(root: torch.Tensor, candidates: Candidates, nodes: int, least: fl
     return TokenTree(*map(torch.from_numpy, arrays))
 
 
-def follow(tree: TokenTree, wanted: torch.Tensor) -> Acceptance:
+def follow(tree: TokenTree, target_tokens: torch.Tensor) -> Acceptance:
     """See `accept.follow`."""
-    arrays = _follow(tree.tokens.numpy(), tree.parents.numpy(), tree.valid.numpy(), wanted.numpy())
+    arrays = _follow(tree.tokens.numpy(), tree.parents.numpy(), tree.valid.numpy(), target_tokens.numpy())
     return Acceptance(*map(torch.from_numpy, arrays))
 
 
@@ -56,17 +56,17 @@ def _build(roots, tokens, parents, depths, scores, nodes, least):  # type: ignor
 
 
 @njit(cache=True, nogil=True)
-def _follow(tokens, parents, valid, wanted):  # type: ignore[no-untyped-def]
+def _follow(tokens, parents, valid, target_tokens):  # type: ignore[no-untyped-def]
     rows, size = tokens.shape
     path, emitted = np.zeros((rows, size), np.int64), np.zeros((rows, size), np.int64)
     counts, bonus = np.zeros(rows, np.int64), np.zeros(rows, np.int64)
     for row in range(rows):
         last = count = 0
         for node in range(1, size):  # children stand behind their parents
-            if parents[row, node] == last and valid[row, node] and tokens[row, node] == wanted[row, last]:
+            if parents[row, node] == last and valid[row, node] and tokens[row, node] == target_tokens[row, last]:
                 last, emitted[row, count] = node, tokens[row, node]
                 count += 1
                 path[row, count] = node
-        path[row, count:], emitted[row, count:] = last, wanted[row, last]
-        counts[row], bonus[row] = count, wanted[row, last]
+        path[row, count:], emitted[row, count:] = last, target_tokens[row, last]
+        counts[row], bonus[row] = count, target_tokens[row, last]
     return path, counts, emitted, bonus

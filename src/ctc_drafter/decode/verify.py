@@ -59,22 +59,23 @@ def tree_mask(tree: TokenTree, committed: torch.Tensor) -> torch.Tensor:
 # Which path through the tree the target itself would have written.
 
 
-def follow(tree: TokenTree, wanted: torch.Tensor) -> Acceptance:
-    """Follows `wanted int64 [B, 1+N]`, the token that the target chooses after each node (-1: unknown, off the path).
+def follow(tree: TokenTree, target_tokens: torch.Tensor) -> Acceptance:
+    """Follows `target_tokens int64 [B, 1+N]`, the token that the target chooses after each node (-1: unknown, off the
+    path).
 
     Worked example: root -> a -> ab, root -> b, the target wants a after the root, b after `a`, c after `ab`.
     The path is root, a, ab; two nodes are accepted, the bonus token is c, and `a b c` is emitted.
     """
-    if wanted.device.type == "cpu":
+    if target_tokens.device.type == "cpu":
         from ctc_drafter.decode import tree_cpu
 
-        return tree_cpu.follow(tree, wanted)
-    return follow_statically(tree, wanted)
+        return tree_cpu.follow(tree, target_tokens)
+    return follow_statically(tree, target_tokens)
 
 
-def follow_statically(tree: TokenTree, wanted: torch.Tensor) -> Acceptance:
+def follow_statically(tree: TokenTree, target_tokens: torch.Tensor) -> Acceptance:
     """`follow` in tensor operations."""
-    agrees = (tree.tokens == wanted.gather(1, tree.parents)) & tree.valid
+    agrees = (tree.tokens == target_tokens.gather(1, tree.parents)) & tree.valid
     agrees[:, 0] = True
     on_path = ~(tree.ancestors & ~agrees.unsqueeze(1)).any(-1)
     last = torch.where(on_path, tree.depths, -1).argmax(1, keepdim=True)
@@ -88,7 +89,7 @@ def follow_statically(tree: TokenTree, wanted: torch.Tensor) -> Acceptance:
     path = last.expand(-1, size + 1).scatter(1, column, index)[:, :size]
     path = torch.where(index <= counts, path, last)
 
-    bonus = wanted.gather(1, last)
+    bonus = target_tokens.gather(1, last)
     emitted = tree.tokens.gather(1, path).roll(-1, 1)
     tokens = torch.where(index < counts, emitted, bonus)
     return Acceptance(path, counts.squeeze(1), tokens, bonus.squeeze(1))

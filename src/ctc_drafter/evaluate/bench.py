@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from ctc_drafter.decode.sampling import ARGMAX, Chooser
+from ctc_drafter.decode.sampling import ARGMAX, Sampler
 from ctc_drafter.drafters.base import Drafter
 from ctc_drafter.drafters.prompt_lookup import PromptLookup
 from ctc_drafter.drafters.registry import PROMPT_LOOKUP, method_of
@@ -40,7 +40,7 @@ class Entry:
 
     drafter: Drafter
     facts: dict[str, Any]
-    chooser: Chooser = ARGMAX
+    sampler: Sampler = ARGMAX
     sizes: tuple[int | str, ...] | None = None  # None: those of the run
 
 
@@ -78,7 +78,7 @@ def bench(
     contenders = [made.plain()]
     for name, entry in entries.items():
         sizes = entry.sizes or settings.sizes
-        contenders += [made.of_size(name, entry.drafter, size, entry.chooser) for size in sizes]
+        contenders += [made.of_size(name, entry.drafter, size, entry.sampler) for size in sizes]
     contenders += stock_contenders(made, settings.also)
     work = Bench(target, tokenizer, contenders, settings.max_new_tokens, settings.batch_size, settings.watched)
     chosen = [task.some(settings.limit) for task in tasks]

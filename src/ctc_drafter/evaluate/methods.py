@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from ctc_drafter.chat import eos_ids
 from ctc_drafter.decode.budget import Budget
 from ctc_drafter.decode.generate import Generation, generate, plain_generate
-from ctc_drafter.decode.sampling import ARGMAX, Chooser
+from ctc_drafter.decode.sampling import ARGMAX, Sampler
 from ctc_drafter.decode.sequence import SequenceState
 from ctc_drafter.decode.tree import best_chain
 from ctc_drafter.drafters.base import Drafter, DraftSession, refuse_call
@@ -35,9 +35,9 @@ class Calibration:
     predicted: list[float] = field(default_factory=lambda: [0.0] * BINS)
     accepted: list[float] = field(default_factory=lambda: [0.0] * BINS)
 
-    def add(self, tree: TokenTree, wanted: torch.Tensor) -> None:
-        """Counts a tree whose nodes the target follows with `wanted int64 [B, 1+N]`."""
-        agrees = (tree.tokens == wanted.gather(1, tree.parents)) & tree.valid
+    def add(self, tree: TokenTree, target_tokens: torch.Tensor) -> None:
+        """Counts a tree whose nodes the target follows with `target_tokens int64 [B, 1+N]`."""
+        agrees = (tree.tokens == target_tokens.gather(1, tree.parents)) & tree.valid
         agrees[:, 0] = True
         on_path = ~(tree.ancestors & ~agrees.unsqueeze(1)).any(-1)
         counted = tree.valid[:, 1:]
@@ -88,7 +88,7 @@ class Decoding:
         nodes: int | str,
         size: int,
         floor: float,
-        chooser: Chooser = ARGMAX,
+        sampler: Sampler = ARGMAX,
         budget: Budget | None = None,
     ) -> Contender:
         """Trees of up to `size` nodes, or of a budget's choice; results call them `nodes`."""
@@ -103,17 +103,17 @@ class Decoding:
                 floor=floor,
                 budget=budget,
                 eos=self.eos,
-                chooser=Watched(calibration, chooser) if calibration else chooser,
+                sampler=Watched(calibration, sampler) if calibration else sampler,
                 timed=timed,
             )
 
         return Contender(method, nodes, run)
 
-    def of_size(self, method: str, drafter: Drafter, nodes: int | str, chooser: Chooser = ARGMAX) -> Contender:
+    def of_size(self, method: str, drafter: Drafter, nodes: int | str, sampler: Sampler = ARGMAX) -> Contender:
         """A chain of the drafter's network, or trees of so many nodes: without a floor, as far as it has as many."""
         if nodes == CHAIN:
-            return self.drafted(method, Chained(network_of(drafter)), CHAIN, POOL, 0.0, chooser)
-        return self.drafted(method, drafter, nodes, int(nodes), 0.0, chooser)
+            return self.drafted(method, Chained(network_of(drafter)), CHAIN, POOL, 0.0, sampler)
+        return self.drafted(method, drafter, nodes, int(nodes), 0.0, sampler)
 
 
 def decoding(target: Target, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> Decoding:
@@ -179,15 +179,15 @@ class Watched:
     """A chooser that counts what its trees promised. It takes time: not for runs that are timed."""
 
     calibration: Calibration
-    chooser: Chooser = ARGMAX
+    sampler: Sampler = ARGMAX
 
-    def check(self, row: SequenceState, logits: torch.Tensor) -> None:
-        self.chooser.check(row, logits)
+    def validate(self, row: SequenceState, logits: torch.Tensor) -> None:
+        self.sampler.validate(row, logits)
 
-    def next(self, logits: torch.Tensor, rows: Sequence[SequenceState]) -> torch.Tensor:
-        return self.chooser.next(logits, rows)
+    def sample(self, logits: torch.Tensor, rows: Sequence[SequenceState]) -> torch.Tensor:
+        return self.sampler.sample(logits, rows)
 
-    def along(self, tree: TokenTree, logits: torch.Tensor, rows: Sequence[SequenceState]) -> torch.Tensor:
-        wanted = self.chooser.along(tree, logits, rows)
-        self.calibration.add(tree, wanted)
-        return wanted
+    def sample_tree(self, tree: TokenTree, logits: torch.Tensor, rows: Sequence[SequenceState]) -> torch.Tensor:
+        target_tokens = self.sampler.sample_tree(tree, logits, rows)
+        self.calibration.add(tree, target_tokens)
+        return target_tokens

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ctc_drafter.decode.sampling import ARGMAX, Chooser
+from ctc_drafter.decode.sampling import ARGMAX, Sampler
 from ctc_drafter.decode.sequence import SequenceState
 from ctc_drafter.drafters.baselines.ctc_variants import PaperConfig, PaperDrafter
 from ctc_drafter.drafters.ctc import CTCDrafter
@@ -263,11 +263,11 @@ def ablation_entries(
 
 def decided(variant: Variant, entry: Entry, target: Target) -> Entry:
     """The trained entry with the variant's tree and acceptance."""
-    chooser: Chooser = Typical() if variant.typical else ARGMAX
+    sampler: Sampler = Typical() if variant.typical else ARGMAX
     if not variant.static:
-        return replace(entry, chooser=chooser)
+        return replace(entry, sampler=sampler)
     assert isinstance(entry.drafter, CTCDrafter)
-    return replace(entry, drafter=ready(static_twin(entry.drafter), target), chooser=chooser)
+    return replace(entry, drafter=ready(static_twin(entry.drafter), target), sampler=sampler)
 
 
 def static_twin(drafter: CTCDrafter) -> PaperDrafter:
@@ -337,13 +337,13 @@ class Typical:
             if getattr(self, name) <= 0:
                 raise UserError(f"{name} is {getattr(self, name)}; give more than 0")
 
-    def check(self, row: SequenceState, logits: torch.Tensor) -> None:
+    def validate(self, row: SequenceState, logits: torch.Tensor) -> None:
         return
 
-    def next(self, logits: torch.Tensor, rows: Sequence[SequenceState]) -> torch.Tensor:
+    def sample(self, logits: torch.Tensor, rows: Sequence[SequenceState]) -> torch.Tensor:
         return logits.argmax(-1)
 
-    def along(self, tree: TokenTree, logits: torch.Tensor, rows: Sequence[SequenceState]) -> torch.Tensor:
+    def sample_tree(self, tree: TokenTree, logits: torch.Tensor, rows: Sequence[SequenceState]) -> torch.Tensor:
         log_probs = (logits.float() / self.temperature).log_softmax(-1)
         entropy = -(log_probs.exp() * log_probs).nansum(-1)
         least = (self.delta * (-entropy).exp()).clamp(max=self.epsilon).log()
@@ -359,10 +359,10 @@ class Typical:
         return wanted_on_path(tree, logits.argmax(-1), last)
 
 
-def wanted_on_path(tree: TokenTree, wanted: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
-    """`wanted int64 [B, 1+N]` with the tokens of the path from the root to node `last int64 [B]` put in."""
+def wanted_on_path(tree: TokenTree, target_tokens: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+    """`target_tokens int64 [B, 1+N]` with the tokens of the path from the root to node `last int64 [B]` put in."""
     rows = torch.arange(len(last), device=last.device)
-    found, node = wanted.clone(), last
+    found, node = target_tokens.clone(), last
     for _ in range(int(tree.depths.max())):
         on = node > 0
         parent = tree.parents[rows, node]

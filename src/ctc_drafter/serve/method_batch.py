@@ -13,7 +13,7 @@ from typing import TypeVar
 import torch
 
 from ctc_drafter.decode.batch import Batch, Method, Step
-from ctc_drafter.decode.sampling import ByRow, Chooser, RowErrors
+from ctc_drafter.decode.sampling import PerSequenceSampler, RowErrors, Sampler
 from ctc_drafter.decode.sequence import SequenceState
 from ctc_drafter.decode.stats import Stats, Stopwatch
 from ctc_drafter.drafters.base import LazySession, NoDrafter
@@ -24,20 +24,20 @@ LOG = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-def own_chooser(row: SequenceState) -> Chooser:
+def own_sampler(row: SequenceState) -> Sampler:
     assert isinstance(row, Job)
-    return row.chooser
+    return row.sampler
 
 
 class Lane:
-    """Rows decoded by one method; each chooses its tokens by its own `Job.chooser`. `stats` and `clock` hold totals.
+    """Rows decoded by one method; each chooses its tokens by its own `Job.sampler`. `stats` and `clock` hold totals.
 
     A row that fails is told so and leaves; its neighbours go on as if it had never been there. A drafter that fails is
     left out until the batch is empty, since no answer needs it. Only what fails without it, too, fails for all rows.
     """
 
     def __init__(self, method: Method):
-        self.method = replace(method, chooser=ByRow(own_chooser))
+        self.method = replace(method, sampler=PerSequenceSampler(own_sampler))
         device = method.target.device
         self.clock = Stopwatch(device, timed=device.type == "cpu")  # a GPU would have to wait for every stage
         self.stats = Stats()

@@ -10,7 +10,7 @@ from typing import Literal
 from transformers import PreTrainedTokenizerBase
 
 from ctc_drafter.chat import TextStream
-from ctc_drafter.decode.sampling import ARGMAX, Chooser
+from ctc_drafter.decode.sampling import ARGMAX, Sampler
 from ctc_drafter.decode.sequence import SequenceState
 from ctc_drafter.decode.stats import Stats
 from ctc_drafter.types import UserError
@@ -150,7 +150,7 @@ class Job(SequenceState):
     carry trees. deadline: by `time.monotonic`. cancelled: set from any thread when nobody waits any more.
     """
 
-    chooser: Chooser = ARGMAX
+    sampler: Sampler = ARGMAX
     lane: str = ""
     shown: AnswerText = field(kw_only=True)
     deliver: Callable[[Event], None] = lambda _event: None

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ctc_drafter.chat import eos_ids
 from ctc_drafter.decode.prefill import check_prompts
-from ctc_drafter.decode.sampling import ARGMAX, Chooser, Sampled, warpers
+from ctc_drafter.decode.sampling import ARGMAX, Sampled, Sampler, warpers
 from ctc_drafter.serve.engine import Engine
 from ctc_drafter.serve.middleware import APIError
 from ctc_drafter.serve.protocol import MOST_CHOICES, Message, Sampling
@@ -114,7 +114,7 @@ class Service:
         """n choices for each prompt, in order."""
         self.check_choices(len(prompts) * n)
         eos = frozenset(eos_ids(self.target.model, self.tokenizer))
-        chooser = chooser_of(request)
+        sampler = sampler_of(request)
         deadline = time.monotonic() + self.limits.timeout
         return [
             Job(
@@ -122,7 +122,7 @@ class Service:
                 ids,
                 min(limit or self.limits.max_new_tokens, self.limits.max_new_tokens, self.target.context - len(ids)),
                 eos,
-                chooser=chooser,
+                sampler=sampler,
                 lane=lane or next(iter(self.engine.lanes)),
                 shown=AnswerText(self.tokenizer, stop),
                 top=top,
@@ -134,7 +134,7 @@ class Service:
         ]
 
 
-def chooser_of(request: Sampling) -> Chooser:
+def sampler_of(request: Sampling) -> Sampler:
     """Greedy at temperature 0. Answers with a seed are those of `ctc-drafter generate --seed`."""
     temperature = 1.0 if request.temperature is None else request.temperature
     if temperature == 0:

@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from ctc_drafter.chat import eos_ids, fingerprint
 from ctc_drafter.decode.generate import plain_generate
-from ctc_drafter.decode.sampling import ARGMAX, Chooser, Sampled, row_seeds, warpers
+from ctc_drafter.decode.sampling import ARGMAX, Sampled, Sampler, row_seeds, warpers
 from ctc_drafter.files import disk_errors, write_atomic
 from ctc_drafter.provenance import (
     MANIFEST,
@@ -105,7 +105,7 @@ def distill(
                     [shard[i].ids for i in batch],
                     max_new_tokens=max_new_tokens,
                     eos=eos,
-                    chooser=chooser([shard[i] for i in batch], sampling),
+                    sampler=sampler_for([shard[i] for i in batch], sampling),
                 )
                 for i, answer in zip(batch, generation.tokens, strict=True):
                     answers[i] = answer
@@ -129,7 +129,7 @@ def batch_errors(batch_size: int) -> Iterator[None]:
         ) from error
 
 
-def chooser(prompts: Sequence[Prompt], sampling: Sampling) -> Chooser:
+def sampler_for(prompts: Sequence[Prompt], sampling: Sampling) -> Sampler:
     if not sampling.temperature:
         return ARGMAX
     # Each is the first choice of a request of its own, as a server has it.
