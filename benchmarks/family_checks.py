@@ -90,7 +90,7 @@ def same(target: Target, plain: Plain, cell: Cell) -> bool:
         plain.prompts[: cell.rows],
         max_new_tokens=plain.new_tokens,
         nodes=cell.nodes,
-        floor=0.0,
+        min_probability=0.0,
         sampler=sampler,
     )
     return found.tokens == expected[: cell.rows]

@@ -97,13 +97,13 @@ class Phase:
     steps: int
     warmup: int
     peak: float
-    floor: float
+    min_probability: float
 
 
 # Attention over 512 tokens is much cheaper on a CPU; the short second phase teaches the whole context.
 PHASES = (
-    Phase("short", length=512, steps=1500, warmup=100, peak=2e-3, floor=2e-4),
-    Phase("long", length=CONTEXT, steps=150, warmup=0, peak=2e-4, floor=1e-5),
+    Phase("short", length=512, steps=1500, warmup=100, peak=2e-3, min_probability=2e-4),
+    Phase("long", length=CONTEXT, steps=150, warmup=0, peak=2e-4, min_probability=1e-5),
 )
 
 
@@ -140,7 +140,7 @@ def train_phase(model: LlamaForCausalLM, rows: PackedRows, phase: Phase, work: P
         max_steps=phase.steps,
         learning_rate=phase.peak,
         lr_scheduler_type="cosine_with_min_lr",
-        lr_scheduler_kwargs={"min_lr": phase.floor},
+        lr_scheduler_kwargs={"min_lr": phase.min_probability},
         warmup_steps=phase.warmup,
         weight_decay=0.1,
         adam_beta2=0.95,

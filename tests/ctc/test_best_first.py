@@ -109,13 +109,13 @@ def test_depth_and_floor_bound_the_prefixes():
         assert len(shallow) == len(expected(row, *given_, depth=2))
         assert_best(shallow, expected(row, *given_, depth=2))
         likely = [item for item in expected(row, *given_) if item[1] >= 0.1]
-        found = paths(search(*given_, count=ALL, depth=F, floor=0.1), row)
+        found = paths(search(*given_, count=ALL, depth=F, min_probability=0.1), row)
         assert len(found) == len(likely)
         assert_best(found, likely)
 
 
 def test_nothing_likely_gives_nothing():
-    assert search(*problem(), count=4, depth=F, floor=0.999).tokens.shape == (B, 0)
+    assert search(*problem(), count=4, depth=F, min_probability=0.999).tokens.shape == (B, 0)
 
 
 @pytest.mark.parametrize("scale", [30.0, 1000.0])

@@ -94,7 +94,7 @@ def test_a_floor_leaves_out_and_rows_are_padded() -> None:
     logits[1] *= 8.0  # a row that is sure
     bias = low_rank_bias(None, torch.nn.Embedding(1, 1))
     whole = best_chains(logits, root, bias, start[:, :0], count=200)
-    floored = best_chains(logits, root, bias, start[:, :0], count=200, floor=0.02)
+    floored = best_chains(logits, root, bias, start[:, :0], count=200, min_probability=0.02)
     sizes = set()
     for row in range(3):
         likely = {prefix: score for prefix, score in found_in(whole, row).items() if score >= math.log(0.02)}

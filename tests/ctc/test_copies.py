@@ -127,7 +127,7 @@ def test_both_searches_find_what_brute_force_finds(seed):
         *(t.contiguous().numpy() for t in (*tables, torch.ones(RANK), exact, copying, trust, torch.arange(V)))
     )
     first = best_prefixes(
-        frames, blanks, ends, low_rank, predictor.root_state(start), count=9, depth=3, floor=1e-7, text=whole
+        frames, blanks, ends, low_rank, predictor.root_state(start), count=9, depth=3, min_probability=1e-7, text=whole
     )
     for prefix, probability in levels.items():
         assert probability == pytest.approx(reference.get(prefix, 0), abs=2e-6)

@@ -73,12 +73,12 @@ def test_nodes_that_bring_more_than_their_time_is_worth(probabilities, nodes):
 
 def test_a_node_below_the_floor_never_pays():
     budget = Budget(times(), 4)
-    floor = budget.curve(1, 100).floor
-    assert floor == pytest.approx((9 - 6) / 3 / 4)
+    min_probability = budget.curve(1, 100).min_probability
+    assert min_probability == pytest.approx((9 - 6) / 3 / 4)
     pace = Pace(budget)
-    assert pace.size(siblings(0.9, *[0.9 * floor] * 3), 100) == 1
-    assert pace.size(siblings(0.9, *[1.3 * floor] * 3), 100) == 4
-    assert pace.floor(1, 100) < floor
+    assert pace.size(siblings(0.9, *[0.9 * min_probability] * 3), 100) == 1
+    assert pace.size(siblings(0.9, *[1.3 * min_probability] * 3), 100) == 4
+    assert pace.min_probability(1, 100) < min_probability
 
 
 def test_what_was_copied_for_nothing_is_not_charged_for_drafting():
@@ -132,9 +132,9 @@ def test_output_is_plain_decodings_and_idle_drafters_are_left_alone(wrong_after)
         def __getattr__(self, name):
             return getattr(self.session, name)
 
-        def propose(self, root, nodes, floor):
+        def propose(self, root, nodes, min_probability):
             asked.append(nodes)
-            return self.session.propose(root, nodes, floor)
+            return self.session.propose(root, nodes, min_probability)
 
     drafter.begin = lambda *args: Counted(begin(*args))
     budget = Budget(times(), 4)

@@ -118,7 +118,7 @@ def test_a_row_does_not_depend_on_its_neighbours():
         ([[1, 97]], {}, "vocabulary"),
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens"),
         ([[1]], {"nodes": 0}, "nodes"),
-        ([[1]], {"floor": 1.0}, "floor"),
+        ([[1]], {"min_probability": 1.0}, "floor"),
     ],
 )
 def test_bad_input_is_named(prompts, options, message):
@@ -127,15 +127,17 @@ def test_bad_input_is_named(prompts, options, message):
         generate(target, tiny_drafter(target), prompts, **{"max_new_tokens": 4, **options})
 
 
-@pytest.mark.parametrize("floor", [0.0, 0.3, 0.5])
-def test_a_floor_never_changes_the_output(floor):
+@pytest.mark.parametrize("min_probability", [0.0, 0.3, 0.5])
+def test_a_floor_never_changes_the_output(min_probability):
     target = tiny_target()
     expected = plain_generate(target, PROMPTS, max_new_tokens=NEW).tokens
     scripts = [p + t for p, t in zip(PROMPTS, expected, strict=True)]
-    result = generate(target, ScriptedDrafter(scripts, 4), PROMPTS, max_new_tokens=NEW, nodes=12, floor=floor)
+    result = generate(
+        target, ScriptedDrafter(scripts, 4), PROMPTS, max_new_tokens=NEW, nodes=12, min_probability=min_probability
+    )
     assert result.tokens == expected
     # The scripted nodes have probabilities 1, .6, .4 and .2, less a little for their siblings' order.
-    assert len(result.stats.accept_histogram) == {0.0: 5, 0.3: 4, 0.5: 3}[floor]
+    assert len(result.stats.accept_histogram) == {0.0: 5, 0.3: 4, 0.5: 3}[min_probability]
 
 
 def test_timing_names_the_stages():

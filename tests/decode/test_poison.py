@@ -37,8 +37,8 @@ class PoisonDrafter(exactness.ScriptedDrafter):
 
 
 class PoisonSession(exactness.ScriptedSession):
-    def propose(self, root: torch.Tensor, nodes: int, floor: float) -> Candidates:
-        found = super().propose(root, nodes, floor)
+    def propose(self, root: torch.Tensor, nodes: int, min_probability: float) -> Candidates:
+        found = super().propose(root, nodes, min_probability)
         if self.step % self.drafter.pause:
             return found
         right = torch.zeros_like(found.tokens, dtype=torch.bool)
@@ -79,7 +79,7 @@ def test_greedy_answers_are_stock_ones(value, rows, cache):
     texts = [PROMPTS[row] + expected[row] for row in rows]
     for wrong_after, pause, nodes in ((0, 1, 1), ((4, 0, 2), 1, 12), (4, 2, 12), ((1, 3), 3, 5)):
         drafter = PoisonDrafter(texts, wrong_after, token, pause)
-        found = generate(target, drafter, prompts, max_new_tokens=LENGTH, nodes=nodes, floor=0.0).tokens
+        found = generate(target, drafter, prompts, max_new_tokens=LENGTH, nodes=nodes, min_probability=0.0).tokens
         assert found == [expected[row] for row in rows], (wrong_after, pause, nodes)
 
 
@@ -98,7 +98,7 @@ def test_other_architectures(family, kernel, cache):
     texts = [prompt + text for prompt, text in zip(PROMPTS, expected, strict=True)]
     drafter = PoisonDrafter(texts, (2, 0, 4), token, vocab_size=model.config.vocab_size)
     target = wrapped(model, cache)
-    assert generate(target, drafter, PROMPTS, max_new_tokens=LENGTH, floor=0.0).tokens == expected
+    assert generate(target, drafter, PROMPTS, max_new_tokens=LENGTH, min_probability=0.0).tokens == expected
 
 
 @pytest.mark.parametrize("cache", CACHES)
@@ -108,16 +108,16 @@ def test_neighbours_keep_their_drafts(cache):
     texts = [prompt + text for prompt, text in zip(PROMPTS, expected, strict=True)]
 
     class One(PoisonSession):
-        def propose(self, root, nodes, floor):
-            clean = exactness.ScriptedSession.propose(self, root, nodes, floor)
+        def propose(self, root, nodes, min_probability):
+            clean = exactness.ScriptedSession.propose(self, root, nodes, min_probability)
             self.step -= 1
-            both = super().propose(root, nodes, floor)
+            both = super().propose(root, nodes, min_probability)
             mine = torch.tensor([row == 1 for row in self.rows]).unsqueeze(1)
             return Candidates(torch.where(mine, both.tokens, clean.tokens), both.parents, both.depths, both.scores)
 
     drafter = PoisonDrafter(texts, 4, token)
     drafter.begin = lambda _embed, _head, size: One(drafter, list(range(size)))
-    found = generate(wrapped(model, cache), drafter, PROMPTS, max_new_tokens=LENGTH, floor=0.0)
+    found = generate(wrapped(model, cache), drafter, PROMPTS, max_new_tokens=LENGTH, min_probability=0.0)
     assert found.tokens == expected
     assert max(found.accepted[1]) == 0
     assert min(found.accepted[0][:-1]) == min(found.accepted[2][:-1]) == 4
@@ -144,7 +144,7 @@ def test_sampled_and_processed_answers(rows, cache):
             before = model.model.embed_tokens.weight[token].clone()
             model.model.embed_tokens.weight[token] = float("nan")
         drafter = PoisonDrafter(texts, (4, 0, 2), token)
-        assert generate(target, drafter, prompts, floor=0.0, **options).tokens == expected
+        assert generate(target, drafter, prompts, min_probability=0.0, **options).tokens == expected
         with torch.no_grad():
             model.model.embed_tokens.weight[token] = before
 
@@ -163,7 +163,9 @@ def test_rows_that_join_and_leave(cache):
     model, expected, token = poisoned(float("nan"))
     texts = [prompt + text for prompt, text in zip(PROMPTS, expected, strict=True)] * 2
     drafter = PoisonDrafter(texts, (4, 0, 2), token, pause=2)
-    found = generate_many(wrapped(model, cache), drafter, PROMPTS * 2, in_flight=2, max_new_tokens=LENGTH, floor=0.0)
+    found = generate_many(
+        wrapped(model, cache), drafter, PROMPTS * 2, in_flight=2, max_new_tokens=LENGTH, min_probability=0.0
+    )
     assert dict(found) == dict(enumerate(expected * 2))
 
 
@@ -181,12 +183,14 @@ def test_token_0_in_padding(value, cache):
     target = wrapped(model, cache)
     assert plain_generate(target, prompts, max_new_tokens=LENGTH).tokens == expected
     texts = [prompt + text for prompt, text in zip(prompts, expected, strict=True)]
-    right = generate(target, Uneven(texts), prompts, max_new_tokens=LENGTH, floor=0.1)
+    right = generate(target, Uneven(texts), prompts, max_new_tokens=LENGTH, min_probability=0.1)
     assert right.tokens == expected
     assert right.accepted[1][0] == 0  # nothing was drafted there
     assert max(right.accepted[0]) > 1  # and the padding cost no other row its drafts
     assert max(right.accepted[1]) > 1
-    assert generate(target, tiny_drafter(target), prompts, max_new_tokens=LENGTH, floor=0.0).tokens == expected
+    assert (
+        generate(target, tiny_drafter(target), prompts, max_new_tokens=LENGTH, min_probability=0.0).tokens == expected
+    )
 
 
 @pytest.mark.slow
@@ -199,7 +203,7 @@ def test_compiled_steps():
     texts = [prompt + text for prompt, text in zip(PROMPTS, expected, strict=True)]
     target = CompiledTarget(model, backend="eager")
     drafter = PoisonDrafter(texts, (4, 0, 2), token, pause=2)
-    assert generate(target, drafter, PROMPTS, max_new_tokens=LENGTH, floor=0.0).tokens == expected
+    assert generate(target, drafter, PROMPTS, max_new_tokens=LENGTH, min_probability=0.0).tokens == expected
 
 
 class Uneven(PoisonDrafter):
@@ -213,8 +217,8 @@ class Uneven(PoisonDrafter):
 
 
 class UnevenSession(exactness.ScriptedSession):
-    def propose(self, root, nodes, floor):
-        found = super().propose(root, nodes, floor)
+    def propose(self, root, nodes, min_probability):
+        found = super().propose(root, nodes, min_probability)
         hidden = torch.tensor([(self.step + row) % 2 == 0 for row in self.rows]).unsqueeze(1)
         scores = found.scores.masked_fill(hidden, float("-inf"))
         return Candidates(found.tokens.masked_fill(hidden, 0), found.parents, found.depths, scores)
@@ -236,7 +240,7 @@ def test_a_target_that_is_broken_itself_is_decoded_as_by_plain_steps(cache):
     texts = [prompt + text for prompt, text in zip(PROMPTS, clean, strict=True)]
     for good in (4, (0, 2)):
         drafter = PoisonDrafter(texts, good, written)
-        found = generate(target, drafter, PROMPTS, max_new_tokens=LENGTH, floor=0.0)
+        found = generate(target, drafter, PROMPTS, max_new_tokens=LENGTH, min_probability=0.0)
         assert found.tokens == expected
 
 
@@ -244,7 +248,7 @@ def forwards(target: Target, drafter, prompts) -> tuple[int, int]:
     """Forwards of the target, and steps, of a whole decoding."""
     calls = []
     hook = target.model.register_forward_hook(lambda *_: calls.append(1))
-    steps = len(generate(target, drafter, prompts, max_new_tokens=LENGTH, floor=0.0).accepted[0])
+    steps = len(generate(target, drafter, prompts, max_new_tokens=LENGTH, min_probability=0.0).accepted[0])
     hook.remove()
     return len(calls) - 1, steps
 
@@ -280,7 +284,7 @@ def test_float16_that_overflows(cache):
     assert stock_continuations(model, PROMPTS, LENGTH) == expected
     texts = [prompt + text for prompt, text in zip(PROMPTS, expected, strict=True)]
     drafter = PoisonDrafter(texts, (4, 0, 2), token, vocab_size=model.config.vocab_size)
-    found = generate(wrapped(model, cache), drafter, PROMPTS, max_new_tokens=LENGTH, floor=0.0)
+    found = generate(wrapped(model, cache), drafter, PROMPTS, max_new_tokens=LENGTH, min_probability=0.0)
     assert found.tokens == expected
     assert max(found.accepted[0]) == 0  # poison in each draft: every step was taken again
 

@@ -41,7 +41,7 @@ class SuccessorDrafter:
     def select(self, rows):
         pass
 
-    def propose(self, root, nodes, floor):
+    def propose(self, root, nodes, min_probability):
         tokens = (root.unsqueeze(1) + torch.tensor([1, 2, 3, 2, 3])) % SMALL
         parents = torch.tensor([-1, -1, -1, 0, 0]).expand_as(tokens)
         return Candidates(tokens, parents, (parents + 2).clamp(max=2), -0.3 * (parents + 2).double())
@@ -105,7 +105,7 @@ def p_value(target, chooser_of, samples, processors, size=2000):
     weights = SMALL ** torch.arange(LENGTH - 1, -1, -1)
     for start in range(0, samples, size):
         sampler = chooser_of(row_seeds(5, range(start, start + size)))
-        options = {"max_new_tokens": LENGTH, "nodes": 5, "floor": 0.0, "sampler": sampler}
+        options = {"max_new_tokens": LENGTH, "nodes": 5, "min_probability": 0.0, "sampler": sampler}
         rows = torch.tensor(generate(target, SuccessorDrafter(), [PROMPT] * size, **options).tokens)
         counts += torch.bincount((rows * weights).sum(1), minlength=len(counts))
     expected = exact_distribution(target, processors) * samples

@@ -51,15 +51,15 @@ def test_impossible_prefixes_are_invalid_nodes():
 
 
 def test_a_floor_leaves_unlikely_nodes_out():
-    tree = build_tree(ROOT, EXAMPLE, nodes=4, floor=0.4)
+    tree = build_tree(ROOT, EXAMPLE, nodes=4, min_probability=0.4)
     assert tree.tokens.tolist() == [[9, 0, 1]]
     assert tree.valid.all()
     # In a batch the likeliest row sets the size, and the others are padded with nodes that are never accepted.
     unsure = candidates(("a", 0.3), ("b", 0.2), ("ab", 0.1), ("aba", 0.1))
     both = stacked(EXAMPLE, unsure)
-    tree = build_tree(ROOT.repeat(2), both, nodes=4, floor=0.4)
+    tree = build_tree(ROOT.repeat(2), both, nodes=4, min_probability=0.4)
     assert tree.valid.tolist() == [[T, T, T], [T, F, F]]
-    alone = build_tree(ROOT, unsure, nodes=4, floor=0.9)
+    alone = build_tree(ROOT, unsure, nodes=4, min_probability=0.9)
     assert alone.tokens.tolist() == [[9]]
     assert alone.ancestors.tolist() == [[[T]]]
 
@@ -121,7 +121,7 @@ def test_long_chains_reach_the_root():
 
 
 @given(random_candidates(), random_candidates(), st.integers(1, 14), st.sampled_from([0.0, 0.1, 0.4, 0.9]))
-def test_the_compiled_tree_is_the_static_one(first, second, nodes, floor):
+def test_the_compiled_tree_is_the_static_one(first, second, nodes, min_probability):
     """In a batch, with padding among the candidates and below the floor."""
     size = max(len(first.tokens[0]), len(second.tokens[0]))
     fillers = {"tokens": 0, "parents": -1, "depths": 1, "scores": float("-inf")}
@@ -137,7 +137,7 @@ def test_the_compiled_tree_is_the_static_one(first, second, nodes, floor):
         )
     )
     roots = torch.tensor([9, 8])
-    wanted = build_tree_statically(roots, both, nodes, math.log(floor) if floor else None)
-    tree = build_tree(roots, both, nodes, floor)
+    wanted = build_tree_statically(roots, both, nodes, math.log(min_probability) if min_probability else None)
+    tree = build_tree(roots, both, nodes, min_probability)
     for name, value in vars(wanted).items():
         assert torch.equal(vars(tree)[name], value), name

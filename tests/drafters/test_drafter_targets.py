@@ -104,7 +104,7 @@ def test_a_drafter_is_made_saved_loaded_and_exact(kind: str, method: str, tmp_pa
     model = model_of(kind)
     made(method, model).save_pretrained(tmp_path)
     drafter = open_drafter(str(tmp_path))
-    assert continued(model, custom_generate=speculate(drafter, nodes=6, floor=0.0)) == expected(kind)
+    assert continued(model, custom_generate=speculate(drafter, nodes=6, min_probability=0.0)) == expected(kind)
 
 
 @pytest.mark.parametrize("kind", SIZES)
@@ -147,7 +147,7 @@ def forwards_of(model: PreTrainedModel) -> Iterator[list[nn.Module]]:
 @pytest.mark.parametrize("kind", [*NARROW, "hrm_text"])
 def test_prompt_lookup_needs_neither_features_nor_embeddings(kind: str) -> None:
     model = model_of(kind)
-    assert continued(model, custom_generate=speculate(PromptLookup(), nodes=6, floor=0.0)) == expected(kind)
+    assert continued(model, custom_generate=speculate(PromptLookup(), nodes=6, min_probability=0.0)) == expected(kind)
 
 
 @pytest.mark.parametrize("method", TRAINED)
@@ -207,7 +207,7 @@ def test_blocks_norm_and_embedding_are_those_of_the_text_part(kind: str) -> None
     assert len(blocks) == 3
     assert final_norm(target.model) is holder.norm
     drafter = fresh_drafter(target, tiny_tokenizer(), 0, frames=5, draft_length=4).eval()
-    found = generate(target, drafter, [PROMPT], max_new_tokens=NEW, nodes=6, floor=0.0).tokens
+    found = generate(target, drafter, [PROMPT], max_new_tokens=NEW, nodes=6, min_probability=0.0).tokens
     assert found == [continued(target.model)]
 
 

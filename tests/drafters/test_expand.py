@@ -106,7 +106,7 @@ def test_what_cannot_pay_is_not_expanded() -> None:
     assert asked[0] == 1
     assert sum(asked) < 1 + 3 + 3
     floored: list[int] = []
-    candidates = expand(stepper(known, floored), torch.tensor([9]), nodes=100, depth=DEPTH, floor=0.9)
+    candidates = expand(stepper(known, floored), torch.tensor([9]), nodes=100, depth=DEPTH, min_probability=0.9)
     expected = {prefix for prefix, score in all_scores(known, 0).items() if score >= math.log(0.9)}
     assert expected == found_in(candidates, 0).keys()
     assert sum(floored) < 6
@@ -137,7 +137,7 @@ def test_each_place_is_where_the_level_above_asked() -> None:
 
 
 def test_nothing_likely_leaves_no_prefix() -> None:
-    candidates = expand(stepper(table(2, 0.1)), torch.tensor([9, 9]), nodes=5, depth=DEPTH, floor=0.9)
+    candidates = expand(stepper(table(2, 0.1)), torch.tensor([9, 9]), nodes=5, depth=DEPTH, min_probability=0.9)
     assert candidates.tokens.shape == candidates.scores.shape == (2, 0)
 
 

@@ -25,7 +25,7 @@ class Network:
     def extend(self, tokens: torch.Tensor, features: torch.Tensor | None, counts: torch.Tensor) -> None:
         self.told += [row[:count] for row, count in zip(tokens.tolist(), counts.tolist(), strict=True)]
 
-    def propose(self, root: torch.Tensor, nodes: int, floor: float) -> Candidates:
+    def propose(self, root: torch.Tensor, nodes: int, min_probability: float) -> Candidates:
         self.asked += 1
         return padded([[(TRAINED, -0.1, -1, 1)]] * len(root), root.device)
 
@@ -85,7 +85,7 @@ def test_the_output_never_changes_and_drafts_grow_longer_than_the_frames(batch):
     target = tiny_target(initializer_range=0.02)
     plain = plain_generate(target, PROMPTS[:batch], max_new_tokens=60).tokens
     drafter = tiny_drafter(target, copies=4, lookup_length=12)
-    found = generate(target, drafter, PROMPTS[:batch], max_new_tokens=60, nodes=16, floor=0.0)
+    found = generate(target, drafter, PROMPTS[:batch], max_new_tokens=60, nodes=16, min_probability=0.0)
     assert found.tokens == plain
     if batch == 1:
         assert max(found.accepted[0]) > drafter.config.draft_length

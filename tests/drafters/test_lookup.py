@@ -15,12 +15,14 @@ from helpers import tiny_target
 PROMPTS = [[3, 1, 4, 1, 5, 3, 1, 4], [2, 7, 2, 7, 2], [8]]
 
 
-def drafted(text: list[int], root: int, nodes: int = 64, floor: float = 0.0, **options) -> dict[tuple[int, ...], float]:
+def drafted(
+    text: list[int], root: int, nodes: int = 64, min_probability: float = 0.0, **options
+) -> dict[tuple[int, ...], float]:
     """Prefix -> probability, in the order of the candidates."""
     target = tiny_target()
     session = PromptLookup(**options).begin(target.embed, target.head, 1)
     session.extend(torch.tensor([text]), None, torch.tensor([len(text)]))
-    found = session.propose(torch.tensor([root]), nodes, floor)
+    found = session.propose(torch.tensor([root]), nodes, min_probability)
     prefixes: list[tuple[int, ...]] = []
     for token, parent in zip(found.tokens[0].tolist(), found.parents[0].tolist(), strict=True):
         prefixes.append((*(prefixes[parent] if parent >= 0 else ()), token))
@@ -105,7 +107,9 @@ def test_nodes_and_floor_keep_the_best() -> None:
     text = torch.randint(0, 3, (60,), generator=torch.Generator().manual_seed(0)).tolist()
     everything = drafted(text, 1, nodes=10**6)
     assert list(drafted(text, 1, nodes=5).items()) == list(everything.items())[:5]
-    assert drafted(text, 1, floor=0.1) == {prefix: score for prefix, score in everything.items() if score >= 0.1}
+    assert drafted(text, 1, min_probability=0.1) == {
+        prefix: score for prefix, score in everything.items() if score >= 0.1
+    }
 
 
 @pytest.mark.parametrize("nodes", [1, 8, 64])
@@ -134,7 +138,9 @@ def test_repeated_text_is_accepted() -> None:
     target = tiny_target(initializer_range=0.02)
     text = plain_generate(target, PROMPTS[:1], max_new_tokens=60).tokens[0]
     assert len(set(itertools.pairwise(text))) < 12, "this target has no cycle; take another seed"
-    assert generate(target, PromptLookup(), PROMPTS[:1], max_new_tokens=60, nodes=10, floor=0.0).stats.beta > 3
+    assert (
+        generate(target, PromptLookup(), PROMPTS[:1], max_new_tokens=60, nodes=10, min_probability=0.0).stats.beta > 3
+    )
 
 
 def test_bad_sizes_are_named() -> None:

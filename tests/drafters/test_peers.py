@@ -50,14 +50,20 @@ def test_they_never_change_the_output(name: str, batch: int, nodes: int) -> None
     target = tiny_target()
     expected = plain_generate(target, PROMPTS[:batch], max_new_tokens=16).tokens
     drafter = fresh(target, name)
-    assert generate(target, drafter, PROMPTS[:batch], max_new_tokens=16, nodes=nodes, floor=0.0).tokens == expected
+    assert (
+        generate(target, drafter, PROMPTS[:batch], max_new_tokens=16, nodes=nodes, min_probability=0.0).tokens
+        == expected
+    )
 
 
 @pytest.mark.parametrize("name", PEERS)
 def test_nor_when_nothing_is_likely_enough_to_draft(name: str) -> None:
     target = tiny_target()
     expected = plain_generate(target, PROMPTS, max_new_tokens=5).tokens
-    assert generate(target, fresh(target, name), PROMPTS, max_new_tokens=5, nodes=8, floor=0.999).tokens == expected
+    assert (
+        generate(target, fresh(target, name), PROMPTS, max_new_tokens=5, nodes=8, min_probability=0.999).tokens
+        == expected
+    )
 
 
 @pytest.mark.parametrize("name", PEERS)
@@ -74,7 +80,9 @@ def test_bfloat16_runs(name: str, tmp_path: Path) -> None:
 def test_rows_that_join_and_leave(name: str) -> None:
     target = tiny_target()
     expected = plain_generate(target, PROMPTS, max_new_tokens=12).tokens
-    found = dict(generate_many(target, fresh(target, name), PROMPTS, in_flight=2, max_new_tokens=12, floor=0.0))
+    found = dict(
+        generate_many(target, fresh(target, name), PROMPTS, in_flight=2, max_new_tokens=12, min_probability=0.0)
+    )
     assert found == dict(enumerate(expected))
 
 
@@ -244,7 +252,7 @@ def test_each_learns_a_text_and_is_loaded_by_its_config(name: str, tmp_path: Pat
     for key, tensor in drafter.state_dict().items():
         assert torch.equal(tensor, loaded.state_dict()[key])
     prompt = [row.ids[: row.answer_start].tolist() for row in rows.rows[:1]]
-    stats = generate(target, loaded, prompt, max_new_tokens=20, nodes=16, floor=0.0).stats
+    stats = generate(target, loaded, prompt, max_new_tokens=20, nodes=16, min_probability=0.0).stats
     assert stats.beta > 1.2
 
 

@@ -58,7 +58,7 @@ def test_searches_find_what_they_find_where_the_others_are_impossible(root):
         low_rank = LowRankBias(*(t.numpy() for t in (*tables, torch.ones(RANK), output[:, columns].contiguous())))
         roots = torch.tensor([root])
         first = best_prefixes(
-            logits, blanks, roots, low_rank, states, count=20, depth=3, floor=1e-9, vocabulary=vocabulary
+            logits, blanks, roots, low_rank, states, count=20, depth=3, min_probability=1e-9, vocabulary=vocabulary
         )
 
         def bias(recent):
@@ -134,7 +134,7 @@ def test_output_is_the_targets_and_drafts_are_of_the_vocabulary(tmp_path):
     assert torch.equal(drafter.vocabulary, tokens)
     prompts = [[3, 1, 4, 1], [5, 9]]
     expected = plain_generate(target, prompts, max_new_tokens=20).tokens
-    assert generate(target, drafter, prompts, max_new_tokens=20, nodes=6, floor=0.0).tokens == expected
+    assert generate(target, drafter, prompts, max_new_tokens=20, nodes=6, min_probability=0.0).tokens == expected
     half = CTCDrafter.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert torch.equal(half.vocabulary, tokens)
 

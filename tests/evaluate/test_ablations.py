@@ -49,11 +49,11 @@ def test_linear_drafters_are_lossless_learn_and_come_back(tmp_path: Path) -> Non
     done = train_drafter(target, drafter, rows, rows, tmp_path, settings(steps=30, eval_every=30, eval_positions=40))
     losses = [entry["loss"] for entry in done.history if "loss" in entry]
     assert losses[-1] < losses[0] - 0.5
-    found = generate(target, drafter, PROMPTS, max_new_tokens=16, nodes=8, floor=0.0)
+    found = generate(target, drafter, PROMPTS, max_new_tokens=16, nodes=8, min_probability=0.0)
     assert found.tokens == expected
     loaded = open_drafter(str(tmp_path))
     assert method_of(loaded) == "ctc-linear"
-    again = generate(target, loaded, PROMPTS, max_new_tokens=16, nodes=8, floor=0.0)
+    again = generate(target, loaded, PROMPTS, max_new_tokens=16, nodes=8, min_probability=0.0)
     assert (again.tokens, again.stats.steps) == (expected, found.stats.steps)
 
 
@@ -67,7 +67,7 @@ def test_the_static_twin_is_the_papers_drafter() -> None:
     ours, theirs = (each.blocks(features, tokens, anchors, target.embed) for each in (drafter, twin))
     assert torch.equal(ours, theirs)
     expected = plain_generate(target, PROMPTS, max_new_tokens=12).tokens
-    assert generate(target, twin, PROMPTS, max_new_tokens=12, nodes=16, floor=0.0).tokens == expected
+    assert generate(target, twin, PROMPTS, max_new_tokens=12, nodes=16, min_probability=0.0).tokens == expected
     with pytest.raises(UserError, match="cannot ask a predictor"):
         static_twin(tiny_drafter(target))
 
@@ -114,7 +114,7 @@ def test_typical_acceptance_can_change_the_output() -> None:
     target = tiny_target()
     drafter = tiny_drafter(target)
     loose = Typical(epsilon=1e-6, delta=1e-6)
-    options = {"max_new_tokens": 16, "nodes": 16, "floor": 0.0}
+    options = {"max_new_tokens": 16, "nodes": 16, "min_probability": 0.0}
     found = generate(target, drafter, PROMPTS, sampler=loose, **options)
     assert found.tokens != generate(target, drafter, PROMPTS, **options).tokens
     with pytest.raises(UserError, match="epsilon is 0"):

@@ -130,8 +130,8 @@ def test_the_chain_is_the_best_path() -> None:
         asked: tuple[int, float] | None = None
         extend = join = select = staticmethod(lambda *_: None)
 
-        def propose(self, root: torch.Tensor, nodes: int, floor: float) -> Candidates:
-            self.asked = (nodes, floor)
+        def propose(self, root: torch.Tensor, nodes: int, min_probability: float) -> Candidates:
+            self.asked = (nodes, min_probability)
             return candidates
 
     inner = Inner()
@@ -144,7 +144,10 @@ def test_chains_of_rows_that_find_nothing() -> None:
     target = Target.wrap(tiny_llama())
     prompts = [[5, 6, 7, 8], [9, 10, 9, 10, 9]]
     expected = methods.plain_generate(target, prompts, max_new_tokens=9).tokens
-    assert generate(target, Chained(PromptLookup()), prompts, max_new_tokens=9, nodes=64, floor=0.0).tokens == expected
+    assert (
+        generate(target, Chained(PromptLookup()), prompts, max_new_tokens=9, nodes=64, min_probability=0.0).tokens
+        == expected
+    )
 
 
 def test_calibration_counts_nodes_by_what_was_promised() -> None:

@@ -45,10 +45,10 @@ def test_no_prefix_is_longer_and_output_stays(name: str) -> None:
     for depth in (1, 3, 5):
         shorter = shortened(drafter, depth)
         assert deepest(target, shorter) <= depth
-        found = generate(target, shorter, PROMPTS, max_new_tokens=12, nodes=12, floor=0.0)
+        found = generate(target, shorter, PROMPTS, max_new_tokens=12, nodes=12, min_probability=0.0)
         assert found.tokens == plain.tokens
     assert drafter.config.draft_length == 5
-    assert generate(target, drafter, PROMPTS, max_new_tokens=12, nodes=12, floor=0.0).tokens == plain.tokens
+    assert generate(target, drafter, PROMPTS, max_new_tokens=12, nodes=12, min_probability=0.0).tokens == plain.tokens
 
 
 def test_entries() -> None:

@@ -14,7 +14,7 @@ from ctc_drafter.types import UserError
 from recipes.quickstart import pretrain, smaller_targets
 from recipes.quickstart.pretrain import Phase, Shape
 
-PHASES = (Phase("short", 64, steps=2, warmup=1, peak=1e-3, floor=1e-4), Phase("long", 128, 1, 0, 1e-4, 1e-5))
+PHASES = (Phase("short", 64, steps=2, warmup=1, peak=1e-3, min_probability=1e-4), Phase("long", 128, 1, 0, 1e-4, 1e-5))
 
 
 @pytest.fixture

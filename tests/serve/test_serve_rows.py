@@ -233,8 +233,8 @@ def test_in_the_library_the_error_names_the_row(target, decode, at):
         if decode == "plain_generate":
             return plain_generate(target, PROMPTS, **options)
         if decode == "generate":
-            return generate(target, scripted(target), PROMPTS, floor=0.0, **options)
-        return list(generate_many(target, scripted(target), PROMPTS, in_flight=4, floor=0.0, **options))
+            return generate(target, scripted(target), PROMPTS, min_probability=0.0, **options)
+        return list(generate_many(target, scripted(target), PROMPTS, in_flight=4, min_probability=0.0, **options))
 
     with pytest.raises(UserError, match=f"row {FAILING}: no token is left"):
         run(UserError("no token is left"))

@@ -112,9 +112,9 @@ class Turnstile(NoDrafter):
     def __init__(self) -> None:
         self.passes = threading.Semaphore(0)
 
-    def propose(self, root: torch.Tensor, nodes: int, floor: float) -> Candidates:
+    def propose(self, root: torch.Tensor, nodes: int, min_probability: float) -> Candidates:
         assert self.passes.acquire(timeout=20)
-        return super().propose(root, nodes, floor)
+        return super().propose(root, nodes, min_probability)
 
     def open(self, count: int = 10_000) -> None:
         self.passes.release(count)

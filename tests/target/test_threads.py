@@ -79,7 +79,7 @@ class Calls:
 
     def __init__(self, target: Target, drafter: object):
         self.target, self.model = target, target.model
-        self.decode = speculate(drafter, nodes=6, floor=0.0)
+        self.decode = speculate(drafter, nodes=6, min_probability=0.0)
 
     def generated(self, prompt: list[int], count: int, **options: object) -> list[int]:
         row = torch.tensor([prompt])

@@ -60,7 +60,7 @@ def test_steps_of_generate_are_the_offline_lengths(learnt, nodes: int) -> None:
         [prompt],
         max_new_tokens=answer,
         nodes=nodes,
-        floor=0.0,
+        min_probability=0.0,
         on_tokens=lambda _row, tokens: emitted.append(len(tokens)),
     )
     assert found.tokens == [text[len(prompt) :].tolist()]

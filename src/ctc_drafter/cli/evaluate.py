@@ -118,7 +118,7 @@ def evaluate(
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
         nodes=nodes or DEFAULT_NODES,
-        floor=DEFAULT_FLOOR if floor is None else floor,
+        min_probability=DEFAULT_FLOOR if floor is None else floor,
         budget=budget_for(lm, draft, nodes or DEFAULT_NODES, batch_size) if budget else None,
         also=others,
         seed=seed,

@@ -79,11 +79,12 @@ def best_prefixes(
     *,
     count: int,
     depth: int,
-    floor: float = 0.0,
+    min_probability: float = 0.0,
     vocabulary: torch.Tensor | None = None,
     text: Text | None = None,
 ) -> Candidates:
-    """The `count` most probable prefixes of up to `depth` tokens with probability `floor` or more, best first.
+    """The `count` most probable prefixes of up to `depth` tokens with probability `min_probability` or more, best
+    first.
 
     frame_logits `[B, F, V]`, blank_logits `[B, F]`, root `int64 [B]`, root_states `[B, M]` (`root` in
     `LowRankBias`), float32 on the CPU. vocabulary `int64 [V]`: the token of each column, where frames know only some.
@@ -107,7 +108,7 @@ def best_prefixes(
         text.ends.numpy(),
         count,
         depth,
-        floor,
+        min_probability,
         tiny,
     )
     tokens, parents, depths, scores = map(torch.from_numpy, arrays)
@@ -120,14 +121,17 @@ real = np.float32
 
 
 @njit(cache=True, nogil=True)
-def _search_rows(weights, blank, roots, vocabulary, bias, states, texts, ends, count, depth, floor, tiny):  # type: ignore[no-untyped-def]
+def _search_rows(weights, blank, roots, vocabulary, bias, states, texts, ends, count, depth, min_probability, tiny):  # type: ignore[no-untyped-def]
     rows, longest = len(roots), 0
     tokens, parents = np.zeros((rows, count), np.int64), np.full((rows, count), -1, np.int64)
     depths, scores = np.ones((rows, count), np.int64), np.zeros((rows, count), np.float32)
     for row in range(rows):
         pool = _new_pool(1 + count, weights.shape[1], roots[row])
         text = texts[row, : ends[row] + 1]
-        found = _search(weights[row], blank[row], vocabulary, pool, bias, states[row], text, depth, floor, tiny) - 1
+        found = (
+            _search(weights[row], blank[row], vocabulary, pool, bias, states[row], text, depth, min_probability, tiny)
+            - 1
+        )
         tokens[row, :found], parents[row, :found] = pool.last[1 : found + 1], pool.parent[1 : found + 1] - 1
         depths[row, :found], scores[row, :found] = pool.depth[1 : found + 1], pool.score[1 : found + 1]
         longest = max(longest, found)
@@ -144,7 +148,7 @@ def _new_pool(places, frames, root):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def _search(weights, blank, vocabulary, pool, bias, root_state, text, depth, floor, tiny):  # type: ignore[no-untyped-def]
+def _search(weights, blank, vocabulary, pool, bias, root_state, text, depth, min_probability, tiny):  # type: ignore[no-untyped-def]
     """Expands entries in their order; returns how many there are in the end."""
     found = 1
     for i in range(len(pool.last) - 1):  # no room would be left for children of the last one
@@ -156,7 +160,7 @@ def _search(weights, blank, vocabulary, pool, bias, root_state, text, depth, flo
             for t in range(len(blank)):
                 normaliser[t] = max(_dot(weights[t], strength), tiny) + blank[t] * shift
             repeat = _stand(weights, blank, pool, i, strength, shift, normaliser)
-            found = _offer(weights, vocabulary, pool, found, i, strength, repeat, floor)
+            found = _offer(weights, vocabulary, pool, found, i, strength, repeat, min_probability)
     return found
 
 
@@ -227,14 +231,14 @@ def _stand(weights, blank, pool, i, strength, shift, normaliser):  # type: ignor
 
 
 @njit(cache=True, nogil=True)
-def _offer(weights, vocabulary, pool, found, i, strength, repeat, floor):  # type: ignore[no-untyped-def]
+def _offer(weights, vocabulary, pool, found, i, strength, repeat, min_probability):  # type: ignore[no-untyped-def]
     """Gives entry i's children places in the pool's order, where they earn one; returns how many entries it has."""
     places, scores = len(pool.last), _combine(pool.blank[i] + pool.token[i], weights) * strength
     if i > 0:
         scores[pool.column[i]] = repeat
     least = pool.score[places - 1] if found == places else np.float32(0)
     for v in range(len(scores)):
-        if scores[v] > least and scores[v] >= floor:
+        if scores[v] > least and scores[v] >= min_probability:
             score = min(scores[v], pool.score[i])  # rounding must not lift a child above its parent
             j = min(found, places - 1)
             while pool.score[j - 1] < score:
@@ -309,9 +313,9 @@ def best_chains(
     root_states: torch.Tensor,
     *,
     count: int,
-    floor: float = 0.0,
+    min_probability: float = 0.0,
 ) -> Candidates:
-    """The `count` most probable prefixes of up to U tokens with probability `floor` or more, best first.
+    """The `count` most probable prefixes of up to U tokens with probability `min_probability` or more, best first.
 
     logits `[B, U, V]`, root `int64 [B]`, root_states `[B, M]` (`root` in `LowRankBias`), float32 on the CPU. Rows
     that have fewer prefixes than others are padded with score -inf.
@@ -319,20 +323,20 @@ def best_chains(
     weights = (logits - logits.amax(-1, keepdim=True)).exp_().numpy()
     tiny = np.float32(sum_floor(torch.float32))
     arrays = _search_chain_rows(
-        weights, root.numpy(), np.arange(weights.shape[2]), bias, root_states.numpy(), count, floor, tiny
+        weights, root.numpy(), np.arange(weights.shape[2]), bias, root_states.numpy(), count, min_probability, tiny
     )
     tokens, parents, depths, scores = map(torch.from_numpy, arrays)
     return Candidates(tokens, parents, depths, scores.log_())
 
 
 @njit(cache=True, nogil=True)
-def _search_chain_rows(weights, roots, vocabulary, bias, root_states, count, floor, tiny):  # type: ignore[no-untyped-def]
+def _search_chain_rows(weights, roots, vocabulary, bias, root_states, count, min_probability, tiny):  # type: ignore[no-untyped-def]
     rows, longest = len(roots), 0
     tokens, parents = np.zeros((rows, count), np.int64), np.full((rows, count), -1, np.int64)
     depths, scores = np.ones((rows, count), np.int64), np.zeros((rows, count), np.float32)
     for row in range(rows):
         pool = _new_pool(1 + count, 1, roots[row])
-        found = _search_chain(weights[row], vocabulary, pool, bias, root_states[row], floor, tiny) - 1
+        found = _search_chain(weights[row], vocabulary, pool, bias, root_states[row], min_probability, tiny) - 1
         tokens[row, :found], parents[row, :found] = pool.last[1 : found + 1], pool.parent[1 : found + 1] - 1
         depths[row, :found], scores[row, :found] = pool.depth[1 : found + 1], pool.score[1 : found + 1]
         longest = max(longest, found)
@@ -340,7 +344,7 @@ def _search_chain_rows(weights, roots, vocabulary, bias, root_states, count, flo
 
 
 @njit(cache=True, nogil=True)
-def _search_chain(weights, vocabulary, pool, bias, root_state, floor, tiny):  # type: ignore[no-untyped-def]
+def _search_chain(weights, vocabulary, pool, bias, root_state, min_probability, tiny):  # type: ignore[no-untyped-def]
     """Expands entries in their order; returns how many there are in the end."""
     found = 1
     for i in range(len(pool.last) - 1):  # no room would be left for children of the last one
@@ -352,5 +356,7 @@ def _search_chain(weights, vocabulary, pool, bias, root_state, floor, tiny):  # 
             frame = weights[depth : depth + 1]
             share = pool.score[i] / max(_dot(frame[0], strength), tiny)
             pool.blank[i, 0] = share
-            found = _offer(frame, vocabulary, pool, found, i, strength, share * frame[0, last] * strength[last], floor)
+            found = _offer(
+                frame, vocabulary, pool, found, i, strength, share * frame[0, last] * strength[last], min_probability
+            )
     return found

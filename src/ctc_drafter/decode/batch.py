@@ -57,21 +57,21 @@ class Method:
     """How rows are decoded: by which target and drafter, in which trees, and who chooses the tokens.
 
     With a budget trees are as large as pays, up to its nodes; without one they have up to `nodes` nodes of probability
-    `floor` and more.
+    `min_probability` and more.
     """
 
     target: Target
     drafter: Drafter
     nodes: int
-    floor: float
+    min_probability: float
     sampler: Sampler
     budget: Budget | None = None
 
     def __post_init__(self) -> None:
         if self.nodes < 1:
             raise UserError(f"nodes is {self.nodes}; give at least 1, or use plain_generate")
-        if not 0 <= self.floor < 1:
-            raise UserError(f"floor is {self.floor}; give a probability, at least 0 and below 1")
+        if not 0 <= self.min_probability < 1:
+            raise UserError(f"floor is {self.min_probability}; give a probability, at least 0 and below 1")
         self.target.check_drafter(self.drafter)
 
 
@@ -201,17 +201,17 @@ class Batch:
         return Judged(tree, verification, acceptance, longest, found)
 
     def _draft(self) -> TokenTree:
-        nodes, floor = self.method.nodes, self.method.floor
+        nodes, min_probability = self.method.nodes, self.method.min_probability
         with self.clock("draft"):
-            candidates = self.session.propose(self.root, nodes, floor)
+            candidates = self.session.propose(self.root, nodes, min_probability)
         with self.clock("tree"):
-            return build_tree(self.root, candidates, nodes, floor)
+            return build_tree(self.root, candidates, nodes, min_probability)
 
     def _draft_what_pays(self, pace: Pace) -> TokenTree:
         slots, rows = self.cache.get_seq_length(), len(self.rows)
         with self.clock("draft"):
             draft = self.session.propose if pace.drafts() else self.session.copied  # copies cost nothing
-            found = draft(self.root, pace.budget.nodes, pace.floor(rows, slots))
+            found = draft(self.root, pace.budget.nodes, pace.min_probability(rows, slots))
             candidates = Candidates.nothing(self.root) if found is None else found
         with self.clock("tree"):
             return build_tree(self.root, candidates, pace.size(candidates, slots))

@@ -55,7 +55,7 @@ class Curve:
         return self.whole - self.draft if free else self.whole
 
     @property
-    def floor(self) -> float:
+    def min_probability(self) -> float:
         """A node less likely than this never pays: it adds more time than plain steps need for as much text."""
         nodes = len(self.whole) - 1
         added = (self.whole[-1] - self.whole[1]) / (nodes - 1) if nodes > 1 else 0.0
@@ -104,9 +104,9 @@ class Pace:
         self.waiting = max(0, self.waiting - 1)
         return self.drafted
 
-    def floor(self, rows: int, context: int) -> float:
+    def min_probability(self, rows: int, context: int) -> float:
         """Probability below which no node of any row can pay."""
-        return self.budget.curve(rows, context).floor * max(self.gain, 1.0) / rows / TRUST[1]
+        return self.budget.curve(rows, context).min_probability * max(self.gain, 1.0) / rows / TRUST[1]
 
     def size(self, candidates: Candidates, context: int) -> int:
         """How many of the best prefixes to verify."""

@@ -48,7 +48,7 @@ def generate(
     *,
     max_new_tokens: int,
     nodes: int = DEFAULT_NODES,
-    floor: float = DEFAULT_FLOOR,
+    min_probability: float = DEFAULT_FLOOR,
     budget: Budget | None = None,
     eos: Collection[int] = (),
     sampler: Sampler = ARGMAX,
@@ -58,16 +58,16 @@ def generate(
 ) -> Generation:
     """The target's continuation of each prompt, drafted in trees of up to `nodes` nodes.
 
-    Prefixes less likely than `floor` are not worth the time that a node adds to a verification. With a `budget` trees
-    are as large as pays on this machine instead, and plain steps are taken where none does. Greedy, or as
-    `sampler` says: `Sampled(seeds, warpers(temperature=0.8))`. A row ends at an eos, at `max_new_tokens`, or where
+    Prefixes less likely than `min_probability` are not worth the time that a node adds to a verification. With a
+    `budget` trees are as large as pays on this machine instead, and plain steps are taken where none does. Greedy, or
+    as `sampler` says: `Sampled(seeds, warpers(temperature=0.8))`. A row ends at an eos, at `max_new_tokens`, or where
     `criteria` say so; like transformers' own `generate` it may go on beyond the context that the target is made for.
 
     `on_tokens(row, tokens)` is called with what each verification emits. Rows may differ in length and finish
     at different times; a finished row leaves the batch.
     Raises `UserError` for prompts or settings that cannot be decoded.
     """
-    method = Method(target, drafter, nodes, floor, sampler, budget)
+    method = Method(target, drafter, nodes, min_probability, sampler, budget)
     return run(method, new_rows(target, prompts, max_new_tokens, eos), criteria, on_tokens, timed)
 
 
@@ -194,7 +194,7 @@ def generate_many(
     in_flight: int = 8,
     max_new_tokens: int,
     nodes: int = DEFAULT_NODES,
-    floor: float = DEFAULT_FLOOR,
+    min_probability: float = DEFAULT_FLOOR,
     eos: Collection[int] = (),
     sampler: Sampler = ARGMAX,
     criteria: StoppingCriteriaList = NO_CRITERIA,
@@ -207,7 +207,7 @@ def generate_many(
     """
     if in_flight < 1:
         raise UserError(f"in_flight is {in_flight}; give at least 1")
-    method = Method(target, drafter, nodes, floor, sampler)
+    method = Method(target, drafter, nodes, min_probability, sampler)
     arriving = (new_rows(target, [prompt], max_new_tokens, eos, place)[0] for place, prompt in enumerate(prompts))
     writer = OutputWriter(Stats(), on_tokens, criteria, target.device)
     return flow(Batch(method, Stopwatch(target.device, False)), writer, arriving, in_flight)

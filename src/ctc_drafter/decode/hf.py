@@ -30,7 +30,7 @@ LARGEST_SEED = (1 << 63) - 1
 def speculate(
     drafter: Drafter,
     nodes: int = DEFAULT_NODES,
-    floor: float = DEFAULT_FLOOR,
+    min_probability: float = DEFAULT_FLOOR,
     on_tokens: OnTokens | None = None,
     streamer: BaseStreamer | None = None,
 ) -> Callable[..., torch.Tensor | GenerateDecoderOnlyOutput]:
@@ -70,7 +70,7 @@ def speculate(
         refuse_criteria(remaining(stopping_criteria, scored=False), input_ids)
         criteria = remaining(stopping_criteria, scored)
         target = wrap(model)
-        method = Method(target, drafter, nodes, floor, sampler)
+        method = Method(target, drafter, nodes, min_probability, sampler)
         rows = rows_of(input_ids, mask, stopping_criteria, target)
         told = on_tokens if streamer is None else streaming(streamer, input_ids, on_tokens)
         rows = decode_rows(method, rows, criteria, told, record, fills_up(stopping_criteria))

@@ -11,8 +11,8 @@ import torch
 from ctc_drafter.types import Candidates, TokenTree
 
 
-def build_tree(root: torch.Tensor, candidates: Candidates, nodes: int, floor: float = 0.0) -> TokenTree:
-    """The root `int64 [B]` and the `nodes` best prefixes of probability `floor` and more.
+def build_tree(root: torch.Tensor, candidates: Candidates, nodes: int, min_probability: float = 0.0) -> TokenTree:
+    """The root `int64 [B]` and the `nodes` best prefixes of probability `min_probability` and more.
 
     Prefix probabilities never grow along a path, so the best prefixes are closed under parents, and their sum
     is the expected number of accepted tokens: under the drafter's belief there is no better tree. With a floor,
@@ -20,7 +20,7 @@ def build_tree(root: torch.Tensor, candidates: Candidates, nodes: int, floor: fl
 
     Example: prefixes a .6, b .3, ab .5, aba .1 and nodes = 3 give the tree root -> a -> ab, root -> b.
     """
-    least = math.log(floor) if floor else None
+    least = math.log(min_probability) if min_probability else None
     if root.device.type == "cpu":
         from ctc_drafter.decode import tree_cpu
 

@@ -34,8 +34,9 @@ class DraftSession(Protocol):
         tokens `int64 [B, T]` and features `[B, T, K]` are left-aligned; row b has `counts[b]` of them.
         """
 
-    def propose(self, root: torch.Tensor, nodes: int, floor: float) -> Candidates:
-        """Prefixes after root `int64 [B]`, enough for a tree of `nodes` nodes of probability `floor` and more."""
+    def propose(self, root: torch.Tensor, nodes: int, min_probability: float) -> Candidates:
+        """Prefixes after root `int64 [B]`, enough for a tree of `nodes` nodes of probability `min_probability` and
+        more."""
 
     def join(self, tokens: torch.Tensor, features: torch.Tensor | None, counts: torch.Tensor) -> None:
         """Adds rows behind those that are there, with these tokens to start with, as in `extend`. Where it raises, as
@@ -78,7 +79,7 @@ class NoDrafter:
     def select(self, rows: torch.Tensor) -> None:
         return
 
-    def propose(self, root: torch.Tensor, nodes: int, floor: float) -> Candidates:
+    def propose(self, root: torch.Tensor, nodes: int, min_probability: float) -> Candidates:
         return Candidates.nothing(root)
 
 
@@ -123,17 +124,17 @@ class LazySession:
             self.session.extend(whole.tokens, whole.features, whole.counts)
             self.waiting, self.begun = [], True
 
-    def propose(self, root: torch.Tensor, nodes: int, floor: float = 0.0) -> Candidates:
+    def propose(self, root: torch.Tensor, nodes: int, min_probability: float = 0.0) -> Candidates:
         self.catch_up()
-        return self.session.propose(root, nodes, floor)
+        return self.session.propose(root, nodes, min_probability)
 
-    def copied(self, root: torch.Tensor, nodes: int, floor: float = 0.0) -> Candidates | None:
+    def copied(self, root: torch.Tensor, nodes: int, min_probability: float = 0.0) -> Candidates | None:
         """What the session drafts for nothing, see `HybridSession`; None if it never does."""
         free = getattr(self.session, "copied", None)
         if free is None:
             return None
         self.catch_up()
-        found: Candidates | None = free(root, nodes, floor)
+        found: Candidates | None = free(root, nodes, min_probability)
         return found
 
     def join(self, tokens: torch.Tensor, features: torch.Tensor | None, counts: torch.Tensor) -> None:

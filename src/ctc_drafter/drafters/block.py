@@ -208,7 +208,7 @@ class BlockNetwork(Protocol):
         self, states: torch.Tensor, by: CosSin, contexts: Sequence[Context], mask: torch.Tensor | None
     ) -> torch.Tensor: ...
     def candidates(
-        self, blocks: torch.Tensor, root: torch.Tensor, borrowed: DraftHead, nodes: int, floor: float = 0.0
+        self, blocks: torch.Tensor, root: torch.Tensor, borrowed: DraftHead, nodes: int, min_probability: float = 0.0
     ) -> Candidates: ...
 
 
@@ -221,9 +221,9 @@ class BlockSession(ContextSession):
         self.context = DraftKVCache(drafter.config, len(drafter.draft_layers), batch_size, weight)
         self.newest = weight.new_zeros(batch_size, drafter.config.hidden_size)
 
-    def propose(self, root: torch.Tensor, nodes: int, floor: float = 0.0) -> Candidates:
+    def propose(self, root: torch.Tensor, nodes: int, min_probability: float = 0.0) -> Candidates:
         """One parallel pass over the block, then the search; see `DraftSession.propose`."""
-        return self.drafter.candidates(self.blocks(root), root, self.borrowed, nodes, floor)
+        return self.drafter.candidates(self.blocks(root), root, self.borrowed, nodes, min_probability)
 
     def blocks(self, root: torch.Tensor) -> torch.Tensor:
         """Block outputs `[B, 1+F, H]` of root `int64 [B]`."""

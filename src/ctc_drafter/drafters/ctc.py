@@ -223,12 +223,14 @@ class CTCDrafter(FramesModel):
         root: torch.Tensor,
         borrowed: BorrowedSearch,
         nodes: int,
-        floor: float = 0.0,
+        min_probability: float = 0.0,
         text: Text | None = None,
     ) -> Candidates:
         """See `TrainableDrafter.candidates`. text: up to the roots, to copy from."""
         blocks = self.filled(blocks)
-        return borrowed.search(*self.frame_logits(blocks, borrowed.head), root, blocks[:, 0], text, nodes, floor)
+        return borrowed.search(
+            *self.frame_logits(blocks, borrowed.head), root, blocks[:, 0], text, nodes, min_probability
+        )
 
     def drafts(
         self,

@@ -33,7 +33,7 @@ class CopyingNetwork(BlockNetwork, Protocol):
         root: torch.Tensor,
         borrowed: DraftHead,
         nodes: int,
-        floor: float = 0.0,
+        min_probability: float = 0.0,
         text: Text | None = None,
     ) -> Candidates: ...
 
@@ -53,10 +53,10 @@ class CopySession(BlockSession):
         super().extend(tokens, features, counts)
         self.tokens = self._written(self.tokens, places, tokens)
 
-    def propose(self, root: torch.Tensor, nodes: int, floor: float = 0.0) -> Candidates:
+    def propose(self, root: torch.Tensor, nodes: int, min_probability: float = 0.0) -> Candidates:
         """See `DraftSession.propose`."""
         blocks = self.blocks(root)  # which makes room behind the context
-        return self.drafter.candidates(blocks, root, self.borrowed, nodes, floor, self.text_up_to(root))
+        return self.drafter.candidates(blocks, root, self.borrowed, nodes, min_probability, self.text_up_to(root))
 
     def text_up_to(self, root: torch.Tensor) -> Text:
         """The texts, each with its root `int64 [B]` behind it."""
@@ -106,13 +106,13 @@ class HybridSession:
         self.trained.extend(tokens, features, counts)  # first, as in `join`: where it raises, nothing has changed
         self.lookup.extend(tokens, features, counts)
 
-    def propose(self, root: torch.Tensor, nodes: int, floor: float = 0.0) -> Candidates:
-        copied = self.copied(root, nodes, floor)
-        return self.trained.propose(root, nodes, floor) if copied is None else copied
+    def propose(self, root: torch.Tensor, nodes: int, min_probability: float = 0.0) -> Candidates:
+        copied = self.copied(root, nodes, min_probability)
+        return self.trained.propose(root, nodes, min_probability) if copied is None else copied
 
-    def copied(self, root: torch.Tensor, nodes: int, floor: float = 0.0) -> Candidates | None:
+    def copied(self, root: torch.Tensor, nodes: int, min_probability: float = 0.0) -> Candidates | None:
         """The copies alone; None where they promise too little in some row."""
-        found = list(takewhile(sure, self.lookup.prefixes(root, nodes, floor)))
+        found = list(takewhile(sure, self.lookup.prefixes(root, nodes, min_probability)))
         return replace(padded(found, root.device), free=True) if len(found) == len(root) else None
 
     def join(self, tokens: torch.Tensor, features: torch.Tensor | None, counts: torch.Tensor) -> None:
@@ -165,7 +165,7 @@ def best_first(predictor: Predictor | None, depth: int, embed: nn.Module, vocabu
         start: torch.Tensor,
         text: Text | None,
         nodes: int,
-        floor: float,
+        min_probability: float,
     ) -> Candidates:
         state = start.new_zeros(len(start), 0) if predictor is None else predictor.root_state(start)
         return best_prefixes(
@@ -176,7 +176,7 @@ def best_first(predictor: Predictor | None, depth: int, embed: nn.Module, vocabu
             state.float(),
             count=nodes,
             depth=depth,
-            floor=floor,
+            min_probability=min_probability,
             vocabulary=vocabulary,
             text=text,
         )

@@ -87,8 +87,9 @@ class Text:
                 weights.setdefault(place + 1, RECENCY**age * SHORTER ** (best - size))
         return sorted(weights.items(), reverse=True), best
 
-    def prefixes(self, root: int, count: int, depth: int, floor: float) -> list[Prefix]:
-        """The `count` best prefixes of probability `floor` and more, best first and parents before children."""
+    def prefixes(self, root: int, count: int, depth: int, min_probability: float) -> list[Prefix]:
+        """The `count` best prefixes of probability `min_probability` and more, best first and parents before
+        children."""
         matches, length = self.matches(root)
         tokens = self.tokens[: self.size + 1]  # with the root, which `matches` has put there
         found: list[Prefix] = []
@@ -108,7 +109,7 @@ class Text:
                     order += 1
                     heapq.heappush(waiting, (-child, order, token, parent, level + 1, branch))
 
-        least = math.log(floor) if floor else -math.inf
+        least = math.log(min_probability) if min_probability else -math.inf
         if length:
             offer(-1, 0, 0.0, matches)
         while waiting and len(found) < count:
@@ -129,13 +130,13 @@ class LookupSession:
         for row, new, count in zip(self.rows, tokens.tolist(), counts.tolist(), strict=True):
             row.extend(new[:count])
 
-    def propose(self, root: torch.Tensor, nodes: int, floor: float = 0.0) -> Candidates:
-        return padded(list(self.prefixes(root, nodes, floor)), root.device)
+    def propose(self, root: torch.Tensor, nodes: int, min_probability: float = 0.0) -> Candidates:
+        return padded(list(self.prefixes(root, nodes, min_probability)), root.device)
 
-    def prefixes(self, root: torch.Tensor, nodes: int, floor: float) -> Iterator[list[Prefix]]:
+    def prefixes(self, root: torch.Tensor, nodes: int, min_probability: float) -> Iterator[list[Prefix]]:
         """`propose`, row by row and on the host."""
         for row, token in zip(self.rows, root.tolist(), strict=True):
-            yield row.prefixes(token, nodes, self.drafter.draft_length, floor)
+            yield row.prefixes(token, nodes, self.drafter.draft_length, min_probability)
 
     def join(self, tokens: torch.Tensor, features: torch.Tensor | None, counts: torch.Tensor) -> None:
         new = LookupSession(self.drafter, [Text(self.drafter.longest) for _ in counts])

@@ -168,12 +168,12 @@ class TrainableDrafter(PreTrainedModel):
         return prefixes[:, 1:], valid
 
     def candidates(
-        self, blocks: torch.Tensor, root: torch.Tensor, borrowed: Any, nodes: int, floor: float = 0.0
+        self, blocks: torch.Tensor, root: torch.Tensor, borrowed: Any, nodes: int, min_probability: float = 0.0
     ) -> Candidates:
         """The prefixes of blocks `[N, ...]` after root `int64 [N]`, enough for `nodes` nodes.
 
-        Prefixes of probability below `floor` may be missing. Drafters whose blocks say too little for this have
-        `drafts` of their own instead.
+        Prefixes of probability below `min_probability` may be missing. Drafters whose blocks say too little for this
+        have `drafts` of their own instead.
         """
         raise NotImplementedError
 

@@ -92,7 +92,9 @@ class Runner:
         """With the drafter, or without one with drafts from plain decoding's own text that are right now and then."""
         drafter = self.drafter or ScriptedDrafter([c.prompt + c.tokens for c in cases], RIGHT, self.target.vocab_size)
         options: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "nodes": self.nodes, "eos": self.eos}
-        return generate(self.target, drafter, [c.prompt for c in cases], floor=DEFAULT_FLOOR, **options).tokens
+        return generate(
+            self.target, drafter, [c.prompt for c in cases], min_probability=DEFAULT_FLOOR, **options
+        ).tokens
 
     def case(self, task: str, prompt: Prompt, turn: int, ids: list[int]) -> Case:
         target = Margins(self.target.model, self.target.cache)
@@ -286,7 +288,7 @@ class ScriptedSession:
         self.rows = [self.rows[i] for i in rows.tolist()]
         self.lengths = [self.lengths[i] for i in rows.tolist()]
 
-    def propose(self, root: torch.Tensor, nodes: int, floor: float) -> Candidates:
+    def propose(self, root: torch.Tensor, nodes: int, min_probability: float) -> Candidates:
         drafter, self.step = self.drafter, self.step + 1
         rows = []
         for place, row in enumerate(self.rows):

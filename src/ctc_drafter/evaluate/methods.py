@@ -87,7 +87,7 @@ class Decoding:
         drafter: Drafter,
         nodes: int | str,
         size: int,
-        floor: float,
+        min_probability: float,
         sampler: Sampler = ARGMAX,
         budget: Budget | None = None,
     ) -> Contender:
@@ -100,7 +100,7 @@ class Decoding:
                 prompts,
                 max_new_tokens=self.max_new_tokens,
                 nodes=size,
-                floor=floor,
+                min_probability=min_probability,
                 budget=budget,
                 eos=self.eos,
                 sampler=Watched(calibration, sampler) if calibration else sampler,
@@ -121,12 +121,16 @@ def decoding(target: Target, tokenizer: PreTrainedTokenizerBase, max_new_tokens:
 
 
 def contenders_of(
-    decoding: Decoding, drafter: Drafter, nodes: int, floor: float, budget: Budget | None
+    decoding: Decoding, drafter: Drafter, nodes: int, min_probability: float, budget: Budget | None
 ) -> list[Contender]:
     """Plain decoding and the drafter's, under a budget as well if there is one."""
     method = method_of(drafter)
-    found = [decoding.plain(), decoding.drafted(method, drafter, nodes, nodes, floor)]
-    return found if budget is None else [*found, decoding.drafted(method, drafter, BUDGET, nodes, floor, budget=budget)]
+    found = [decoding.plain(), decoding.drafted(method, drafter, nodes, nodes, min_probability)]
+    return (
+        found
+        if budget is None
+        else [*found, decoding.drafted(method, drafter, BUDGET, nodes, min_probability, budget=budget)]
+    )
 
 
 # Chains: of what a drafter proposes, the one path that is worth most.
@@ -163,8 +167,8 @@ class ChainedSession:
         self.inner = inner
         self.extend, self.join, self.select = inner.extend, inner.join, inner.select
 
-    def propose(self, root: torch.Tensor, nodes: int, floor: float) -> Candidates:
-        found = self.inner.propose(root, max(nodes, POOL), floor)
+    def propose(self, root: torch.Tensor, nodes: int, min_probability: float) -> Candidates:
+        found = self.inner.propose(root, max(nodes, POOL), min_probability)
         return best_chain(found) if found.tokens.shape[1] else found
 
 

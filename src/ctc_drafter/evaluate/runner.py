@@ -167,7 +167,7 @@ def evaluate(
     max_new_tokens: int = 128,
     batch_size: int = 1,
     nodes: int = DEFAULT_NODES,
-    floor: float = DEFAULT_FLOOR,
+    min_probability: float = DEFAULT_FLOOR,
     budget: Budget | None = None,
     also: Sequence[str] = (),
     seed: int = 0,
@@ -184,12 +184,12 @@ def evaluate(
     gets the object after every batch. After Ctrl-C the object holds what was finished, and `meta["complete"]` is false.
     """
     made = decoding(target, tokenizer, max_new_tokens)
-    contenders = contenders_of(made, drafter, nodes, floor, budget)
+    contenders = contenders_of(made, drafter, nodes, min_probability, budget)
     if PROMPT_LOOKUP in also:
-        contenders.append(made.drafted(PROMPT_LOOKUP, PromptLookup(), nodes, nodes, floor))
+        contenders.append(made.drafted(PROMPT_LOOKUP, PromptLookup(), nodes, nodes, min_probability))
     contenders += stock_contenders(made, [name for name in also if name != PROMPT_LOOKUP])
     bench = Bench(target, tokenizer, contenders, max_new_tokens, batch_size)
-    settings = {"seed": seed, "nodes": nodes, "floor": floor, "limit": limit}
+    settings = {"seed": seed, "nodes": nodes, "floor": min_probability, "limit": limit}
     result = {"meta": head(bench, settings) | (meta or {}), "rows": []}
     measure_all(bench, [task.some(limit) for task in tasks], result, save=save, console=console)
     return result

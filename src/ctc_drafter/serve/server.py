@@ -43,7 +43,7 @@ def make_engine(
     target: Target,
     drafter: Drafter | None,
     nodes: int,
-    floor: float,
+    min_probability: float,
     batch_size: int,
     queue: int,
     budget: Budget | None = None,
@@ -57,10 +57,10 @@ def make_engine(
     lanes = (
         {PLAIN: plain}
         if drafter is None
-        else {"draft": Method(target, drafter, nodes, floor, ARGMAX, budget), PLAIN: plain}
+        else {"draft": Method(target, drafter, nodes, min_probability, ARGMAX, budget), PLAIN: plain}
     )
     if drafter is not None:
-        generate(target, drafter, [[0, 0]], max_new_tokens=8, nodes=nodes, floor=floor)
+        generate(target, drafter, [[0, 0]], max_new_tokens=8, nodes=nodes, min_probability=min_probability)
     return Engine(lanes, batch_size, queue, Speedup(time_plain_steps(target, batch_size)), worker)
 
 

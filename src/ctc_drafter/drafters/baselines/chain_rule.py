@@ -82,11 +82,16 @@ class StepwiseDrafter(ChainDrafter):
             yield step(prefixes[:, None, :size], None if size == 1 else prefixes.new_zeros(len(prefixes), 1))[:, 0]
 
     def candidates(
-        self, blocks: torch.Tensor, root: torch.Tensor, borrowed: BorrowedOutputs, nodes: int, floor: float = 0.0
+        self,
+        blocks: torch.Tensor,
+        root: torch.Tensor,
+        borrowed: BorrowedOutputs,
+        nodes: int,
+        min_probability: float = 0.0,
     ) -> Candidates:
         """See `TrainableDrafter.candidates`."""
         step = self.steps(blocks, borrowed.embed, borrowed.outputs)
-        return expand(step, root, nodes=nodes, depth=self.config.draft_length, floor=floor)
+        return expand(step, root, nodes=nodes, depth=self.config.draft_length, min_probability=min_probability)
 
 
 def cross_entropy(log_probs: torch.Tensor, valid: torch.Tensor, decay: float) -> torch.Tensor:
@@ -109,15 +114,16 @@ def cross_entropy(log_probs: torch.Tensor, valid: torch.Tensor, decay: float) ->
 Step = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
 
 
-def expand(step: Step, root: torch.Tensor, *, nodes: int, depth: int, floor: float = 0.0) -> Candidates:
+def expand(step: Step, root: torch.Tensor, *, nodes: int, depth: int, min_probability: float = 0.0) -> Candidates:
     """The `nodes` best prefixes of up to `depth` tokens after root `int64 [B]`, and others.
 
-    On a CPU, prefixes that cannot be among them, or are less likely than `floor`, are neither asked nor returned.
+    On a CPU, prefixes that cannot be among them, or are less likely than `min_probability`, are neither asked nor
+    returned.
     """
     if root.device.type == "cpu":
         from ctc_drafter.drafters.baselines.chain_rule_cpu import grow
 
-        return grow(step, root, nodes, depth, floor)
+        return grow(step, root, nodes, depth, min_probability)
     return expand_statically(step, root, nodes, depth)
 
 

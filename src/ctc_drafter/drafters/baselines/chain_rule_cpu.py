@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from ctc_drafter.drafters.baselines.chain_rule import Step
 
 
-def grow(step: Step, root: torch.Tensor, nodes: int, depth: int, floor: float) -> Candidates:
+def grow(step: Step, root: torch.Tensor, nodes: int, depth: int, min_probability: float) -> Candidates:
     """See `expand.expand`. A row with fewer prefixes than others is padded with score -inf."""
-    least = math.log(floor) if floor else -math.inf
+    least = math.log(min_probability) if min_probability else -math.inf
     best = np.full((len(root), nodes), -np.inf, np.float32)
     prefixes, places = root[:, None, None], None
     above = np.zeros((len(root), 1), np.float32)

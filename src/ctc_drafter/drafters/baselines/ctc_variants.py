@@ -72,7 +72,7 @@ class PaperDrafter(FramesModel):
         return DraftHead(embed, draft_head(head))
 
     def candidates(
-        self, blocks: torch.Tensor, root: torch.Tensor, borrowed: DraftHead, nodes: int, floor: float = 0.0
+        self, blocks: torch.Tensor, root: torch.Tensor, borrowed: DraftHead, nodes: int, min_probability: float = 0.0
     ) -> Candidates:
         """See `TrainableDrafter.candidates`: the static tree's prefixes, however many `nodes` there is room for."""
         tokens, blanks = self.frame_logits(blocks, borrowed.head)

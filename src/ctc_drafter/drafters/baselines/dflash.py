@@ -46,17 +46,22 @@ class TokenFrames(StepwiseDrafter, BlockModel):
         return BorrowedFrames(ready.embed, ready.head, ready.outputs, bias)
 
     def candidates(
-        self, blocks: torch.Tensor, root: torch.Tensor, borrowed: BorrowedOutputs, nodes: int, floor: float = 0.0
+        self,
+        blocks: torch.Tensor,
+        root: torch.Tensor,
+        borrowed: BorrowedOutputs,
+        nodes: int,
+        min_probability: float = 0.0,
     ) -> Candidates:
         """See `TrainableDrafter.candidates`: best first on a CPU, level by level elsewhere."""
         if not isinstance(borrowed, BorrowedFrames) or borrowed.bias is None:
-            return super().candidates(blocks, root, borrowed, nodes, floor)
+            return super().candidates(blocks, root, borrowed, nodes, min_probability)
         from ctc_drafter.ctc.search_cpu import best_chains
 
         start = blocks[:, 0]
         state = start[:, :0] if self.predictor is None else self.predictor.root_state(start)
         logits = frame_logits(blocks, borrowed.outputs[0])
-        return best_chains(logits, root, borrowed.bias, state.float(), count=nodes, floor=floor)
+        return best_chains(logits, root, borrowed.bias, state.float(), count=nodes, min_probability=min_probability)
 
 
 class DFlashDrafter(TokenFrames):

@@ -194,8 +194,8 @@ class EagleSession:
     def extend(self, tokens: torch.Tensor, features: torch.Tensor | None, counts: torch.Tensor) -> None:
         self.newest = self._take(self.context, self.newest, tokens, features, counts)
 
-    def propose(self, root: torch.Tensor, nodes: int, floor: float = 0.0) -> Candidates:
-        return propose(self.drafter, self.borrowed, self.context, self.newest, root, nodes, floor)
+    def propose(self, root: torch.Tensor, nodes: int, min_probability: float = 0.0) -> Candidates:
+        return propose(self.drafter, self.borrowed, self.context, self.newest, root, nodes, min_probability)
 
     def join(self, tokens: torch.Tensor, features: torch.Tensor | None, counts: torch.Tensor) -> None:
         new = self.context.empty(len(counts))
@@ -233,11 +233,11 @@ def propose(
     newest: torch.Tensor,
     root: torch.Tensor,
     nodes: int,
-    floor: float = 0.0,
+    min_probability: float = 0.0,
 ) -> Candidates:
     """The best prefixes after root `int64 [B]`, with the context in the cache and its last features `[B, H]`."""
     step = Rollout(drafter, borrowed, cache, newest)
-    return expand(step, root, nodes=nodes, depth=drafter.config.draft_length, floor=floor)
+    return expand(step, root, nodes=nodes, depth=drafter.config.draft_length, min_probability=min_probability)
 
 
 class Rollout:

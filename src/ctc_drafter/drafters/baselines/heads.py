@@ -103,7 +103,7 @@ class Heads(Protocol):
 
     def states(self, features: torch.Tensor) -> torch.Tensor: ...
     def candidates(
-        self, blocks: torch.Tensor, root: torch.Tensor, borrowed: DraftHead, nodes: int, floor: float = 0.0
+        self, blocks: torch.Tensor, root: torch.Tensor, borrowed: DraftHead, nodes: int, min_probability: float = 0.0
     ) -> Candidates: ...
 
 
@@ -118,8 +118,8 @@ class LastStateSession:
     def extend(self, tokens: torch.Tensor, features: torch.Tensor | None, counts: torch.Tensor) -> None:
         self.newest = self._states(features, counts)
 
-    def propose(self, root: torch.Tensor, nodes: int, floor: float = 0.0) -> Candidates:
-        return self.drafter.candidates(self.newest, root, self.borrowed, nodes, floor)
+    def propose(self, root: torch.Tensor, nodes: int, min_probability: float = 0.0) -> Candidates:
+        return self.drafter.candidates(self.newest, root, self.borrowed, nodes, min_probability)
 
     def join(self, tokens: torch.Tensor, features: torch.Tensor | None, counts: torch.Tensor) -> None:
         self.newest = torch.cat([self.newest, self._states(features, counts)])

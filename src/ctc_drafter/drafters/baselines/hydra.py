@@ -122,8 +122,8 @@ class PrefixSession(ContextSession):
         self.drafter, self.layer, self.borrowed = drafter, layer, borrowed
         self.context = DraftKVCache(drafter.config, 1, batch_size, layer.self_attn.k_proj.weight)
 
-    def propose(self, root: torch.Tensor, nodes: int, floor: float = 0.0) -> Candidates:
-        return self.drafter.candidates(self.newest, root, self.borrowed, nodes, floor)
+    def propose(self, root: torch.Tensor, nodes: int, min_probability: float = 0.0) -> Candidates:
+        return self.drafter.candidates(self.newest, root, self.borrowed, nodes, min_probability)
 
     def _take(self, cache: DraftKVCache, features: torch.Tensor | None, counts: torch.Tensor) -> torch.Tensor:
         """Stores all new tokens, and lets the newest one of each row look at those that are there."""
