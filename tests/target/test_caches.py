@@ -13,7 +13,7 @@ from benchmarks.family_checks import stock_continuations
 from ctc_drafter.decode import prefill as prefill_file
 from ctc_drafter.decode.generate import generate, plain_generate
 from ctc_drafter.decode.prefill import prefill
-from ctc_drafter.target.cache import BLOCK, RoomyLayer, reserve, static_cache
+from ctc_drafter.target.cache import BLOCK, GrowableStaticLayer, reserve, static_cache
 from ctc_drafter.target.model import CACHES, Target
 from ctc_drafter.types import UserError
 from helpers import VOCABULARY, ScriptedDrafter, tiny_drafter, tiny_target
@@ -50,7 +50,7 @@ def test_a_full_layer_moves_to_a_larger_tensor_and_keeps_its_place_until_then():
 
 
 def test_a_count_does_not_change_behind_the_callers_back():
-    layer = RoomyLayer(8)
+    layer = GrowableStaticLayer(8)
     layer.update(*states(3))
     before = layer.get_seq_length()
     layer.update(*states(2))

@@ -124,7 +124,7 @@ def test_where_sizes_are_fixed_each_has_a_graph_of_its_own(monkeypatch):
 
 def test_times_are_measured_at_both_ends_of_every_graph():
     """So that a line between neighbours is level where one graph serves all, and steep where the next one begins."""
-    assert CompiledTarget.telling == (1, 4, 5, 8, 9, 16, 17, 32, 33, 64)
+    assert CompiledTarget.profile_sizes == (1, 4, 5, 8, 9, 16, 17, 32, 33, 64)
     assert all(size_for(low + 1) == size_for(high + 1) for low, high in ((1, 4), (5, 8), (9, 16), (17, 32), (33, 64)))
     made = CompiledTarget(tiny_target().model)
     assert grid(made, 12, 1)[0] == (1, 4, 5, 8, 9, 12)

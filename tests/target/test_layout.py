@@ -70,14 +70,14 @@ def test_rows_that_are_gone_hold_no_memory() -> None:
     layer.update(torch.randn(4, 1, 300, 8), torch.randn(4, 1, 300, 8))
     kept = layer.keys[1:3, :, :300].clone()
     layer.batch_select_indices(torch.tensor([1, 2]))
-    assert {room.shape[0] for room in layer.rooms} == {2}
+    assert {room.shape[0] for room in layer.buffers} == {2}
     assert torch.equal(layer.keys, kept)
     other = GrowingLayer()
     other.update(torch.randn(1, 1, 20, 8), torch.randn(1, 1, 20, 8))
     cache, new = DynamicCache(), DynamicCache()
     cache.layers, new.layers = [layer], [other]
     join(cache, new)
-    assert [room.data_ptr() for room in layer.rooms] == [layer.keys.data_ptr(), layer.values.data_ptr()]
+    assert [room.data_ptr() for room in layer.buffers] == [layer.keys.data_ptr(), layer.values.data_ptr()]
     more = torch.randn(3, 1, 2, 8)
     layer.update(more, more)
     place = layer.keys.data_ptr()

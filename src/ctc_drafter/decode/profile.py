@@ -62,7 +62,7 @@ def measured_again(target: Target, drafter: Drafter, nodes: int, rows: int) -> S
 
 def grid(target: Target, nodes: int, rows: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Tree sizes and numbers of rows that are measured."""
-    return (*(size for size in target.telling if size < nodes), nodes), (
+    return (*(size for size in target.profile_sizes if size < nodes), nodes), (
         *(size for size in BATCHES if size < rows),
         rows,
     )
@@ -117,7 +117,7 @@ def measure(
     *,
     batches: Sequence[int] = BATCHES,
     contexts: Sequence[int] = CONTEXTS,
-    sizes: Sequence[int] = Target.telling,
+    sizes: Sequence[int] = Target.profile_sizes,
 ) -> StepTimes:
     """Median times of whole steps on made-up text, all sizes in turn: a change of the machine hits them alike."""
     contexts = sorted({fitting(target, context, max(sizes)) for context in contexts})

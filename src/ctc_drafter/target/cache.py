@@ -63,7 +63,7 @@ def copied(states: torch.Tensor) -> torch.Tensor:
 def put(layer: CacheLayerMixin, keys: torch.Tensor, values: torch.Tensor) -> None:
     """Lets a layer hold these."""
     if isinstance(layer, GrowingLayer):
-        layer.hold(keys, values)
+        layer.set(keys, values)
     else:
         layer.keys, layer.values = keys, values
     if isinstance(layer, StaticLayer):
@@ -136,7 +136,7 @@ def move(states: torch.Tensor, source: torch.Tensor, goal: torch.Tensor) -> None
 BLOCK = 256  # slots; sizes are multiples of it
 
 
-class RoomyLayer(StaticLayer):
+class GrowableStaticLayer(StaticLayer):
     """A `StaticLayer` that keeps every token, gives up rows of the batch, and moves to a larger tensor when full.
 
     transformers' own `StaticCache` drops what leaves a sliding window, which a rejected tree may need back, and
@@ -170,8 +170,8 @@ class RoomyLayer(StaticLayer):
 
 
 def static_cache(layers: int, slots: int) -> Cache:
-    """An empty cache of `RoomyLayer`s with that many slots or more; call `reserve` before each forward."""
-    return Cache(layers=[RoomyLayer(slots) for _ in range(layers)])
+    """An empty cache of `GrowableStaticLayer`s with that many slots or more; call `reserve` before each forward."""
+    return Cache(layers=[GrowableStaticLayer(slots) for _ in range(layers)])
 
 
 def reserve(cache: Cache, tokens: int) -> int:
@@ -195,17 +195,17 @@ class GrowingLayer(DynamicLayer):
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         super().lazy_initialization(key_states, value_states)
         self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
-        self.rooms = [self.keys, self.values]
+        self.buffers = [self.keys, self.values]
 
-    def hold(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+    def set(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Takes these in place of its own, which are let go at once."""
         self.keys, self.values = keys, values
-        self.rooms = [keys, values]
+        self.buffers = [keys, values]
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         super().batch_select_indices(indices)
         if self.is_initialized:
-            self.hold(self.keys, self.values)
+            self.set(self.keys, self.values)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_args: Any, **_kwargs: Any
@@ -217,11 +217,11 @@ class GrowingLayer(DynamicLayer):
         return self.keys, self.values
 
     def _append(self, which: int, old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-        start, room = old.shape[2], self.rooms[which]
+        start, room = old.shape[2], self.buffers[which]
         end = start + new.shape[2]
         if end > room.shape[2] or old.data_ptr() != room.data_ptr() or old.shape[0] != room.shape[0]:
             slots = -(-end // GROWTH) * GROWTH
-            room = self.rooms[which] = new.new_empty(new.shape[0], new.shape[1], slots, new.shape[3])
+            room = self.buffers[which] = new.new_empty(new.shape[0], new.shape[1], slots, new.shape[3])
             room[:, :, :start] = old
         room[:, :, start:end] = new
         return room[:, :, :end]

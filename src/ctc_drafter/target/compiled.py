@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
-from ctc_drafter.target.cache import RoomyLayer, reserve
+from ctc_drafter.target.cache import GrowableStaticLayer, reserve
 from ctc_drafter.target.features import captured, concatenate
 from ctc_drafter.target.layout import grouped_heads
 from ctc_drafter.target.model import Target
@@ -188,7 +188,9 @@ class CompiledTarget(Target):
 
     compiled: ClassVar[bool] = True
     # A graph's time is that of its largest tree: the first and the last tree of each tell of all.
-    telling: ClassVar[tuple[int, ...]] = tuple(sorted({1, *SIZES, *(size - 1 for size in SIZES)} - {0, SIZES[-1]}))
+    profile_sizes: ClassVar[tuple[int, ...]] = tuple(
+        sorted({1, *SIZES, *(size - 1 for size in SIZES)} - {0, SIZES[-1]})
+    )
 
     cache: str = "static"
     layers: tuple[int, ...] = ()
@@ -271,7 +273,7 @@ def states_of(cache: Cache) -> list[torch.Tensor]:
     """Keys and values of each layer, one after the other. Raises `UserError` for layers that keep none."""
     found: list[torch.Tensor] = []
     for layer in cache.layers:
-        if not isinstance(layer, RoomyLayer) or layer.keys is None or layer.values is None:
+        if not isinstance(layer, GrowableStaticLayer) or layer.keys is None or layer.values is None:
             raise UserError("layers that share another one's keys cannot be compiled; leave out --compile")
         found += [layer.keys, layer.values]
     return found

@@ -35,7 +35,7 @@ class Target:
     """A causal LM whose output must not change. Build it with `Target.load` or `Target.wrap`."""
 
     compiled: ClassVar[bool] = False
-    telling: ClassVar[tuple[int, ...]] = (1, 2, 4, 8, 16, 32, 64)  # tree sizes between which times change evenly
+    profile_sizes: ClassVar[tuple[int, ...]] = (1, 2, 4, 8, 16, 32, 64)  # tree sizes between which times change evenly
 
     model: PreTrainedModel
     cache: str = "dynamic"

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 
-from ctc_drafter.target.cache import RoomyLayer, compact, reserve
+from ctc_drafter.target.cache import GrowableStaticLayer, compact, reserve
 from ctc_drafter.target.rope import switch_length
 from ctc_drafter.types import UserError, Verification
 
@@ -155,7 +155,7 @@ def crossing(target: Trial, threshold: int, short: States) -> float:
     length = start if fits(target.model, short, start) else min(start, SHORT)
     states = stretched(short, length, edge=length == start)
     cache = target.new_cache(length)
-    if isinstance(cache.layers[0] if cache.layers else None, RoomyLayer):
+    if isinstance(cache.layers[0] if cache.layers else None, GrowableStaticLayer):
         reserve(cache, length)
     found = tree_logits(target, fill(cache, states, 1), length, start - length, tree, after)
 
