@@ -16,7 +16,7 @@ from ctc_drafter.decode.sampling import ARGMAX, Greedy, Sampled
 from ctc_drafter.evaluate.exactness import ScriptedDrafter
 from ctc_drafter.serve.engine import Engine
 from ctc_drafter.serve.protocol import Sampling
-from ctc_drafter.serve.requests import Failure, Finish, Job
+from ctc_drafter.serve.requests import Completion, Failure, Finish
 from ctc_drafter.serve.service import Limits, Service
 from ctc_drafter.target.model import CACHES, Target
 from ctc_drafter.types import UserError
@@ -67,7 +67,9 @@ def scripted(target: Target, depths=(4, 0, 2)) -> ScriptedDrafter:
     return ScriptedDrafter(texts, depths, target.vocab_size)
 
 
-def serve(target: Target, drafter, change=lambda _job: None, at_once: bool = True) -> tuple[list[Job], list[list]]:
+def serve(
+    target: Target, drafter, change=lambda _job: None, at_once: bool = True
+) -> tuple[list[Completion], list[list]]:
     """All prompts decoded side by side, and each job's events; `change` has its way with the failing one."""
     engine = Engine({"draft": Method(target, drafter, 8, 0.0, ARGMAX)}, batch_size=len(PROMPTS))
     service = Service(engine, target, tiny_models.tiny_tokenizer(), "tiny", Limits())
@@ -88,7 +90,7 @@ def serve(target: Target, drafter, change=lambda _job: None, at_once: bool = Tru
     return jobs, events
 
 
-def check(target: Target, jobs: list[Job], events: list[list], message: str) -> None:
+def check(target: Target, jobs: list[Completion], events: list[list], message: str) -> None:
     for place, (job, each, text) in enumerate(zip(jobs, events, expected(target), strict=True)):
         if place == FAILING:
             assert isinstance(each[-1], Failure)

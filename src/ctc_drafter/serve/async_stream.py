@@ -14,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from ctc_drafter.serve.engine import Engine
 from ctc_drafter.serve.middleware import CLIENT_GONE, APIError
-from ctc_drafter.serve.requests import Burst, Event, Failure, Finish, Job, Written
+from ctc_drafter.serve.requests import Completion, Event, Failure, Finish, StepOutput, TokenOutput
 
 STATUS = {"timeout": 504, "shutdown": 503, "error": 500}
 T = TypeVar("T")
@@ -26,13 +26,13 @@ class Answer:
 
     finish: Finish
     text: str = ""
-    tokens: list[Written] = field(default_factory=list)
+    tokens: list[TokenOutput] = field(default_factory=list)
 
 
-class Exchange:
+class RequestStream:
     """Jobs at the engine. Made inside the event loop; raises what `Engine.submit` raises."""
 
-    def __init__(self, engine: Engine, jobs: Sequence[Job]):
+    def __init__(self, engine: Engine, jobs: Sequence[Completion]):
         self.jobs = list(jobs)
         # No bound is needed: a job delivers no more events than it has tokens, and two.
         self._queue: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
@@ -52,7 +52,7 @@ class Exchange:
         for job in self.jobs:
             job.cancelled = True
 
-    async def events(self) -> AsyncIterator[tuple[int, Burst | Finish]]:
+    async def events(self) -> AsyncIterator[tuple[int, StepOutput | Finish]]:
         """What happens to which job, until all have finished. Raises `APIError` when one fails."""
         going = len(self.jobs)
         while going:
@@ -64,7 +64,7 @@ class Exchange:
 
     async def collect(self) -> list[Answer]:
         """All answers, complete."""
-        bursts: list[list[Burst | Finish]] = [[] for _ in self.jobs]
+        bursts: list[list[StepOutput | Finish]] = [[] for _ in self.jobs]
         async for place, event in self.events():
             bursts[place].append(event)
         answers = []
@@ -81,7 +81,7 @@ class EventStream(StreamingResponse):
 
     media_type = "text/event-stream"
 
-    def __init__(self, exchange: Exchange, lines: AsyncIterator[str]):
+    def __init__(self, exchange: RequestStream, lines: AsyncIterator[str]):
         super().__init__(lines, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         self.exchange = exchange
 

@@ -18,8 +18,8 @@ import torch
 
 from ctc_drafter.decode.batch import Method
 from ctc_drafter.decode.profile import fitting, plain_method, time_steps
-from ctc_drafter.serve.method_batch import Lane
-from ctc_drafter.serve.requests import ERROR, Failure, Job, failure
+from ctc_drafter.serve.method_batch import MethodBatch
+from ctc_drafter.serve.requests import ERROR, Completion, Failure, failure
 from ctc_drafter.target.model import Target
 from ctc_drafter.types import UserError
 
@@ -69,10 +69,10 @@ class Engine:
         for name, value in {"batch size": batch_size, "queue": queue}.items():
             if value < 1:
                 raise UserError(f"the {name} is {value}; give at least 1")
-        self.lanes = {name: Lane(method) for name, method in lanes.items()}
+        self.lanes = {name: MethodBatch(method) for name, method in lanes.items()}
         self.batch_size, self.queue, self.speedup = batch_size, queue, speedup
-        self._waiting: deque[Job] = deque()
-        self._joining: deque[Job] = deque()  # taken from the queue, and not in a batch yet
+        self._waiting: deque[Completion] = deque()
+        self._joining: deque[Completion] = deque()  # taken from the queue, and not in a batch yet
         self._wake = threading.Condition()
         self._worker = worker
         self._running: Future[None] | None = None
@@ -117,7 +117,7 @@ class Engine:
         """Jobs that can be at work or waiting."""
         return self.batch_size + self.queue
 
-    def submit(self, jobs: Sequence[Job]) -> None:
+    def submit(self, jobs: Sequence[Completion]) -> None:
         """Takes all of these jobs, or raises `QueueFull` or `ShuttingDown`."""
         with self._wake:
             if not self.alive:
@@ -163,29 +163,29 @@ class Engine:
 
     def _take(self) -> None:
         """Takes the jobs from the queue that join now, and lets those go that nobody waits for."""
-        staying = deque[Job]()
+        staying = deque[Completion]()
         while self._waiting:
             job = self._waiting.popleft()
             if self._wanted(job):
                 (self._joining if self.load().running < self.batch_size else staying).append(job)
         self._waiting = staying
 
-    def _wanted(self, job: Job) -> bool:
+    def _wanted(self, job: Completion) -> bool:
         """Whether somebody still waits for it, in time, from a server that goes on."""
         return not (job.cancelled or self._late(job) or self._turned_away(job))
 
-    def _turned_away(self, job: Job) -> bool:
+    def _turned_away(self, job: Completion) -> bool:
         if self._stop_at is not None:
             job.deliver(SHUTDOWN)
         return self._stop_at is not None
 
-    def _late(self, job: Job) -> bool:
+    def _late(self, job: Completion) -> bool:
         if not job.cancelled and time.monotonic() > job.deadline:
             job.cancelled = True
             job.deliver(TIMEOUT)
         return job.cancelled
 
-    def _admit(self, job: Job) -> None:
+    def _admit(self, job: Completion) -> None:
         try:
             self.lanes[job.lane].admit(job)
             self._served += 1
@@ -194,7 +194,7 @@ class Engine:
             job.cancelled = True  # should it have come as far as the batch
             job.deliver(failure(error))
 
-    def _step(self, lane: Lane) -> None:
+    def _step(self, lane: MethodBatch) -> None:
         try:
             for job in lane.jobs:
                 self._late(job)

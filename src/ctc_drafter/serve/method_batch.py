@@ -17,7 +17,7 @@ from ctc_drafter.decode.sampling import PerSequenceSampler, RowErrors, Sampler
 from ctc_drafter.decode.sequence import SequenceState
 from ctc_drafter.decode.stats import Stats, Stopwatch
 from ctc_drafter.drafters.base import LazySession, NoDrafter
-from ctc_drafter.serve.requests import Burst, Job, Likelihood, Node, failure
+from ctc_drafter.serve.requests import Completion, Logprobs, Node, StepOutput, failure
 from ctc_drafter.types import UserError
 
 LOG = logging.getLogger(__name__)
@@ -25,12 +25,13 @@ T = TypeVar("T")
 
 
 def own_sampler(row: SequenceState) -> Sampler:
-    assert isinstance(row, Job)
+    assert isinstance(row, Completion)
     return row.sampler
 
 
-class Lane:
-    """Rows decoded by one method; each chooses its tokens by its own `Job.sampler`. `stats` and `clock` hold totals.
+class MethodBatch:
+    """Rows decoded by one method; each chooses its tokens by its own `Completion.sampler`. `stats` and `clock` hold
+    totals.
 
     A row that fails is told so and leaves; its neighbours go on as if it had never been there. A drafter that fails is
     left out until the batch is empty, since no answer needs it. Only what fails without it, too, fails for all rows.
@@ -41,10 +42,10 @@ class Lane:
         device = method.target.device
         self.clock = Stopwatch(device, timed=device.type == "cpu")  # a GPU would have to wait for every stage
         self.stats = Stats()
-        self.jobs: list[Job] = []
+        self.jobs: list[Completion] = []
         self.batch = Batch(self.method, self.clock)
 
-    def admit(self, job: Job) -> None:
+    def admit(self, job: Completion) -> None:
         """Prefills a row and tells its first token. Where the prefill raises, the rows at work are as they were."""
         job.begin = time.perf_counter()
         meant = (UserError, torch.OutOfMemoryError)  # for want of memory it is this row that stays out
@@ -52,11 +53,11 @@ class Lane:
         self.jobs.append(job)
         try:
             job.stats.prefill_seconds = time.perf_counter() - job.begin
-            likelihoods = likely(logits, roots, job.top)
+            likelihoods = logprobs_of(logits, roots, job.top)
             job.stats.tokens += 1
             self.stats.tokens += 1
             text = job.write(int(roots[0]), likelihoods[0] if likelihoods else None)
-            job.deliver(Burst(text, job.released(), bonus=True, seconds=time.perf_counter() - job.begin))
+            job.deliver(StepOutput(text, job.released(), bonus=True, seconds=time.perf_counter() - job.begin))
         except Exception as error:
             self._fail(job, error)
         self._leave()
@@ -108,7 +109,7 @@ class Lane:
             LOG.error("%d rows go on without drafts", len(self.batch.rows), exc_info=error)
             return result
 
-    def _fail(self, job: Job, error: Exception) -> None:
+    def _fail(self, job: Completion, error: Exception) -> None:
         """The end of one row; `drop` and `_leave` take it out."""
         LOG.error("a row failed behind %d tokens", len(job.tokens), exc_info=error)
         job.cancelled = True
@@ -119,19 +120,19 @@ class Lane:
         """Lets the rows go that nobody waits for."""
         self._keep([place for place, job in enumerate(self.jobs) if not job.cancelled])
 
-    def clear(self) -> list[Job]:
+    def clear(self) -> list[Completion]:
         """Lets all rows go, and returns them."""
         gone, self.jobs = self.jobs, []
         self.batch = Batch(self.method, self.clock)
         return gone
 
-    def _write(self, job: Job, tokens: Sequence[int], step: Step, place: int) -> None:
+    def _write(self, job: Completion, tokens: Sequence[int], step: Step, place: int) -> None:
         path = step.acceptance.path[place, : len(tokens)]
-        likelihoods: list[Likelihood] = []
+        likelihoods: list[Logprobs] = []
         if job.top is not None:
             # -1 stands for a token that no row is asked for, behind the end of this one; it is not taken.
             written = torch.tensor(tokens, device=path.device).clamp_min(0)
-            likelihoods = likely(step.logits[place, path], written, job.top)
+            likelihoods = logprobs_of(step.logits[place, path], written, job.top)
         text, taken = "", 0
         for token in tokens:
             text += job.write(token, likelihoods[taken] if likelihoods else None)
@@ -141,9 +142,9 @@ class Lane:
         accepted = len(tokens) - 1
         job.stats.count(accepted, taken)
         self.stats.count(accepted, taken)
-        nodes = seen(step, place) if job.trace else ()
+        nodes = tree_nodes(step, place) if job.trace else ()
         seconds = time.perf_counter() - job.begin
-        job.deliver(Burst(text, job.released(), min(accepted, taken), taken == len(tokens), seconds, nodes))
+        job.deliver(StepOutput(text, job.released(), min(accepted, taken), taken == len(tokens), seconds, nodes))
 
     def _leave(self) -> None:
         for job in self.jobs:
@@ -162,7 +163,7 @@ class Lane:
         self.jobs = [self.jobs[place] for place in places]
 
 
-def likely(logits: torch.Tensor, tokens: torch.Tensor, top: int | None) -> list[Likelihood]:
+def logprobs_of(logits: torch.Tensor, tokens: torch.Tensor, top: int | None) -> list[Logprobs]:
     """Of each token `int64 [M]` under logits `[M, V]`, with the `top` likeliest; nothing if top is None."""
     if top is None:
         return []
@@ -170,10 +171,10 @@ def likely(logits: torch.Tensor, tokens: torch.Tensor, top: int | None) -> list[
     written = logs.gather(1, tokens.unsqueeze(1)).squeeze(1).tolist()
     best = logs.topk(min(top, logs.shape[1]), dim=1)
     rows = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-    return [Likelihood(own, tuple(zip(*row, strict=True))) for own, row in zip(written, rows, strict=True)]
+    return [Logprobs(own, tuple(zip(*row, strict=True))) for own, row in zip(written, rows, strict=True)]
 
 
-def seen(step: Step, place: int) -> tuple[Node, ...]:
+def tree_nodes(step: Step, place: int) -> tuple[Node, ...]:
     """The tree of one row, without its padding."""
     tree = step.tree
     on_path = set(step.acceptance.path[place].tolist())

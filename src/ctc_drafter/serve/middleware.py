@@ -112,7 +112,7 @@ def install(app: FastAPI) -> None:
 PROTECTED = "/v1/"
 
 
-class Gate:
+class Middleware:
     """ASGI middleware. api_key: needed under /v1/, None for none. max_body: bytes of a request. seconds: of a request
     from its head to the last byte of the answer, so that slow writers and slow readers hold nothing for ever."""
 

@@ -15,7 +15,7 @@ from starlette.concurrency import run_in_threadpool
 from transformers import PreTrainedTokenizerBase
 
 from ctc_drafter.chat import REPLACEMENT
-from ctc_drafter.serve.async_stream import Answer, EventStream, Exchange, unless_gone
+from ctc_drafter.serve.async_stream import Answer, EventStream, RequestStream, unless_gone
 from ctc_drafter.serve.middleware import APIError
 from ctc_drafter.serve.protocol import (
     Alternative,
@@ -39,7 +39,7 @@ from ctc_drafter.serve.protocol import (
     TokenLogprob,
     Usage,
 )
-from ctc_drafter.serve.requests import Finish, Job, Written
+from ctc_drafter.serve.requests import Completion, Finish, TokenOutput
 from ctc_drafter.serve.service import Service
 
 # OpenAI's API: chat completions, completions, models.
@@ -71,7 +71,7 @@ def openai_router(service: Service) -> APIRouter:
         service.check_model(body.model)
         prompt = await run_in_threadpool(service.encode_chat, body.messages)
         jobs = service.jobs([prompt], body, body.limit, n=body.n, stop=body.stops, top=body.likeliest)
-        form = ChatForm(service.name, Wording(service.tokenizer, body.logprobs))
+        form = ChatForm(service.name, TokenText(service.tokenizer, body.logprobs))
         return await answer(service, body, request, jobs, form)
 
     @router.post("/completions", response_model=CompletionReply)
@@ -83,7 +83,7 @@ def openai_router(service: Service) -> APIRouter:
         limit = body.max_tokens or SHORT
         jobs = service.jobs(prompts, body, limit, n=body.n, stop=body.stops, top=body.logprobs)
         form = CompletionForm(
-            service.name, Wording(service.tokenizer, body.logprobs is not None), body.return_token_ids
+            service.name, TokenText(service.tokenizer, body.logprobs is not None), body.return_token_ids
         )
         return await answer(service, body, request, jobs, form)
 
@@ -97,8 +97,10 @@ def encode_all(service: Service, prompts: Sequence[str | list[int]]) -> list[lis
     ]
 
 
-async def answer(service: Service, body: Streamed, request: Request, jobs: list[Job], form: Form) -> Response:
-    exchange = Exchange(service.engine, jobs)
+async def answer(
+    service: Service, body: Streamed, request: Request, jobs: list[Completion], form: ResponseBuilder
+) -> Response:
+    exchange = RequestStream(service.engine, jobs)
     if body.stream:
         return EventStream(exchange, stream(exchange, form, body))
     try:
@@ -112,7 +114,7 @@ async def answer(service: Service, body: Streamed, request: Request, jobs: list[
     return Response(await run_in_threadpool(written), media_type="application/json")  # thousands of likelihoods
 
 
-async def stream(exchange: Exchange, form: Form, body: Streamed) -> AsyncIterator[str]:
+async def stream(exchange: RequestStream, form: ResponseBuilder, body: Streamed) -> AsyncIterator[str]:
     """Lines of server-sent events. An error ends the stream as OpenAI's client expects it."""
     for chunk in form.opening(len(exchange.jobs)):
         yield data(chunk)
@@ -135,17 +137,17 @@ def data(value: BaseModel) -> str:
 # Answers as chat messages and as completions: whole ones, and pieces of a stream.
 
 
-class Form(Protocol):
+class ResponseBuilder(Protocol):
     """How the answers of one request look."""
 
     def whole(self, answers: Sequence[Answer], usage: Usage) -> BaseModel: ...
     def opening(self, count: int) -> list[BaseModel]: ...
-    def piece(self, place: int, text: str, tokens: Sequence[Written], reason: FinishReason | None) -> BaseModel: ...
+    def piece(self, place: int, text: str, tokens: Sequence[TokenOutput], reason: FinishReason | None) -> BaseModel: ...
     def closing(self, usage: Usage) -> BaseModel: ...
 
 
 @dataclass(frozen=True)
-class Wording:
+class TokenText:
     """Tokens as texts for log-probabilities; `asked` says whether there are any."""
 
     tokenizer: PreTrainedTokenizerBase
@@ -162,7 +164,7 @@ class Wording:
         """Of tokens with the same text, such as parts of characters, the likeliest stays."""
         return {self.text(token): value for token, value in reversed(top)}
 
-    def chat(self, tokens: Sequence[Written]) -> ChatLogprobs | None:
+    def chat(self, tokens: Sequence[TokenOutput]) -> ChatLogprobs | None:
         if not self.asked:
             return None
         content = []
@@ -173,7 +175,7 @@ class Wording:
             content.append(TokenLogprob(**own.model_dump(), top_logprobs=top))
         return ChatLogprobs(content=content)
 
-    def completion(self, tokens: Sequence[Written]) -> CompletionLogprobs | None:
+    def completion(self, tokens: Sequence[TokenOutput]) -> CompletionLogprobs | None:
         if not self.asked:
             return None
         known = [(written, written.likelihood) for written in tokens if written.likelihood is not None]
@@ -188,7 +190,7 @@ class Wording:
 @dataclass(frozen=True)
 class ChatForm:
     model: str
-    wording: Wording
+    wording: TokenText
     id: str = field(default_factory=lambda: f"chatcmpl-{secrets.token_hex(12)}")
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -208,7 +210,7 @@ class ChatForm:
         start = Delta(role="assistant", content="")
         return [self._chunk([ChatChunkChoice(index=place, delta=start)]) for place in range(count)]
 
-    def piece(self, place: int, text: str, tokens: Sequence[Written], reason: FinishReason | None) -> BaseModel:
+    def piece(self, place: int, text: str, tokens: Sequence[TokenOutput], reason: FinishReason | None) -> BaseModel:
         delta = Delta(content=text) if text or reason is None else Delta()
         logprobs = self.wording.chat(tokens)
         return self._chunk([ChatChunkChoice(index=place, delta=delta, logprobs=logprobs, finish_reason=reason)])
@@ -225,7 +227,7 @@ class CompletionForm:
     """ids: whether token ids are given as well."""
 
     model: str
-    wording: Wording
+    wording: TokenText
     ids: bool = False
     id: str = field(default_factory=lambda: f"cmpl-{secrets.token_hex(12)}")
     created: int = field(default_factory=lambda: int(time.time()))
@@ -240,7 +242,7 @@ class CompletionForm:
     def opening(self, count: int) -> list[BaseModel]:
         return []
 
-    def piece(self, place: int, text: str, tokens: Sequence[Written], reason: FinishReason | None) -> BaseModel:
+    def piece(self, place: int, text: str, tokens: Sequence[TokenOutput], reason: FinishReason | None) -> BaseModel:
         return self._reply([self._choice(place, text, tokens, reason)])
 
     def closing(self, usage: Usage) -> BaseModel:
@@ -250,7 +252,7 @@ class CompletionForm:
         self,
         place: int,
         text: str,
-        tokens: Sequence[Written],
+        tokens: Sequence[TokenOutput],
         reason: FinishReason | None,
         ids: Sequence[int] = (),
     ) -> CompletionChoice:
@@ -261,7 +263,7 @@ class CompletionForm:
         return CompletionReply(id=self.id, created=self.created, model=self.model, choices=choices, usage=usage)
 
 
-def usage_of(jobs: Sequence[Job], choices: int) -> Usage:
+def usage_of(jobs: Sequence[Completion], choices: int) -> Usage:
     """Tokens of all jobs; `choices` of them share a prompt, which is counted once."""
     prompt = sum(len(job.prompt) for job in jobs[::choices])
     written = sum(len(job.tokens) for job in jobs)

@@ -19,7 +19,7 @@ from ctc_drafter.types import UserError
 
 
 @dataclass(frozen=True)
-class Likelihood:
+class Logprobs:
     """Natural logarithms of the target's own probabilities, before temperature and top-p: of the token that was
     written, and of the likeliest ones as (token, logarithm)."""
 
@@ -28,7 +28,7 @@ class Likelihood:
 
 
 @dataclass(frozen=True)
-class Written:
+class TokenOutput:
     """A token of the answer, which begins at character `offset` and ends at `end`. text: what could be shown when it
     was there, which is nothing while a character is unfinished."""
 
@@ -36,7 +36,7 @@ class Written:
     text: str
     offset: int
     end: int
-    likelihood: Likelihood | None
+    likelihood: Logprobs | None
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Node:
 
 
 @dataclass(frozen=True)
-class Burst:
+class StepOutput:
     """What one verification gave a row, or its prefill, which drafts nothing.
 
     text: what may be shown now. tokens: those whose text has been shown. accepted: drafted tokens that the target
@@ -60,7 +60,7 @@ class Burst:
     """
 
     text: str
-    tokens: tuple[Written, ...]
+    tokens: tuple[TokenOutput, ...]
     accepted: int = 0
     bonus: bool = False
     seconds: float = 0.0
@@ -75,7 +75,7 @@ class Finish:
     """
 
     text: str
-    tokens: tuple[Written, ...]
+    tokens: tuple[TokenOutput, ...]
     reason: Literal["stop", "length"]
     stats: Stats
     ids: tuple[int, ...] = ()
@@ -97,7 +97,7 @@ def failure(error: Exception) -> Failure:
     return Failure("error", " ".join(str(error).split())) if isinstance(error, UserError) else ERROR
 
 
-Event = Burst | Finish | Failure
+Event = StepOutput | Finish | Failure
 
 
 # The text of an answer that may be shown: whole characters, and nothing of a stop string.
@@ -142,7 +142,7 @@ class AnswerText:
 
 
 @dataclass(eq=False)
-class Job(SequenceState):
+class Completion(SequenceState):
     """A row, with: `index` the choice's number in its request, by which seeds go.
 
     lane: the batch it is decoded in. shown: its text. deliver: told every event, from the engine's thread.
@@ -160,22 +160,22 @@ class Job(SequenceState):
     cancelled: bool = False
     stats: Stats = field(default_factory=Stats)
     begin: float = 0.0
-    unshown: list[Written] = field(default_factory=list)
+    unshown: list[TokenOutput] = field(default_factory=list)
 
     @property
     def over(self) -> bool:
         return self.shown.stopped or self.ended
 
-    def write(self, token: int, likelihood: Likelihood | None) -> str:
+    def write(self, token: int, likelihood: Logprobs | None) -> str:
         """Appends a token; returns what may be shown now."""
         self.tokens.append(token)
         offset = self.shown.length
         text = self.shown.push(token)
         if self.top is not None or self.trace:
-            self.unshown.append(Written(token, text, offset, self.shown.length, likelihood))
+            self.unshown.append(TokenOutput(token, text, offset, self.shown.length, likelihood))
         return text
 
-    def released(self) -> tuple[Written, ...]:
+    def released(self) -> tuple[TokenOutput, ...]:
         """Tokens whose text has been shown since the last call."""
         count = sum(written.end <= self.shown.shown for written in self.unshown)
         done, self.unshown = self.unshown[:count], self.unshown[count:]

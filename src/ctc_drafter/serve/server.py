@@ -23,7 +23,7 @@ from ctc_drafter.drafters.base import Drafter
 from ctc_drafter.serve import middleware
 from ctc_drafter.serve.engine import Engine, Speedup, Worker, time_plain_steps
 from ctc_drafter.serve.metrics import Metrics
-from ctc_drafter.serve.middleware import Gate
+from ctc_drafter.serve.middleware import Middleware
 from ctc_drafter.serve.openai_api import openai_router
 from ctc_drafter.serve.protocol import Health
 from ctc_drafter.serve.service import Service
@@ -155,7 +155,7 @@ def create_app(service: Service, api_key: str | None = None) -> FastAPI:
     )
     metrics, limits = Metrics(service.engine), service.limits
     seconds = limits.timeout + SLACK
-    app.add_middleware(Gate, api_key=api_key, max_body=limits.max_body, seconds=seconds, metrics=metrics)
+    app.add_middleware(Middleware, api_key=api_key, max_body=limits.max_body, seconds=seconds, metrics=metrics)
     middleware.install(app)
     app.include_router(openai_router(service))
     app.include_router(trace_router(service))

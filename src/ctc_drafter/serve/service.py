@@ -17,7 +17,7 @@ from ctc_drafter.decode.sampling import ARGMAX, Sampled, Sampler, warpers
 from ctc_drafter.serve.engine import Engine
 from ctc_drafter.serve.middleware import APIError
 from ctc_drafter.serve.protocol import MOST_CHOICES, Message, Sampling
-from ctc_drafter.serve.requests import AnswerText, Job
+from ctc_drafter.serve.requests import AnswerText, Completion
 from ctc_drafter.target.model import Target
 from ctc_drafter.types import UserError
 
@@ -110,14 +110,14 @@ class Service:
         top: int | None = None,
         lane: str | None = None,
         trace: bool = False,
-    ) -> list[Job]:
+    ) -> list[Completion]:
         """n choices for each prompt, in order."""
         self.check_choices(len(prompts) * n)
         eos = frozenset(eos_ids(self.target.model, self.tokenizer))
         sampler = sampler_of(request)
         deadline = time.monotonic() + self.limits.timeout
         return [
-            Job(
+            Completion(
                 choice,
                 ids,
                 min(limit or self.limits.max_new_tokens, self.limits.max_new_tokens, self.target.context - len(ids)),

@@ -9,11 +9,11 @@ from fastapi.responses import Response
 from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 
-from ctc_drafter.serve.async_stream import EventStream, Exchange
+from ctc_drafter.serve.async_stream import EventStream, RequestStream
 from ctc_drafter.serve.middleware import APIError
-from ctc_drafter.serve.openai_api import ERRORS, Wording, usage_of
+from ctc_drafter.serve.openai_api import ERRORS, TokenText, usage_of
 from ctc_drafter.serve.protocol import TraceEnd, TraceNode, TracePiece, TraceRequest, TraceStep
-from ctc_drafter.serve.requests import Burst, Finish
+from ctc_drafter.serve.requests import Finish, StepOutput
 from ctc_drafter.serve.service import Service
 
 PLAIN = "plain"  # the lane without a drafter
@@ -30,17 +30,17 @@ def trace_router(service: Service) -> APIRouter:
         prompt = await run_in_threadpool(service.encode_chat, body.messages)
         lane = PLAIN if body.plain else None
         jobs = service.jobs([prompt], body, body.max_tokens, lane=lane, trace=True)
-        exchange = Exchange(service.engine, jobs)
-        return EventStream(exchange, lines(exchange, Wording(service.tokenizer, False)))
+        exchange = RequestStream(service.engine, jobs)
+        return EventStream(exchange, lines(exchange, TokenText(service.tokenizer, False)))
 
     return router
 
 
-async def lines(exchange: Exchange, wording: Wording) -> AsyncIterator[str]:
+async def lines(exchange: RequestStream, wording: TokenText) -> AsyncIterator[str]:
     number = 0
     try:
         async for _, event in exchange.events():
-            if isinstance(event, Burst):
+            if isinstance(event, StepOutput):
                 yield named("step", step(number, event, wording))
                 number += 1
             else:
@@ -49,7 +49,7 @@ async def lines(exchange: Exchange, wording: Wording) -> AsyncIterator[str]:
         yield named("error", error.body)
 
 
-def step(number: int, burst: Burst, wording: Wording) -> TraceStep:
+def step(number: int, burst: StepOutput, wording: TokenText) -> TraceStep:
     return TraceStep(
         number=number,
         seconds=burst.seconds,
@@ -70,7 +70,7 @@ def step(number: int, burst: Burst, wording: Wording) -> TraceStep:
     )
 
 
-def end(exchange: Exchange, finish: Finish) -> TraceEnd:
+def end(exchange: RequestStream, finish: Finish) -> TraceEnd:
     stats = finish.stats
     return TraceEnd(
         finish_reason=finish.reason,
