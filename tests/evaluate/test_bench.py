@@ -12,7 +12,7 @@ from ctc_drafter.cli import main
 from ctc_drafter.decode.generate import Generation, generate
 from ctc_drafter.drafters.prompt_lookup import PromptLookup
 from ctc_drafter.evaluate import methods
-from ctc_drafter.evaluate.bench import BenchSettings, Entry, bench, facts, parse_drafters, parse_sizes, partial
+from ctc_drafter.evaluate.bench import BenchSettings, Entry, about_drafter, bench, parse_drafters, parse_sizes, partial
 from ctc_drafter.evaluate.methods import BINS, Calibration, Chained, ChainedSession
 from ctc_drafter.evaluate.tasks import Prompt, Task
 from ctc_drafter.target.model import Target
@@ -32,7 +32,7 @@ SIZES = ("chain", 1, 6)
 def measured(out: Path | None = None, **overrides: Any) -> dict[str, Any]:
     model = tiny_llama()
     drafter = tiny_drafter(model)
-    entries = {"ours": Entry(drafter, facts(drafter, None)), "prompt_lookup": Entry(PromptLookup(), {})}
+    entries = {"ours": Entry(drafter, about_drafter(drafter, None)), "prompt_lookup": Entry(PromptLookup(), {})}
     settings = BenchSettings(**{"sizes": SIZES, "max_new_tokens": 10, "watched": 2} | overrides)
     return bench(Target.wrap(model), tiny_tokenizer(), entries, TASKS, settings, meta={"target": "t"}, out=out)
 

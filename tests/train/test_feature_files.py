@@ -8,7 +8,7 @@ import torch
 from ctc_drafter.drafters.registry import trained_method
 from ctc_drafter.target.model import Target
 from ctc_drafter.train import feature_cache
-from ctc_drafter.train.data import NOTHING, collate
+from ctc_drafter.train.data import EMPTY_ROW, collate
 from ctc_drafter.train.feature_cache import FeatureFiles, WithFeatures, consecutive
 from ctc_drafter.train.trainer import train_drafter
 from ctc_drafter.types import UserError
@@ -41,7 +41,7 @@ def test_rows_have_the_targets_states(tmp_path: Path) -> None:
             (row["features"], row["last"]), found.target.hidden_states(row["input_ids"][None], LAYERS), strict=True
         ):
             torch.testing.assert_close(state, expected[0], rtol=1e-4, atol=1e-5)
-    batch = collate([rows[0], rows[NOTHING]])
+    batch = collate([rows[0], rows[EMPTY_ROW]])
     assert batch["features"].shape == (2, len(rows[0]["input_ids"]), 128)
 
 

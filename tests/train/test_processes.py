@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from ctc_drafter.target.features import decoder_blocks
 from ctc_drafter.train import trainer as trainer_module
 from ctc_drafter.train.checkpoints import share_of
-from ctc_drafter.train.data import NOTHING, DistilledDataset, LengthSampler
+from ctc_drafter.train.data import EMPTY_ROW, DistilledDataset, LengthSampler
 from ctc_drafter.train.feature_cache import FeatureFiles
 from ctc_drafter.train.objective import draw_anchors
 from ctc_drafter.train.trainer import LogBeforeSave, Trained, train_drafter
@@ -125,12 +125,12 @@ def test_forward_passes_are_shared_evenly() -> None:
 def test_every_process_gets_as_many_batches() -> None:
     lengths = [i * 37 % 101 for i in range(103)]
     alone, shared = LengthSampler(lengths, 4, seed=0), LengthSampler(lengths, 4, seed=0, processes=8)
-    assert list(shared) == list(alone) + [NOTHING] * 25
+    assert list(shared) == list(alone) + [EMPTY_ROW] * 25
     assert len(shared) == len(list(shared)) == 128
 
 
 def test_rows_that_teach_nothing_have_no_anchors() -> None:
-    nothing = DistilledDataset([])[NOTHING]
+    nothing = DistilledDataset([])[EMPTY_ROW]
     start, length = torch.tensor([nothing["answer_start"]]), torch.tensor([len(nothing["input_ids"])])
     positions, used = draw_anchors(length, start, torch.tensor([0]), 5, seed="0:0")
     assert (positions.shape, used.tolist()) == ((1, 1), [[False]])

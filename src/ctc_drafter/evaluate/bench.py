@@ -36,7 +36,7 @@ WATCHED = 4
 
 @dataclass(frozen=True)
 class Entry:
-    """A drafter under the name that results give it, and what is known of it, see `facts`."""
+    """A drafter under the name that results give it, and what is known of it, see `about_drafter`."""
 
     drafter: Drafter
     facts: dict[str, Any]
@@ -196,7 +196,7 @@ def parse_depths(text: str) -> tuple[int, ...]:
 # What is known of a drafter: its method, its size, what its training took.
 
 
-def facts(drafter: Drafter, folder: Path | None) -> dict[str, Any]:
+def about_drafter(drafter: Drafter, folder: Path | None) -> dict[str, Any]:
     """`method`, `parameters` (what the drafter adds to its target), `draft_length` and `training`.
 
     `training` has `steps`, `tokens` (text that was read, repeats counted) and `seconds`, from the logs of the folder

@@ -25,7 +25,7 @@ from ctc_drafter.drafters.registry import (
     trained_method,
 )
 from ctc_drafter.drafters.trainable import TrainableDrafter
-from ctc_drafter.evaluate.bench import BenchSettings, Entry, facts
+from ctc_drafter.evaluate.bench import BenchSettings, Entry, about_drafter
 from ctc_drafter.load import load_drafter
 from ctc_drafter.quickstart import DRAFTER_DIR, SAMPLE_DIR
 from ctc_drafter.target.layout import columns_first
@@ -140,7 +140,7 @@ def train_one(
         TRAINING | method.training | {"progress": False} | dict(recipe.training) | ({"steps": steps} if steps else {})
     )
     train_drafter(target, drafter, rows, None, out, TrainSettings.parse(given))
-    return Entry(ready(drafter, target), facts(drafter, out))
+    return Entry(ready(drafter, target), about_drafter(drafter, out))
 
 
 def ready(drafter: TrainableDrafter, target: Target) -> TrainableDrafter:
@@ -153,7 +153,7 @@ def ready(drafter: TrainableDrafter, target: Target) -> TrainableDrafter:
 def with_lookup(entries: Mapping[str, Entry]) -> dict[str, Entry]:
     """The method without weights belongs to every comparison."""
     lookup = PromptLookup()
-    return {**entries, PROMPT_LOOKUP: Entry(lookup, facts(lookup, None))}
+    return {**entries, PROMPT_LOOKUP: Entry(lookup, about_drafter(lookup, None))}
 
 
 def selected(recipes: Mapping[str, Recipe], only: Sequence[str]) -> dict[str, Recipe]:
@@ -289,11 +289,11 @@ def open_entries(named: Mapping[str, str], target: Target, tokenizer: PreTrained
     """An entry for each name and its folder or hub id; without any, the shipped drafter under its method's name."""
     if not named:
         shipped = load_drafter(None, target, tokenizer)
-        return {method_of(shipped): Entry(shipped, facts(shipped, DRAFTER_DIR))}
+        return {method_of(shipped): Entry(shipped, about_drafter(shipped, DRAFTER_DIR))}
     entries = {}
     for name, place in named.items():
         drafter = load_drafter(place, target, tokenizer)
-        entries[name] = Entry(drafter, facts(drafter, Path(place) if Path(place).is_dir() else None))
+        entries[name] = Entry(drafter, about_drafter(drafter, Path(place) if Path(place).is_dir() else None))
     return entries
 
 

@@ -21,7 +21,7 @@ from ctc_drafter.types import UserError
 logger = logging.getLogger(__name__)
 
 
-NOTHING = -1  # index of a row that teaches nothing
+EMPTY_ROW = -1  # index of a row that teaches nothing
 STATES = ("features", "last")  # of the target, where they were computed beforehand; see `feature_files`
 
 
@@ -69,8 +69,8 @@ class DistilledDataset(Dataset[dict[str, Any]]):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """A row; `NOTHING` gives one that has no answer."""
-        if index == NOTHING:
+        """A row; `EMPTY_ROW` gives one that has no answer."""
+        if index == EMPTY_ROW:
             return {"input_ids": torch.zeros(2, dtype=torch.long), "answer_start": 2, "key": 0}
         row = self.rows[index]
         return {"input_ids": row.ids.long(), "answer_start": row.answer_start, "key": row.key}
@@ -135,7 +135,7 @@ class LengthSampler(Sampler[int]):
     """A shuffled order whose batches hold rows of like length.
 
     The order depends on seed and epoch alone, not on global random state: a resumed run sees the same batches.
-    Several processes take whole batches in turn; rows of `NOTHING` at the end give all of them as many.
+    Several processes take whole batches in turn; rows of `EMPTY_ROW` at the end give all of them as many.
     """
 
     def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, window: int = 32, processes: int = 1):
@@ -158,7 +158,7 @@ class LengthSampler(Sampler[int]):
         # A batch that is not full stays last, or it would shift all after it.
         rest = [batches.pop()] if len(order) % self.batch_size else []
         rng.shuffle(batches)
-        return iter([index for batch in batches + rest for index in batch] + [NOTHING] * self.padding)
+        return iter([index for batch in batches + rest for index in batch] + [EMPTY_ROW] * self.padding)
 
 
 def _shard_rows(folder: Path) -> Iterator[dict[str, Any]]:

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from ctc_drafter.files import disk_errors, whole_or_nothing
 from ctc_drafter.provenance import MANIFEST, claim, config_hash, digest, versions, weights_hash
 from ctc_drafter.target.model import Target
-from ctc_drafter.train.data import NOTHING, STATES, DistilledDataset, collate
+from ctc_drafter.train.data import EMPTY_ROW, STATES, DistilledDataset, collate
 from ctc_drafter.types import UserError
 
 logger = logging.getLogger(__name__)
@@ -161,7 +161,7 @@ class WithFeatures(DistilledDataset):
         self.files = files
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        states = self.files.nothing() if index == NOTHING else self.files.read(index)
+        states = self.files.nothing() if index == EMPTY_ROW else self.files.read(index)
         return super().__getitem__(index) | states
 
 

@@ -22,7 +22,7 @@ from ctc_drafter.files import disk_errors, write_atomic
 from ctc_drafter.provenance import check_writer, claim, config_hash, digest, versions, weights_hash
 from ctc_drafter.target.model import Target
 from ctc_drafter.train.checkpoints import join_processes, latest_checkpoint, seal, shard_layers, share_of, trainer_state
-from ctc_drafter.train.data import NOTHING, DistilledDataset, LengthSampler, collate
+from ctc_drafter.train.data import EMPTY_ROW, DistilledDataset, LengthSampler, collate
 from ctc_drafter.train.feature_cache import FeatureFiles, WithFeatures
 from ctc_drafter.train.objective import anchor_counts, draft_loss, draw_anchors, label_anchors
 from ctc_drafter.train.settings import FREE, TrainSettings
@@ -224,7 +224,7 @@ class DrafterTrainer(Trainer):
         mine = size * self.accelerator.process_index
         for start in range(0, len(rows), size * self.accelerator.num_processes):
             chosen = range(start + mine, min(start + mine + size, len(rows)))
-            batch = collate([rows[index] for index in chosen or [NOTHING]])
+            batch = collate([rows[index] for index in chosen or [EMPTY_ROW]])
             loss, count = self.anchor_losses(model, self._prepare_inputs(batch))
             total += torch.tensor([float(loss), count], device=total.device)
         loss, count = self.accelerator.gather(total[None]).sum(0).tolist()

@@ -13,7 +13,7 @@ import torch
 logger = logging.getLogger(__name__)
 
 
-def mend_sampling() -> None:
+def patch_cpu_sampling() -> None:
     """Replaces vLLM's `expand_batch_to_tokens`, where the kernel is broken. On a CPU only."""
     from vllm.v1.sample import rejection_sampler
 

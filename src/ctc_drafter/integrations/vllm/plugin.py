@@ -21,9 +21,9 @@ def register() -> None:
     register_speculator(FORMAT)(update_config)
     run_as_dflash()
     if current_platform.is_cpu():
-        from ctc_drafter.integrations.vllm.cpu import mend_sampling
+        from ctc_drafter.integrations.vllm.cpu import patch_cpu_sampling
 
-        mend_sampling()
+        patch_cpu_sampling()
 
 
 def update_config(config_dict: dict[str, Any], pre_trained_config: dict[str, Any]) -> None:
