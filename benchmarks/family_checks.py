@@ -57,7 +57,7 @@ def stock_continuations(model: PreTrainedModel, prompts: Sequence[Sequence[int]]
     ]
 
 
-def sampled_chooser() -> Sampler:
+def new_sampler() -> Sampler:
     return Sampled([5, 6, 7], warpers(temperature=0.8))  # no top-p: ties at its edge are rounding
 
 
@@ -74,7 +74,7 @@ class Plain:
     def of(cls, target: Target, short: bool = False) -> Plain:
         lengths, new = SHORT if short else (LENGTHS, NEW_TOKENS)
         prompts = prompts_of(target.vocab_size, lengths)
-        sampled = plain_generate(target, prompts, max_new_tokens=new, sampler=sampled_chooser()).tokens
+        sampled = plain_generate(target, prompts, max_new_tokens=new, sampler=new_sampler()).tokens
         return cls(prompts, stock_continuations(target.model, prompts, new), sampled, new)
 
 
@@ -83,7 +83,7 @@ def same(target: Target, plain: Plain, cell: Cell) -> bool:
     expected = plain.sampled if cell.sampled else plain.greedy
     texts = [prompt + text for prompt, text in zip(plain.prompts, expected, strict=True)]
     drafter = ScriptedDrafter(texts, RIGHT[cell.right], target.vocab_size, DEPTH)
-    sampler = sampled_chooser() if cell.sampled else ARGMAX
+    sampler = new_sampler() if cell.sampled else ARGMAX
     found = generate(
         target,
         drafter,

@@ -128,14 +128,14 @@ def test_neighbours_keep_their_drafts(cache):
 def test_sampled_and_processed_answers(rows, cache):
     model, _, _ = poisoned(0.0)
     prompts = [PROMPTS[row] for row in rows]
-    choosers = [
+    samplers = [
         Sampled(7, warpers(temperature=0.9, top_p=0.9)),
         Sampled(7),
         Greedy(warpers(temperature=0.5)),
         Sampled(7, LogitsProcessorList([NoNumbers()])),
     ]
     target = wrapped(model, cache)
-    for sampler in choosers:
+    for sampler in samplers:
         options = {"max_new_tokens": LENGTH, "sampler": sampler}
         expected = plain_generate(target, prompts, **options).tokens
         token = unused([*prompts, *expected])

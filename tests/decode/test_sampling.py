@@ -99,12 +99,12 @@ def exact_distribution(target, processors):
     return torch.stack(steps, 1).double().gather(2, outputs.unsqueeze(2)).prod(1).squeeze(1)
 
 
-def p_value(target, chooser_of, samples, processors, size=2000):
+def p_value(target, sampler_of, samples, processors, size=2000):
     """Chi-square p of `samples` outputs against the exact distribution; seeds are those of rows 0, 1, ..."""
     counts = torch.zeros(SMALL**LENGTH)
     weights = SMALL ** torch.arange(LENGTH - 1, -1, -1)
     for start in range(0, samples, size):
-        sampler = chooser_of(row_seeds(5, range(start, start + size)))
+        sampler = sampler_of(row_seeds(5, range(start, start + size)))
         options = {"max_new_tokens": LENGTH, "nodes": 5, "min_probability": 0.0, "sampler": sampler}
         rows = torch.tensor(generate(target, SuccessorDrafter(), [PROMPT] * size, **options).tokens)
         counts += torch.bincount((rows * weights).sum(1), minlength=len(counts))

@@ -33,17 +33,17 @@ class Fails:
     at: int
     error: Exception = field(default_factory=lambda: UserError("no token is left"))
 
-    def check(self, row, logits):
+    def validate(self, row, logits):
         return
 
-    def next(self, logits, rows):
+    def sample(self, logits, rows):
         if any(len(row.tokens) >= self.at for row in rows):
             raise self.error
-        return ARGMAX.next(logits, rows)
+        return ARGMAX.sample(logits, rows)
 
-    def along(self, tree, logits, rows):
-        self.next(logits[:, 0], rows)
-        return ARGMAX.along(tree, logits, rows)
+    def sample_tree(self, tree, logits, rows):
+        self.sample(logits[:, 0], rows)
+        return ARGMAX.sample_tree(tree, logits, rows)
 
 
 class Bad:
@@ -222,13 +222,13 @@ def test_a_step_that_fails_for_everybody_is_everybodys_error(monkeypatch, target
 @pytest.mark.parametrize("at", [0, 4])
 def test_in_the_library_the_error_names_the_row(target, decode, at):
     class OfRow(Fails):
-        def next(self, logits, rows):
+        def sample(self, logits, rows):
             mine = [row for row in rows if row.index == FAILING]
-            return super().next(logits, mine) if mine else ARGMAX.next(logits, rows)
+            return super().sample(logits, mine) if mine else ARGMAX.sample(logits, rows)
 
-        def along(self, tree, logits, rows):
-            self.next(logits[:, 0], rows)
-            return ARGMAX.along(tree, logits, rows)
+        def sample_tree(self, tree, logits, rows):
+            self.sample(logits[:, 0], rows)
+            return ARGMAX.sample_tree(tree, logits, rows)
 
     def run(error):
         options = {"max_new_tokens": LENGTH, "sampler": OfRow(at, error)}

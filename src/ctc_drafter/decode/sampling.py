@@ -165,7 +165,7 @@ Ask = Callable[[Sampler, torch.Tensor, Sequence[SequenceState]], torch.Tensor]
 
 @dataclass(frozen=True)
 class PerSequenceSampler:
-    """A `Sampler`: `of(row)` chooses for that row. Rows of the same chooser go through it together."""
+    """A `Sampler`: `of(row)` chooses for that row. Rows of the same sampler go through it together."""
 
     of: Callable[[SequenceState], Sampler]
 

@@ -180,7 +180,7 @@ def totals(place: torch.Tensor, values: torch.Tensor) -> list[float]:
 
 @dataclass(frozen=True)
 class Watched:
-    """A chooser that counts what its trees promised. It takes time: not for runs that are timed."""
+    """A sampler that counts what its trees promised. It takes time: not for runs that are timed."""
 
     calibration: Calibration
     sampler: Sampler = ARGMAX

@@ -326,7 +326,7 @@ def chosen_entries(
 
 @dataclass(frozen=True)
 class Typical:
-    """A chooser, see `decode/sampling.py`. The defaults are Medusa's."""
+    """A sampler, see `decode/sampling.py`. The defaults are Medusa's."""
 
     epsilon: float = 0.09
     delta: float = 0.3
