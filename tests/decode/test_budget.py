@@ -13,7 +13,6 @@ from ctc_drafter.decode.prefill import prefill
 from ctc_drafter.decode.profile import CACHE, measure, step_times
 from ctc_drafter.decode.tree import build_tree
 from ctc_drafter.decode.verify import follow
-from ctc_drafter.drafters.base import LazySession
 from ctc_drafter.drafters.trainable import network_of
 from ctc_drafter.types import Candidates
 from helpers import ScriptedDrafter, tiny_drafter, tiny_target
@@ -153,18 +152,19 @@ def test_a_resting_drafter_catches_up():
     text = plain_generate(target, PROMPTS[:1], max_new_tokens=9).tokens[0]
     state = prefill(target, [PROMPTS[0] + text], drafter.feature_layers)
     start, end = len(PROMPTS[0]), state.tokens.shape[1]
-    lazy = LazySession(drafter.begin(target.embed, target.head, 1))
-    eager = drafter.begin(target.embed, target.head, 1)
+    lazy, eager = (drafter.begin(target.embed, target.head, 1) for _ in range(2))
     with torch.inference_mode():
         for session in (lazy, eager):
             session.extend(state.tokens[:, :start], state.features[:, :start], torch.tensor([start]))
             for i in range(start, end):
                 session.extend(state.tokens[:, i : i + 1], state.features[:, i : i + 1], torch.tensor([1]))
-        assert len(lazy.waiting) == 1 + end - start
+                if session is eager:
+                    session.catch_up()
+        assert len(lazy.pending) == 1 + end - start
         first, second = (session.propose(torch.tensor([7]), 6, 0.0) for session in (lazy, eager))
     assert torch.equal(first.tokens, second.tokens)
     torch.testing.assert_close(first.scores, second.scores)
-    assert lazy.waiting == []
+    assert lazy.pending == []
 
 
 def test_a_real_drafter_under_a_budget_with_rows_that_leave():

@@ -13,7 +13,7 @@ from ctc_drafter.decode.generate import generate, generate_many, plain_generate
 from ctc_drafter.decode.hf import speculate
 from ctc_drafter.decode.prefill import prefill
 from ctc_drafter.decode.sampling import ARGMAX
-from ctc_drafter.drafters.base import LazySession
+from ctc_drafter.drafters.base import DraftSession
 from ctc_drafter.drafters.registry import TRAINED, trained_method
 from ctc_drafter.serve.engine import Engine
 from ctc_drafter.serve.protocol import Sampling
@@ -64,7 +64,7 @@ def test_answers_are_plain_decodings(target, firsts, name):
         ends = {firsts[row] for row in rows}
         expected = oracle(target, ends)
         assert {place for place, row in enumerate(expected) if len(row) == 1} >= set(rows)
-        options = {"max_new_tokens": LENGTH, "eos": ends, "floor": 0.0}
+        options = {"max_new_tokens": LENGTH, "eos": ends, "min_probability": 0.0}
         assert generate(target, drafter, PROMPTS, **options).tokens == expected
         for most in (2, 3):
             assert dict(generate_many(target, drafter, PROMPTS, in_flight=most, **options)) == dict(enumerate(expected))
@@ -116,14 +116,14 @@ def test_selecting_joining_and_extending_in_any_order(target, name):
     def state(place: int):
         return prefill(target, [PROMPTS[place]], drafter.feature_layers)
 
-    def drafts(session: LazySession, root: torch.Tensor) -> list:
+    def drafts(session: DraftSession, root: torch.Tensor) -> list:
         found = session.propose(root, 6, 0.0)
         return [found.tokens.tolist(), found.parents.tolist()]
 
     together = prefill(target, PROMPTS[:2], drafter.feature_layers)
     with torch.inference_mode():
         for kept in (0, 1):
-            session = LazySession(drafter.begin(target.embed, target.head, 2))
+            session = drafter.begin(target.embed, target.head, 2)
             session.extend(together.tokens, together.features, together.lengths)
             session.select(torch.tensor([kept]))
             session.select(torch.tensor([0]))
@@ -134,7 +134,7 @@ def test_selecting_joining_and_extending_in_any_order(target, name):
             alone = []
             for place, root in ((2, 5), (kept, 6)):
                 begun = state(place)
-                single = LazySession(drafter.begin(target.embed, target.head, 1))
+                single = drafter.begin(target.embed, target.head, 1)
                 single.extend(begun.tokens, begun.features, begun.lengths)
                 alone.append(drafts(single, torch.tensor([root])))
             for row, (tokens, parents) in enumerate(alone):

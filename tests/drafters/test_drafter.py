@@ -43,7 +43,7 @@ def test_a_session_drafts_what_training_saw(layers, carry):
     anchors = (start + cuts).unsqueeze(1)
     blocks = drafter.blocks(state.features, state.tokens, anchors, target.embed)
     root = state.tokens.gather(1, anchors).squeeze(1)
-    expected = drafter.candidates(blocks[:, 0], root, session.borrowed, nodes=8)
+    expected = drafter.candidates(blocks[:, 0], root, session.head, nodes=8)
     found = session.propose(root, 8)
     assert torch.equal(found.tokens, expected.tokens)
     torch.testing.assert_close(found.scores, expected.scores, atol=2e-5, rtol=0)
@@ -121,7 +121,7 @@ def test_the_head_a_session_reads_is_never_the_targets_changed():
     session = tiny_drafter(target).begin(target.embed, target.head, 1)
     assert target.head.weight.dtype == torch.float32
     assert torch.equal(target.head.weight, before)
-    torch.testing.assert_close(session.borrowed.head.weight.float(), before, atol=0, rtol=1e-2)
+    torch.testing.assert_close(session.head.head.weight.float(), before, atol=0, rtol=1e-2)
 
 
 def test_saved_and_loaded_it_is_the_same(tmp_path):

@@ -100,7 +100,7 @@ def test_a_trees_scores_are_those_of_the_rollouts_along_it(nodes: int) -> None:
     features = state.features.gather(1, rest.unsqueeze(-1).expand(-1, -1, state.features.shape[-1]))
     session.extend(state.tokens.gather(1, rest), features, torch.tensor([7, 2]))
     roots = torch.tensor([4, 9])
-    session.borrowed = type(session.borrowed)(target.embed, target.head)  # the head in full precision
+    session.head = type(session.head)(target.embed, target.head)  # the head in full precision
     candidates = session.propose(roots, nodes)
     for row, text in enumerate(rows):
         scores = {}

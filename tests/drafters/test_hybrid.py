@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from ctc_drafter.decode.generate import generate, generate_many, plain_generate
-from ctc_drafter.drafters.base import MOST, LazySession
-from ctc_drafter.drafters.ctc_session import HybridSession
+from ctc_drafter.drafters.base import LONGEST_PENDING, Committed
+from ctc_drafter.drafters.ctc_session import CTCSession
 from ctc_drafter.drafters.prompt_lookup import PromptLookup
 from ctc_drafter.drafters.trainable import network_of
 from ctc_drafter.types import Candidates, UserError, padded
@@ -15,68 +15,65 @@ PROMPTS = [[3, 1, 4, 1, 5, 3, 1, 4], [2, 7, 2, 7, 2], [8]]
 TRAINED = 50  # the token that the scripted network drafts
 
 
-class Network:
-    """Drafts one token, and keeps what it is told."""
+class Recorded(CTCSession):
+    """Its network drafts one token, and keeps what it is told."""
 
-    def __init__(self) -> None:
+    def __init__(self, *given) -> None:
+        super().__init__(*given)
         self.asked = 0
         self.told: list[list[int]] = []
 
-    def extend(self, tokens: torch.Tensor, features: torch.Tensor | None, counts: torch.Tensor) -> None:
-        self.told += [row[:count] for row, count in zip(tokens.tolist(), counts.tolist(), strict=True)]
+    def take_in(self, committed: Committed) -> None:
+        rows = zip(committed.tokens.tolist(), committed.counts.tolist(), strict=True)
+        self.told += [row[:count] for row, count in rows]
 
-    def propose(self, root: torch.Tensor, nodes: int, min_probability: float) -> Candidates:
+    def draft(self, root: torch.Tensor, nodes: int, min_probability: float) -> Candidates:
         self.asked += 1
         return padded([[(TRAINED, -0.1, -1, 1)]] * len(root), root.device)
 
-    def select(self, rows: torch.Tensor) -> None:
-        return
 
-    def join(self, tokens: torch.Tensor, features: torch.Tensor | None, counts: torch.Tensor) -> None:
-        raise NotImplementedError
-
-
-def session_of(*texts: list[int]) -> tuple[HybridSession, Network]:
-    target, network = tiny_target(), Network()
-    session = HybridSession(LazySession(network), PromptLookup().begin(target.embed, target.head, len(texts)))
+def session_of(*texts: list[int]) -> Recorded:
+    target = tiny_target()
+    drafter = tiny_drafter(target)
+    session = Recorded(drafter, drafter.borrow(target.embed, target.head), len(texts), False, 15)
     width = max(map(len, texts))
     tokens = torch.tensor([[*text, *[0] * (width - len(text))] for text in texts])
     session.extend(tokens, None, torch.tensor([len(text) for text in texts]))
-    return session, network
+    return session
 
 
 def test_a_text_that_repeats_itself_is_copied_without_the_network():
     text = list(range(10, 30))
-    session, network = session_of([*text, *text[:8]])
+    session = session_of([*text, *text[:8]])
     found = session.propose(torch.tensor([text[8]]), 15, 0.1)
     assert found.tokens[0, :11].tolist() == text[9:20]
-    assert network.asked == 0
-    assert network.told == []
+    assert session.asked == 0
+    assert session.told == []
 
 
 def test_the_network_drafts_where_nothing_agrees_and_knows_all_that_was_copied_before():
     text = list(range(10, 30))
-    session, network = session_of([*text, *text[:8]])
+    session = session_of([*text, *text[:8]])
     session.propose(torch.tensor([text[8]]), 15, 0.1)
     session.extend(torch.tensor([text[8:12]]), None, torch.tensor([4]))
     found = session.propose(torch.tensor([5]), 15, 0.1)
     assert found.tokens.tolist() == [[TRAINED]]
-    assert network.told == [[*text, *text[:12]]]
+    assert session.told == [[*text, *text[:12]]]
 
 
 def test_a_weak_agreement_is_not_enough():
-    session, network = session_of([1, 2, 3, 9, 1])
+    session = session_of([1, 2, 3, 9, 1])
     assert session.propose(torch.tensor([2]), 15, 0.1).tokens.tolist() == [[TRAINED]]
-    assert network.asked == 1
+    assert session.asked == 1
 
 
 def test_every_row_must_be_sure():
     text = list(range(10, 30))
-    session, network = session_of([*text, *text[:8]], [1, 2, 3])
+    session = session_of([*text, *text[:8]], [1, 2, 3])
     assert session.propose(torch.tensor([text[8], 4]), 15, 0.1).tokens.tolist() == [[TRAINED]] * 2
     session.select(torch.tensor([0]))
     assert session.propose(torch.tensor([text[8]]), 15, 0.1).tokens[0, 0] == text[9]
-    assert network.asked == 1
+    assert session.asked == 1
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -139,13 +136,13 @@ def test_waiting_text_of_ragged_rows_is_taken_in_at_once():
     drafter = tiny_drafter(target, copies=4)
     generator = torch.Generator().manual_seed(0)
     width = len(drafter.feature_layers) * target.hidden_size
-    lazy = LazySession(drafter.begin(target.embed, target.head, 2))
-    eager = drafter.begin(target.embed, target.head, 2)
+    lazy, eager = (drafter.begin(target.embed, target.head, 2) for _ in range(2))
     for counts in ([5, 3], [1, 4], [1, 1], [2, 1]):
         tokens = torch.randint(0, 60, (2, max(counts)), generator=generator)
         features = torch.randn(2, max(counts), width, generator=generator)
         for session in (lazy, eager):
             session.extend(tokens, features, torch.tensor(counts))
+        eager.catch_up()
     first, second = (session.propose(torch.tensor([7, 9]), 6, 0.0) for session in (lazy, eager))
     assert torch.equal(first.tokens, second.tokens)
     torch.testing.assert_close(first.scores, second.scores)
@@ -153,7 +150,7 @@ def test_waiting_text_of_ragged_rows_is_taken_in_at_once():
 
 def test_scores_of_copies_are_what_lookup_says():
     text = list(range(10, 30)) * 2
-    session, _ = session_of(text[:28])
+    session = session_of(text[:28])
     target = tiny_target()
     alone = PromptLookup().begin(target.embed, target.head, 1)
     alone.extend(torch.tensor([text[:28]]), None, torch.tensor([28]))
@@ -167,11 +164,11 @@ def test_scores_of_copies_are_what_lookup_says():
 def test_what_waits_does_not_grow_without_bounds():
     target = tiny_target()
     drafter = tiny_drafter(target)
-    lazy = LazySession(drafter.begin(target.embed, target.head, 1))
+    lazy = drafter.begin(target.embed, target.head, 1)
     width = len(drafter.feature_layers) * target.hidden_size
-    for _ in range(MOST // 100 + 1):
+    for _ in range(LONGEST_PENDING // 100 + 1):
         lazy.extend(torch.zeros(1, 100, dtype=torch.long), torch.zeros(1, 100, width), torch.tensor([100]))
-    assert lazy.waiting == []
+    assert lazy.pending == []
 
 
 def test_measurements_ask_the_network():

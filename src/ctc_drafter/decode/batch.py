@@ -15,7 +15,7 @@ from ctc_drafter.decode.sequence import SequenceState
 from ctc_drafter.decode.stats import Stopwatch
 from ctc_drafter.decode.tree import build_tree, up_to, without_drafts
 from ctc_drafter.decode.verify import follow, no_numbers, verify
-from ctc_drafter.drafters.base import Drafter, LazySession
+from ctc_drafter.drafters.base import Drafter, DraftSession
 from ctc_drafter.target.cache import Extent, compact, erase, join
 from ctc_drafter.target.model import Target
 from ctc_drafter.types import Acceptance, Candidates, TokenTree, UserError, Verification
@@ -79,7 +79,7 @@ class Batch:
     """The rows at work, in the order of cache, drafter session, lengths and roots."""
 
     cache: Cache
-    session: LazySession
+    session: DraftSession
     lengths: torch.Tensor  # committed tokens, int64 [B]
     root: torch.Tensor  # newest tokens, int64 [B]
 
@@ -109,7 +109,7 @@ class Batch:
                 self.lengths = torch.cat([self.lengths, state.lengths])
                 self.root = torch.cat([self.root, root])
             else:
-                self.session = LazySession(drafter.begin(target.embed, target.head, len(rows)))
+                self.session = drafter.begin(target.embed, target.head, len(rows))
                 self.session.extend(state.tokens, state.features, state.lengths)
                 self.cache, self.lengths, self.root = state.cache, state.lengths, root
         self.rows += rows
@@ -210,7 +210,7 @@ class Batch:
     def _draft_what_pays(self, pace: Pace) -> TokenTree:
         slots, rows = self.cache.get_seq_length(), len(self.rows)
         with self.clock("draft"):
-            draft = self.session.propose if pace.drafts() else self.session.copied  # copies cost nothing
+            draft = self.session.propose if pace.drafts() else self.session.free  # copies cost nothing
             found = draft(self.root, pace.budget.nodes, pace.min_probability(rows, slots))
             candidates = Candidates.nothing(self.root) if found is None else found
         with self.clock("tree"):

@@ -1,7 +1,8 @@
-"""The drafter and session protocols; a drafter that proposes nothing; text that waits for the next draft."""
+"""The drafter and session protocols, the base of trained sessions, and a drafter that proposes nothing."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NoReturn, Protocol
@@ -11,7 +12,7 @@ from torch import nn
 
 from ctc_drafter.types import Candidates, UserError
 
-# What decoding asks of a drafter. Every method of this project sits behind these two protocols.
+LONGEST_PENDING = 256  # tokens of a row that wait for the next draft; features of more would fill memory
 
 
 def refuse_call(drafter: object, *_given: object, **_options: object) -> NoReturn:
@@ -26,13 +27,16 @@ def refuse_call(drafter: object, *_given: object, **_options: object) -> NoRetur
 
 
 class DraftSession(Protocol):
-    """A drafter at work on one batch. It owns whatever cache it keeps; rows keep their order."""
+    """A drafter's state for one batch. It owns whatever cache it keeps; rows keep their order."""
 
     def extend(self, tokens: torch.Tensor, features: torch.Tensor | None, counts: torch.Tensor) -> None:
         """Takes in tokens that have entered the target's cache.
 
         tokens `int64 [B, T]` and features `[B, T, K]` are left-aligned; row b has `counts[b]` of them.
         """
+
+    def free(self, root: torch.Tensor, nodes: int, min_probability: float) -> Candidates | None:
+        """What `propose` would give where that takes next to no time, such as copies; else None."""
 
     def propose(self, root: torch.Tensor, nodes: int, min_probability: float) -> Candidates:
         """Prefixes after root `int64 [B]`, enough for a tree of `nodes` nodes of probability `min_probability` and
@@ -57,11 +61,11 @@ class Drafter(Protocol):
         """A new session that uses the target's frozen embedding and LM head modules."""
 
 
-# A drafter that proposes nothing: plain decoding in a batch whose rows join and leave.
-
-
 class NoDrafter:
-    """See `Drafter`. It is its own session, since there is nothing to remember."""
+    """A drafter that proposes nothing: plain decoding in a batch whose rows join and leave.
+
+    It is its own session, since there is nothing to remember.
+    """
 
     feature_layers: tuple[int, ...] = ()
 
@@ -79,18 +83,16 @@ class NoDrafter:
     def select(self, rows: torch.Tensor) -> None:
         return
 
+    def free(self, root: torch.Tensor, nodes: int, min_probability: float) -> Candidates | None:
+        return None
+
     def propose(self, root: torch.Tensor, nodes: int, min_probability: float) -> Candidates:
         return Candidates.nothing(root)
 
 
-# A drafter session that takes in committed text when a draft needs it: steps without one then cost no drafting.
-
-MOST = 256  # tokens of a row that wait; features of more would fill memory
-
-
 @dataclass(frozen=True)
 class Committed:
-    """Arguments of `DraftSession.extend`."""
+    """Tokens that have entered the target's cache: the arguments of `DraftSession.extend`."""
 
     tokens: torch.Tensor
     features: torch.Tensor | None
@@ -101,51 +103,72 @@ class Committed:
         return Committed(self.tokens[rows], features, self.counts[rows])
 
 
-class LazySession:
-    """See `DraftSession`. Where the inner session raises, what was committed goes on waiting, and nothing is lost."""
+class TrainedSession(ABC):
+    """Base of the sessions of trained drafters: committed tokens are pending until the next draft.
 
-    def __init__(self, session: DraftSession):
-        self.session = session
-        self.begun = False  # whether the session was given any text
-        self.waiting: list[Committed] = []
+    So steps without a draft cost no drafting. Where a subclass raises, what is pending goes on waiting, and nothing is
+    lost.
+    """
+
+    def __init__(self) -> None:
+        self.pending: list[Committed] = []
+        self.begun = False  # whether any text was taken in
 
     def extend(self, tokens: torch.Tensor, features: torch.Tensor | None, counts: torch.Tensor) -> None:
-        self.waiting.append(Committed(tokens, features, counts))
-        if sum(each.tokens.shape[1] for each in self.waiting) > MOST:
+        """See `DraftSession.extend`."""
+        self.pending.append(Committed(tokens, features, counts))
+        if sum(each.tokens.shape[1] for each in self.pending) > LONGEST_PENDING:
             try:
                 self.catch_up()
             except Exception:
-                self.waiting.pop()
+                self.pending.pop()
                 raise
 
     def catch_up(self) -> None:
-        if self.waiting:
-            whole = end_to_end(self.waiting)
-            self.session.extend(whole.tokens, whole.features, whole.counts)
-            self.waiting, self.begun = [], True
+        """Takes in what is pending."""
+        if self.pending:
+            self.take_in(end_to_end(self.pending))
+            self.pending, self.begun = [], True
+
+    def free(self, root: torch.Tensor, nodes: int, min_probability: float = 0.0) -> Candidates | None:
+        """See `DraftSession.free`."""
+        return None
 
     def propose(self, root: torch.Tensor, nodes: int, min_probability: float = 0.0) -> Candidates:
+        """See `DraftSession.propose`."""
+        found = self.free(root, nodes, min_probability)
+        if found is not None:
+            return found
         self.catch_up()
-        return self.session.propose(root, nodes, min_probability)
-
-    def copied(self, root: torch.Tensor, nodes: int, min_probability: float = 0.0) -> Candidates | None:
-        """What the session drafts for nothing, see `HybridSession`; None if it never does."""
-        free = getattr(self.session, "copied", None)
-        if free is None:
-            return None
-        self.catch_up()
-        found: Candidates | None = free(root, nodes, min_probability)
-        return found
+        return self.draft(root, nodes, min_probability)
 
     def join(self, tokens: torch.Tensor, features: torch.Tensor | None, counts: torch.Tensor) -> None:
+        """See `DraftSession.join`."""
         self.catch_up()
-        self.session.join(tokens, features, counts)
+        self.add_rows(Committed(tokens, features, counts))
 
     def select(self, rows: torch.Tensor) -> None:
-        if not self.begun:  # its rows are not there yet: whoever ends with a first token leaves before any draft
+        """See `DraftSession.select`."""
+        if not self.begun:  # its rows are not there yet: a row that ends with its first token leaves before any draft
             self.catch_up()
-        self.waiting = [each.select(rows) for each in self.waiting]
-        self.session.select(rows)
+        self.keep_rows(rows)
+        self.pending = [each.select(rows) for each in self.pending]
+
+    @abstractmethod
+    def take_in(self, committed: Committed) -> None:
+        """Reads newly committed tokens of every row."""
+
+    @abstractmethod
+    def draft(self, root: torch.Tensor, nodes: int, min_probability: float) -> Candidates:
+        """`propose` by the network, once all text is taken in."""
+
+    @abstractmethod
+    def add_rows(self, committed: Committed) -> None:
+        """Puts rows with this text behind the others; where it raises, nothing has changed."""
+
+    @abstractmethod
+    def keep_rows(self, rows: torch.Tensor) -> None:
+        """Keeps only these rows, `int64 [R]`, in this order."""
 
 
 def end_to_end(parts: Sequence[Committed]) -> Committed:

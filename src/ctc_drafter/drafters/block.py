@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Protocol, cast
+from typing import cast
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ctc_drafter.drafters.base import DraftSession
+from ctc_drafter.drafters.base import Committed, DraftSession
 from ctc_drafter.drafters.layers import (
     Context,
     ContextSession,
@@ -190,40 +190,19 @@ def block_mask(anchors: torch.Tensor, length: int, size: int) -> torch.Tensor:
     return rows.repeat_interleave(size, 1).unsqueeze(1)
 
 
-# A block drafter at work on one batch: its context keys and values stay cached between steps.
-
-
-class BlockNetwork(Protocol):
-    """The part of a `BlockModel` that a session runs."""
-
-    config: BlockConfig
-
-    @property
-    def frames(self) -> int: ...
-    @property
-    def draft_layers(self) -> list[DraftLayer]: ...
-    def context_states(self, features: torch.Tensor) -> torch.Tensor: ...
-    def block_states(self, root: torch.Tensor, newest: torch.Tensor, embed: nn.Module) -> torch.Tensor: ...
-    def run_layers(
-        self, states: torch.Tensor, by: CosSin, contexts: Sequence[Context], mask: torch.Tensor | None
-    ) -> torch.Tensor: ...
-    def candidates(
-        self, blocks: torch.Tensor, root: torch.Tensor, borrowed: DraftHead, nodes: int, min_probability: float = 0.0
-    ) -> Candidates: ...
-
-
 class BlockSession(ContextSession):
-    """Slot s of a row holds the keys and values of the token at position s; blocks are written behind them."""
+    """The session of a block drafter: slot s of a row holds the keys and values of the token at position s; blocks are
+    written behind them."""
 
-    def __init__(self, drafter: BlockNetwork, borrowed: DraftHead, batch_size: int):
-        self.drafter, self.borrowed = drafter, borrowed
+    def __init__(self, drafter: BlockModel, head: DraftHead, batch_size: int):
+        self.drafter, self.head = drafter, head
         weight = drafter.draft_layers[0].self_attn.k_proj.weight
-        self.context = DraftKVCache(drafter.config, len(drafter.draft_layers), batch_size, weight)
-        self.newest = weight.new_zeros(batch_size, drafter.config.hidden_size)
+        context = DraftKVCache(drafter.config, len(drafter.draft_layers), batch_size, weight)
+        super().__init__(context, weight.new_zeros(batch_size, drafter.config.hidden_size))
 
-    def propose(self, root: torch.Tensor, nodes: int, min_probability: float = 0.0) -> Candidates:
-        """One parallel pass over the block, then the search; see `DraftSession.propose`."""
-        return self.drafter.candidates(self.blocks(root), root, self.borrowed, nodes, min_probability)
+    def draft(self, root: torch.Tensor, nodes: int, min_probability: float) -> Candidates:
+        """One parallel pass over the block, then the search."""
+        return self.drafter.candidates(self.blocks(root), root, self.head, nodes, min_probability)
 
     def blocks(self, root: torch.Tensor) -> torch.Tensor:
         """Block outputs `[B, 1+F, H]` of root `int64 [B]`."""
@@ -242,17 +221,18 @@ class BlockSession(ContextSession):
 
             return join
 
-        states = self.drafter.block_states(root, self.newest, self.borrowed.embed)
+        states = self.drafter.block_states(root, self.newest, self.head.embed)
         contexts = [context(index) for index in range(len(self.drafter.draft_layers))]
         return self.drafter.run_layers(states, cache.rotation(positions), contexts, mask)
 
-    def _take(self, cache: DraftKVCache, features: torch.Tensor | None, counts: torch.Tensor) -> torch.Tensor:
+    def store(self, cache: DraftKVCache, newest: torch.Tensor, committed: Committed) -> torch.Tensor:
         """Returns the context states of the newest tokens, `[B, H]`; any, if the drafter does not carry them."""
-        assert features is not None
-        positions = cache.slots(features.shape[1])
+        assert committed.features is not None
+        positions = cache.slots(committed.features.shape[1])
         by = cache.rotation(positions)
-        states = self.drafter.context_states(features)
+        states = self.drafter.context_states(committed.features)
         for index, layer in enumerate(self.drafter.draft_layers):
             cache.store(index, positions, *layer.self_attn.keys_values(states, by))
-        cache.lengths = cache.lengths + counts
-        return newest_states(states, counts.unsqueeze(1)).squeeze(1) if self.drafter.config.carry else states[:, 0]
+        cache.lengths = cache.lengths + committed.counts
+        carry = self.drafter.config.carry
+        return newest_states(states, committed.counts.unsqueeze(1)).squeeze(1) if carry else states[:, 0]

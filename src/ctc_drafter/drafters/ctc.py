@@ -12,12 +12,11 @@ from torch import nn
 from ctc_drafter.ctc.copies import Copies, Text, copies_at
 from ctc_drafter.ctc.lattice import Lattice, lattice
 from ctc_drafter.ctc.loss import ctc_objective, prefix_objective
-from ctc_drafter.drafters.base import DraftSession, LazySession
-from ctc_drafter.drafters.block import BlockConfig, BlockModel, BlockSession, frame_logits
-from ctc_drafter.drafters.ctc_session import BorrowedSearch, CopySession, HybridSession, borrow_search
+from ctc_drafter.drafters.base import DraftSession
+from ctc_drafter.drafters.block import BlockConfig, BlockModel, frame_logits
+from ctc_drafter.drafters.ctc_session import BorrowedSearch, CTCSession, borrow_search
 from ctc_drafter.drafters.lm_head import columns_of, drafted_part, narrow_head
 from ctc_drafter.drafters.predictor import Predictor
-from ctc_drafter.drafters.prompt_lookup import PromptLookup
 from ctc_drafter.drafters.trainable import Objective
 from ctc_drafter.types import Candidates, UserError
 
@@ -251,12 +250,8 @@ class CTCDrafter(FramesModel):
 
     def begin(self, embed: nn.Module, head: nn.Module, batch_size: int) -> DraftSession:
         """See `Drafter.begin`."""
-        kind = CopySession if self.config.copies else BlockSession
-        session = kind(self, self.borrow(embed, head), batch_size)
-        if not self.config.lookup_length:
-            return session
-        lookup = PromptLookup(draft_length=self.config.lookup_length)
-        return HybridSession(LazySession(session), lookup.begin(embed, head, batch_size))
+        copies, lookup_length = bool(self.config.copies), self.config.lookup_length
+        return CTCSession(self, self.borrow(embed, head), batch_size, copies, lookup_length)
 
     def prepare(self, embed: nn.Module, head: nn.Module) -> BorrowedSearch:
         return borrow_search(self.predictor, self.config.draft_length, embed, self.narrowed(head), self.vocabulary)

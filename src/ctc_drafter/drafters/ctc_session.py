@@ -1,4 +1,4 @@
-"""Sessions of the CTC drafter: copies from the text first, else the network and its search."""
+"""The session of the CTC drafter: prompt lookup first, network and prefix search otherwise."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
-from typing import Protocol
 
 import torch
 from torch import nn
@@ -14,120 +13,108 @@ from torch.nn.functional import pad
 
 from ctc_drafter.ctc.copies import Text
 from ctc_drafter.ctc.search import prefix_search
-from ctc_drafter.drafters.base import LazySession
-from ctc_drafter.drafters.block import BlockNetwork, BlockSession
+from ctc_drafter.drafters.base import Committed
+from ctc_drafter.drafters.block import BlockModel, BlockSession
 from ctc_drafter.drafters.lm_head import DraftHead, columns_of, draft_head
 from ctc_drafter.drafters.predictor import Predictor, low_rank_bias
-from ctc_drafter.drafters.prompt_lookup import LookupSession
+from ctc_drafter.drafters.prompt_lookup import LookupSession, PromptLookup
 from ctc_drafter.types import Candidates, Prefix, padded
-
-# A block drafter at work that also copies from the text: it keeps each row's tokens.
-
-
-class CopyingNetwork(BlockNetwork, Protocol):
-    """A `BlockNetwork` whose search may copy."""
-
-    def candidates(
-        self,
-        blocks: torch.Tensor,
-        root: torch.Tensor,
-        borrowed: DraftHead,
-        nodes: int,
-        min_probability: float = 0.0,
-        text: Text | None = None,
-    ) -> Candidates: ...
-
-
-class CopySession(BlockSession):
-    """See `BlockSession`. tokens `int64 [B, S]`: each row's text; the context knows how long it is."""
-
-    drafter: CopyingNetwork
-
-    def __init__(self, drafter: CopyingNetwork, borrowed: DraftHead, batch_size: int):
-        super().__init__(drafter, borrowed, batch_size)
-        self.tokens = self.context.lengths.new_zeros(batch_size, 0)
-
-    def extend(self, tokens: torch.Tensor, features: torch.Tensor | None, counts: torch.Tensor) -> None:
-        """See `DraftSession.extend`."""
-        places = self.context.lengths
-        super().extend(tokens, features, counts)
-        self.tokens = self._written(self.tokens, places, tokens)
-
-    def propose(self, root: torch.Tensor, nodes: int, min_probability: float = 0.0) -> Candidates:
-        """See `DraftSession.propose`."""
-        blocks = self.blocks(root)  # which makes room behind the context
-        return self.drafter.candidates(blocks, root, self.borrowed, nodes, min_probability, self.text_up_to(root))
-
-    def text_up_to(self, root: torch.Tensor) -> Text:
-        """The texts, each with its root `int64 [B]` behind it."""
-        self.tokens = self._written(self.tokens, self.context.lengths, root.unsqueeze(1))
-        return Text(self.tokens, self.context.lengths)
-
-    def join(self, tokens: torch.Tensor, features: torch.Tensor | None, counts: torch.Tensor) -> None:
-        """See `DraftSession.join`."""
-        width = max(self.tokens.shape[1], tokens.shape[1])
-        joined = torch.cat([pad(each, (0, width - each.shape[1])) for each in (self.tokens, tokens)])
-        super().join(tokens, features, counts)
-        self.tokens = joined
-
-    def select(self, rows: torch.Tensor) -> None:
-        """See `DraftSession.select`."""
-        super().select(rows)
-        self.tokens = self.tokens[rows]
-
-    def _written(self, text: torch.Tensor, places: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """The text with tokens `int64 [B, T]` from `places int64 [B]` on."""
-        text = self._roomy(text)
-        return text.scatter_(1, places.unsqueeze(1) + torch.arange(tokens.shape[1], device=tokens.device), tokens)
-
-    def _roomy(self, text: torch.Tensor) -> torch.Tensor:
-        """With as many places as the context has slots: it has room for what is committed, and grows without asking."""
-        missing = self.context.states.shape[4] - text.shape[1]
-        return pad(text, (0, missing)) if missing else text
-
-
-# A trained drafter that is asked only where the text does not say itself how it goes on.
-#
-# Where the newest tokens have stood before, and what followed them is likely to follow again, the draft is copied: it
-# costs nothing, and may be longer than what a network was trained to draft. Elsewhere the network drafts. The same
-# decision, by the length of the match: Hu et al., "SAM Decoding" (2024); Oliaro et al., "SuffixDecoding" (2024).
 
 # Tokens that a copied tree must be expected to get accepted, in every row. docs/log.md has what others gave.
 ENOUGH = 1.5
 
 
-class HybridSession:
-    """See `DraftSession`. What is committed waits in `trained` until its network is asked."""
+class CTCSession(BlockSession):
+    """The session of a CTC drafter: prompt lookup first, the network and its search otherwise.
 
-    def __init__(self, trained: LazySession, lookup: LookupSession):
-        self.trained, self.lookup = trained, lookup
+    Where the newest tokens have stood before, and what followed them is likely to follow again, the draft is copied: it
+    costs nothing, and may be longer than what a network was trained to draft. The same decision, by the length of the
+    match: Hu et al., "SAM Decoding" (2024); Oliaro et al., "SuffixDecoding" (2024).
+
+    copies: whether the search may copy, too (`ctc/copies.py`). tokens `int64 [B, S]` is then each row's text, whose
+    length the context knows. lookup_length: most tokens to copy without the network, 0 for none.
+    """
+
+    def __init__(self, drafter: BlockModel, head: DraftHead, batch_size: int, copies: bool, lookup_length: int):
+        super().__init__(drafter, head, batch_size)
+        self.tokens = self.context.lengths.new_zeros(batch_size, 0) if copies else None
+        self.lookup: LookupSession | None = None
+        if lookup_length:
+            self.lookup = PromptLookup(draft_length=lookup_length).begin(head.embed, head.head, batch_size)
 
     def extend(self, tokens: torch.Tensor, features: torch.Tensor | None, counts: torch.Tensor) -> None:
-        self.trained.extend(tokens, features, counts)  # first, as in `join`: where it raises, nothing has changed
-        self.lookup.extend(tokens, features, counts)
+        """See `DraftSession.extend`."""
+        super().extend(tokens, features, counts)  # first, as in `join`: where it raises, nothing has changed
+        if self.lookup is not None:
+            self.lookup.extend(tokens, features, counts)
 
-    def propose(self, root: torch.Tensor, nodes: int, min_probability: float = 0.0) -> Candidates:
-        copied = self.copied(root, nodes, min_probability)
-        return self.trained.propose(root, nodes, min_probability) if copied is None else copied
-
-    def copied(self, root: torch.Tensor, nodes: int, min_probability: float = 0.0) -> Candidates | None:
+    def free(self, root: torch.Tensor, nodes: int, min_probability: float = 0.0) -> Candidates | None:
         """The copies alone; None where they promise too little in some row."""
-        found = list(takewhile(sure, self.lookup.prefixes(root, nodes, min_probability)))
+        if self.lookup is None:
+            return None
+        found = list(takewhile(promising, self.lookup.prefixes(root, nodes, min_probability)))
         return replace(padded(found, root.device), free=True) if len(found) == len(root) else None
 
+    def draft(self, root: torch.Tensor, nodes: int, min_probability: float) -> Candidates:
+        """One parallel pass over the block, then the search, which may copy."""
+        blocks = self.blocks(root)  # which makes room behind the context
+        text = None if self.tokens is None else self.text_up_to(self.tokens, root)
+        return self.drafter.candidates(blocks, root, self.head, nodes, min_probability, text)
+
     def join(self, tokens: torch.Tensor, features: torch.Tensor | None, counts: torch.Tensor) -> None:
-        self.trained.join(tokens, features, counts)  # first: for this one memory may not suffice
-        self.lookup.join(tokens, features, counts)
+        """See `DraftSession.join`."""
+        super().join(tokens, features, counts)
+        if self.lookup is not None:
+            self.lookup.join(tokens, features, counts)
 
     def select(self, rows: torch.Tensor) -> None:
-        self.lookup.select(rows)
-        self.trained.select(rows)
+        """See `DraftSession.select`."""
+        super().select(rows)
+        if self.lookup is not None:
+            self.lookup.select(rows)
+
+    def take_in(self, committed: Committed) -> None:
+        """See `TrainedSession.take_in`."""
+        places = self.context.lengths
+        super().take_in(committed)
+        if self.tokens is not None:
+            self.tokens = self._written(self.tokens, places, committed.tokens)
+
+    def add_rows(self, committed: Committed) -> None:
+        """See `TrainedSession.add_rows`."""
+        joined = None
+        if self.tokens is not None:
+            width = max(self.tokens.shape[1], committed.tokens.shape[1])
+            joined = torch.cat([pad(each, (0, width - each.shape[1])) for each in (self.tokens, committed.tokens)])
+        super().add_rows(committed)
+        self.tokens = joined
+
+    def keep_rows(self, rows: torch.Tensor) -> None:
+        """See `TrainedSession.keep_rows`."""
+        super().keep_rows(rows)
+        self.tokens = None if self.tokens is None else self.tokens[rows]
+
+    def text_up_to(self, tokens: torch.Tensor, root: torch.Tensor) -> Text:
+        """The texts, each with its root `int64 [B]` behind it."""
+        self.tokens = self._written(tokens, self.context.lengths, root.unsqueeze(1))
+        return Text(self.tokens, self.context.lengths)
+
+    def _written(self, text: torch.Tensor, places: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """The text with tokens `int64 [B, T]` from `places int64 [B]` on.
+
+        It has as many places as the context has slots: room for what is committed, without asking a GPU.
+        """
+        missing = self.context.states.shape[4] - text.shape[1]
+        text = pad(text, (0, missing)) if missing else text
+        return text.scatter_(1, places.unsqueeze(1) + torch.arange(tokens.shape[1], device=tokens.device), tokens)
 
 
-def sure(prefixes: Sequence[Prefix]) -> bool:
+def promising(prefixes: Sequence[Prefix]) -> bool:
     """Whether enough of these tokens will be accepted, by their own probabilities."""
     return sum(math.exp(score) for _, score, _, _ in prefixes) >= ENOUGH
 
+
+# The search of a CTC lattice that fits the device.
 
 # (frame logits [N, F, V], blank logits [N, F], root int64 [N], block output at the root [N, H], the texts up to the
 # roots for those who copy, nodes, floor)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable
 
 import torch
@@ -11,6 +11,7 @@ from torch.nn import functional as fn
 from torch.nn.functional import pad
 from transformers import PreTrainedConfig
 
+from ctc_drafter.drafters.base import Committed, TrainedSession
 from ctc_drafter.drafters.trainable import DrafterConfig
 from ctc_drafter.types import UserError
 
@@ -184,31 +185,35 @@ class DraftKVCache:
         return cos_sin(positions, self.config.head_dim, self.config.rope_theta, self.states.dtype)
 
 
-class ContextSession(ABC):
-    """A `DraftSession` with a context cache of committed text and a state of each row's newest token, `[B, H]`."""
+class ContextSession(TrainedSession):
+    """A session with cached keys and values of committed text, and a state of each row's newest token, `[B, H]`."""
 
-    context: DraftKVCache
-    newest: torch.Tensor
+    def __init__(self, context: DraftKVCache, newest: torch.Tensor):
+        super().__init__()
+        self.context, self.newest = context, newest
 
-    def extend(self, tokens: torch.Tensor, features: torch.Tensor | None, counts: torch.Tensor) -> None:
-        """Takes new committed tokens in once; see `DraftSession.extend`."""
-        self.newest = self._take(self.context, features, counts)
+    def take_in(self, committed: Committed) -> None:
+        """See `TrainedSession.take_in`."""
+        self.newest = self.store(self.context, self.newest, committed)
 
-    def join(self, tokens: torch.Tensor, features: torch.Tensor | None, counts: torch.Tensor) -> None:
-        """See `DraftSession.join`."""
-        new = self.context.empty(len(counts))
-        newest = torch.cat([self.newest, self._take(new, features, counts)])
+    def add_rows(self, committed: Committed) -> None:
+        """See `TrainedSession.add_rows`."""
+        rows = len(committed.counts)
+        new = self.context.empty(rows)
+        newest = self.store(new, self.newest.new_zeros(rows, self.newest.shape[1]), committed)
+        newest = torch.cat([self.newest, newest])
         self.context.join(new)
         self.newest = newest
 
-    def select(self, rows: torch.Tensor) -> None:
-        """See `DraftSession.select`."""
+    def keep_rows(self, rows: torch.Tensor) -> None:
+        """See `TrainedSession.keep_rows`."""
         self.context.select(rows)
         self.newest = self.newest[rows]
 
     @abstractmethod
-    def _take(self, cache: DraftKVCache, features: torch.Tensor | None, counts: torch.Tensor) -> torch.Tensor:
-        """Stores new tokens in the cache; returns the states of the newest ones, `[B, H]`."""
+    def store(self, cache: DraftKVCache, newest: torch.Tensor, committed: Committed) -> torch.Tensor:
+        """Puts committed tokens into the cache; newest `[B, H]`: the states of the tokens before them. Returns those of
+        the last ones."""
 
 
 class LayerConfig(DrafterConfig):

@@ -130,6 +130,9 @@ class LookupSession:
         for row, new, count in zip(self.rows, tokens.tolist(), counts.tolist(), strict=True):
             row.extend(new[:count])
 
+    def free(self, root: torch.Tensor, nodes: int, min_probability: float = 0.0) -> Candidates | None:
+        return None
+
     def propose(self, root: torch.Tensor, nodes: int, min_probability: float = 0.0) -> Candidates:
         return padded(list(self.prefixes(root, nodes, min_probability)), root.device)
 

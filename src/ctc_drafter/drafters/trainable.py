@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ctc_drafter.ctc.copies import Text
 from ctc_drafter.drafters.base import Drafter, DraftSession, refuse_call
 from ctc_drafter.drafters.lm_head import DraftHead
 from ctc_drafter.types import Candidates, UserError
@@ -168,12 +169,18 @@ class TrainableDrafter(PreTrainedModel):
         return prefixes[:, 1:], valid
 
     def candidates(
-        self, blocks: torch.Tensor, root: torch.Tensor, borrowed: Any, nodes: int, min_probability: float = 0.0
+        self,
+        blocks: torch.Tensor,
+        root: torch.Tensor,
+        borrowed: Any,
+        nodes: int,
+        min_probability: float = 0.0,
+        text: Text | None = None,
     ) -> Candidates:
         """The prefixes of blocks `[N, ...]` after root `int64 [N]`, enough for `nodes` nodes.
 
         Prefixes of probability below `min_probability` may be missing. Drafters whose blocks say too little for this
-        have `drafts` of their own instead.
+        have `drafts` of their own instead. text: up to the roots, for those that copy.
         """
         raise NotImplementedError
 

@@ -288,6 +288,9 @@ class ScriptedSession:
         self.rows = [self.rows[i] for i in rows.tolist()]
         self.lengths = [self.lengths[i] for i in rows.tolist()]
 
+    def free(self, root: torch.Tensor, nodes: int, min_probability: float) -> Candidates | None:
+        return None
+
     def propose(self, root: torch.Tensor, nodes: int, min_probability: float) -> Candidates:
         drafter, self.step = self.drafter, self.step + 1
         rows = []

@@ -167,6 +167,9 @@ class ChainedSession:
         self.inner = inner
         self.extend, self.join, self.select = inner.extend, inner.join, inner.select
 
+    def free(self, root: torch.Tensor, nodes: int, min_probability: float) -> Candidates | None:
+        return None
+
     def propose(self, root: torch.Tensor, nodes: int, min_probability: float) -> Candidates:
         found = self.inner.propose(root, max(nodes, POOL), min_probability)
         return best_chain(found) if found.tokens.shape[1] else found

@@ -16,7 +16,7 @@ from ctc_drafter.decode.batch import Batch, Method, Step
 from ctc_drafter.decode.sampling import PerSequenceSampler, RowErrors, Sampler
 from ctc_drafter.decode.sequence import SequenceState
 from ctc_drafter.decode.stats import Stats, Stopwatch
-from ctc_drafter.drafters.base import LazySession, NoDrafter
+from ctc_drafter.drafters.base import NoDrafter
 from ctc_drafter.serve.requests import Completion, Logprobs, Node, StepOutput, failure
 from ctc_drafter.types import UserError
 
@@ -96,15 +96,20 @@ class MethodBatch:
         try:
             return work()
         except Exception as error:
-            if isinstance(error, (RowErrors, *meant)) or not self.batch.rows:
+            batch, session = self.batch, self.batch.session if self.batch.rows else None
+            drafts = not isinstance(batch.method.drafter if session is None else session, NoDrafter)
+            if isinstance(error, (RowErrors, *meant)) or not drafts:
                 raise
-            if isinstance(self.batch.session.session, NoDrafter):
-                raise
-            session, self.batch.session = self.batch.session, LazySession(NoDrafter())
+            if session is None:
+                self.batch = Batch(replace(self.method, drafter=NoDrafter()), self.clock)
+            else:
+                batch.session = NoDrafter()
             try:
                 result = work()
             except Exception:
-                self.batch.session = session
+                self.batch = batch
+                if session is not None:
+                    batch.session = session
                 raise
             LOG.error("%d rows go on without drafts", len(self.batch.rows), exc_info=error)
             return result

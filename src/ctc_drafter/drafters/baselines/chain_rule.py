@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as fn
 
+from ctc_drafter.ctc.copies import Text
 from ctc_drafter.drafters.lm_head import DraftHead, draft_head
 from ctc_drafter.drafters.trainable import DrafterConfig, Objective, TrainableDrafter
 from ctc_drafter.types import Candidates, UserError
@@ -88,6 +89,7 @@ class StepwiseDrafter(ChainDrafter):
         borrowed: BorrowedOutputs,
         nodes: int,
         min_probability: float = 0.0,
+        text: Text | None = None,
     ) -> Candidates:
         """See `TrainableDrafter.candidates`."""
         step = self.steps(blocks, borrowed.embed, borrowed.outputs)

@@ -10,6 +10,7 @@ from functools import lru_cache
 import torch
 from torch import nn
 
+from ctc_drafter.ctc.copies import Text
 from ctc_drafter.ctc.lattice import Lattice, lattice
 from ctc_drafter.ctc.loss import ctc_objective
 from ctc_drafter.drafters.base import DraftSession
@@ -72,7 +73,13 @@ class PaperDrafter(FramesModel):
         return DraftHead(embed, draft_head(head))
 
     def candidates(
-        self, blocks: torch.Tensor, root: torch.Tensor, borrowed: DraftHead, nodes: int, min_probability: float = 0.0
+        self,
+        blocks: torch.Tensor,
+        root: torch.Tensor,
+        borrowed: DraftHead,
+        nodes: int,
+        min_probability: float = 0.0,
+        text: Text | None = None,
     ) -> Candidates:
         """See `TrainableDrafter.candidates`: the static tree's prefixes, however many `nodes` there is room for."""
         tokens, blanks = self.frame_logits(blocks, borrowed.head)
@@ -199,4 +206,4 @@ class LinearCTCDrafter(CTCDrafter):
 
     def begin(self, embed: nn.Module, head: nn.Module, batch_size: int) -> DraftSession:
         """See `Drafter.begin`."""
-        return LastStateSession(self, self.borrow(embed, head))
+        return LastStateSession(self, self.states, self.borrow(embed, head))

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as fn
 
+from ctc_drafter.ctc.copies import Text
 from ctc_drafter.drafters.baselines.chain_rule import BorrowedOutputs, Step, StepwiseDrafter
 from ctc_drafter.drafters.block import BlockConfig, BlockModel, frame_logits
 from ctc_drafter.drafters.predictor import Predictor, low_rank_bias
@@ -52,6 +53,7 @@ class TokenFrames(StepwiseDrafter, BlockModel):
         borrowed: BorrowedOutputs,
         nodes: int,
         min_probability: float = 0.0,
+        text: Text | None = None,
     ) -> Candidates:
         """See `TrainableDrafter.candidates`: best first on a CPU, level by level elsewhere."""
         if not isinstance(borrowed, BorrowedFrames) or borrowed.bias is None:

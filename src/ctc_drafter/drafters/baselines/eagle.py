@@ -15,15 +15,24 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from typing import Protocol
 
 import torch
 from torch import nn
 from torch.nn import functional as fn
 
+from ctc_drafter.drafters.base import Committed
 from ctc_drafter.drafters.baselines.chain_rule import ChainDrafter, expand
 from ctc_drafter.drafters.baselines.heads import before
-from ctc_drafter.drafters.layers import BlockAttention, CosSin, DraftKVCache, GatedMLP, LayerConfig, RMSNorm, cos_sin
+from ctc_drafter.drafters.layers import (
+    BlockAttention,
+    ContextSession,
+    CosSin,
+    DraftKVCache,
+    GatedMLP,
+    LayerConfig,
+    RMSNorm,
+    cos_sin,
+)
 from ctc_drafter.drafters.lm_head import DraftHead, draft_head, head_logits
 from ctc_drafter.types import Candidates, UserError
 
@@ -166,68 +175,33 @@ class PairLayer(nn.Module):
         return states + self.mlp(self.post_attention_layernorm(states))
 
 
-# EAGLE at work: a context cache of committed pairs, and a tree that the layer grows behind it, depth by depth.
+class EagleSession(ContextSession):
+    """Keeps keys and values of committed pairs, and the feature `[B, H]` of each newest token; the layer grows a tree
+    behind them, depth by depth."""
 
-
-class PairNetwork(Protocol):
-    """The part of an `EagleDrafter` that a session runs."""
-
-    config: LayerConfig
-    layer: PairLayer
-    norm: nn.Module
-
-    def fused(self, features: torch.Tensor) -> torch.Tensor: ...
-    def keys_values(
-        self, tokens: torch.Tensor, fused: torch.Tensor, by: CosSin, embed: nn.Module
-    ) -> tuple[torch.Tensor, torch.Tensor]: ...
-
-
-class EagleSession:
-    """See `DraftSession`. Keeps keys and values of committed pairs, and the feature `[B, H]` of each newest token."""
-
-    def __init__(self, drafter: PairNetwork, borrowed: DraftHead, batch_size: int):
-        self.drafter, self.borrowed = drafter, borrowed
+    def __init__(self, drafter: EagleDrafter, head: DraftHead, batch_size: int):
+        self.drafter, self.head = drafter, head
         like = next(drafter.layer.parameters())
-        self.context = DraftKVCache(drafter.config, 1, batch_size, like)
-        self.newest = like.new_zeros(batch_size, drafter.config.hidden_size)
+        context = DraftKVCache(drafter.config, 1, batch_size, like)
+        super().__init__(context, like.new_zeros(batch_size, drafter.config.hidden_size))
 
-    def extend(self, tokens: torch.Tensor, features: torch.Tensor | None, counts: torch.Tensor) -> None:
-        self.newest = self._take(self.context, self.newest, tokens, features, counts)
+    def draft(self, root: torch.Tensor, nodes: int, min_probability: float) -> Candidates:
+        """See `TrainedSession.draft`."""
+        return propose(self.drafter, self.head, self.context, self.newest, root, nodes, min_probability)
 
-    def propose(self, root: torch.Tensor, nodes: int, min_probability: float = 0.0) -> Candidates:
-        return propose(self.drafter, self.borrowed, self.context, self.newest, root, nodes, min_probability)
-
-    def join(self, tokens: torch.Tensor, features: torch.Tensor | None, counts: torch.Tensor) -> None:
-        new = self.context.empty(len(counts))
-        newest = self._take(new, self.newest.new_zeros(len(counts), self.newest.shape[1]), tokens, features, counts)
-        newest = torch.cat([self.newest, newest])
-        self.context.join(new)
-        self.newest = newest
-
-    def select(self, rows: torch.Tensor) -> None:
-        self.context.select(rows)
-        self.newest = self.newest[rows]
-
-    def _take(
-        self,
-        cache: DraftKVCache,
-        newest: torch.Tensor,
-        tokens: torch.Tensor,
-        features: torch.Tensor | None,
-        counts: torch.Tensor,
-    ) -> torch.Tensor:
+    def store(self, cache: DraftKVCache, newest: torch.Tensor, committed: Committed) -> torch.Tensor:
         """Stores new pairs; newest `[B, H]`: the features of the tokens before them. Returns those of the last ones."""
-        assert features is not None
-        positions = cache.slots(tokens.shape[1])
-        fused = torch.cat([newest.unsqueeze(1), self.drafter.fused(features)], 1)
+        assert committed.features is not None
+        positions = cache.slots(committed.tokens.shape[1])
+        fused = torch.cat([newest.unsqueeze(1), self.drafter.fused(committed.features)], 1)
         by = cache.rotation(positions)
-        cache.store(0, positions, *self.drafter.keys_values(tokens, fused[:, :-1], by, self.borrowed.embed))
-        cache.lengths = cache.lengths + counts
-        return fused.gather(1, counts.view(-1, 1, 1).expand(-1, 1, fused.shape[2]))[:, 0]
+        cache.store(0, positions, *self.drafter.keys_values(committed.tokens, fused[:, :-1], by, self.head.embed))
+        cache.lengths = cache.lengths + committed.counts
+        return fused.gather(1, committed.counts.view(-1, 1, 1).expand(-1, 1, fused.shape[2]))[:, 0]
 
 
 def propose(
-    drafter: PairNetwork,
+    drafter: EagleDrafter,
     borrowed: DraftHead,
     cache: DraftKVCache,
     newest: torch.Tensor,
@@ -247,7 +221,7 @@ class Rollout:
     the way to each of them. Node i of a row lies in slot `lengths + i`, whatever its position.
     """
 
-    def __init__(self, drafter: PairNetwork, borrowed: DraftHead, cache: DraftKVCache, newest: torch.Tensor):
+    def __init__(self, drafter: EagleDrafter, borrowed: DraftHead, cache: DraftKVCache, newest: torch.Tensor):
         self.drafter, self.borrowed, self.cache = drafter, borrowed, cache
         self.states = newest.unsqueeze(1)
         self.seen = torch.zeros(len(newest), 1, 0, dtype=torch.bool, device=newest.device)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
 from torch.nn import functional as fn
 
-from ctc_drafter.drafters.base import DraftSession
+from ctc_drafter.drafters.base import Committed, DraftSession, TrainedSession
 from ctc_drafter.drafters.baselines.chain_rule import Step, StepwiseDrafter
 from ctc_drafter.drafters.layers import RMSNorm
 from ctc_drafter.drafters.lm_head import DraftHead, head_logits
-from ctc_drafter.drafters.trainable import DrafterConfig
+from ctc_drafter.drafters.trainable import DrafterConfig, TrainableDrafter
 from ctc_drafter.types import Candidates, UserError
 
 # Drafters whose heads read the target's last hidden state: what Medusa and Hydra share.
@@ -89,7 +88,7 @@ class HeadsDrafter(StepwiseDrafter):
 
     def begin(self, embed: nn.Module, head: nn.Module, batch_size: int) -> DraftSession:
         """See `Drafter.begin`."""
-        return LastStateSession(self, self.borrow(embed, head))
+        return LastStateSession(self, self.states, self.borrow(embed, head))
 
 
 def before(states: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
@@ -98,38 +97,34 @@ def before(states: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
     return states.gather(1, index) * (anchors > 0).unsqueeze(-1)
 
 
-class Heads(Protocol):
-    """The part of a `HeadsDrafter` that a session runs."""
-
-    def states(self, features: torch.Tensor) -> torch.Tensor: ...
-    def candidates(
-        self, blocks: torch.Tensor, root: torch.Tensor, borrowed: DraftHead, nodes: int, min_probability: float = 0.0
-    ) -> Candidates: ...
-
-
-class LastStateSession:
-    """See `DraftSession`. Keeps the state `[B, H]` of each row's newest committed token."""
+class LastStateSession(TrainedSession):
+    """Keeps the state `[B, H]` of each row's newest committed token: what `states` makes of its features."""
 
     newest: torch.Tensor
 
-    def __init__(self, drafter: Heads, borrowed: DraftHead):
-        self.drafter, self.borrowed = drafter, borrowed
+    def __init__(self, drafter: TrainableDrafter, states: Callable[[torch.Tensor], torch.Tensor], head: DraftHead):
+        super().__init__()
+        self.drafter, self.states, self.head = drafter, states, head
 
-    def extend(self, tokens: torch.Tensor, features: torch.Tensor | None, counts: torch.Tensor) -> None:
-        self.newest = self._states(features, counts)
+    def take_in(self, committed: Committed) -> None:
+        """See `TrainedSession.take_in`."""
+        self.newest = self._newest(committed)
 
-    def propose(self, root: torch.Tensor, nodes: int, min_probability: float = 0.0) -> Candidates:
-        return self.drafter.candidates(self.newest, root, self.borrowed, nodes, min_probability)
+    def draft(self, root: torch.Tensor, nodes: int, min_probability: float) -> Candidates:
+        """See `TrainedSession.draft`."""
+        return self.drafter.candidates(self.newest, root, self.head, nodes, min_probability)
 
-    def join(self, tokens: torch.Tensor, features: torch.Tensor | None, counts: torch.Tensor) -> None:
-        self.newest = torch.cat([self.newest, self._states(features, counts)])
+    def add_rows(self, committed: Committed) -> None:
+        """See `TrainedSession.add_rows`."""
+        self.newest = torch.cat([self.newest, self._newest(committed)])
 
-    def select(self, rows: torch.Tensor) -> None:
+    def keep_rows(self, rows: torch.Tensor) -> None:
+        """See `TrainedSession.keep_rows`."""
         self.newest = self.newest[rows]
 
-    def _states(self, features: torch.Tensor | None, counts: torch.Tensor) -> torch.Tensor:
-        assert features is not None
-        return self.drafter.states(before(features, counts.unsqueeze(1)))[:, 0]
+    def _newest(self, committed: Committed) -> torch.Tensor:
+        assert committed.features is not None
+        return self.states(before(committed.features, committed.counts.unsqueeze(1)))[:, 0]
 
 
 # Medusa: independent residual heads on the target's last hidden state.

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional as fn
 
-from ctc_drafter.drafters.base import DraftSession
+from ctc_drafter.drafters.base import Committed, DraftSession
 from ctc_drafter.drafters.baselines.chain_rule import BorrowedOutputs, Step
 from ctc_drafter.drafters.baselines.heads import HeadsConfig, HeadsDrafter, before
 from ctc_drafter.drafters.layers import ContextSession, DraftKVCache, DraftLayer, LayerConfig, RMSNorm, cos_sin
@@ -116,27 +116,29 @@ class HydraDrafter(HeadsDrafter):
 
 
 class PrefixSession(ContextSession):
-    """See `DraftSession`. Keeps the prefix layer's keys and values, and its output `[B, H]` at the newest tokens."""
+    """Keeps the prefix layer's keys and values, and its output `[B, H]` at the newest tokens."""
 
-    def __init__(self, drafter: HydraDrafter, layer: DraftLayer, borrowed: BorrowedOutputs, batch_size: int):
-        self.drafter, self.layer, self.borrowed = drafter, layer, borrowed
-        self.context = DraftKVCache(drafter.config, 1, batch_size, layer.self_attn.k_proj.weight)
+    def __init__(self, drafter: HydraDrafter, layer: DraftLayer, head: BorrowedOutputs, batch_size: int):
+        self.drafter, self.layer, self.head = drafter, layer, head
+        weight = layer.self_attn.k_proj.weight
+        context = DraftKVCache(drafter.config, 1, batch_size, weight)
+        super().__init__(context, weight.new_zeros(batch_size, drafter.config.hidden_size))
 
-    def propose(self, root: torch.Tensor, nodes: int, min_probability: float = 0.0) -> Candidates:
-        return self.drafter.candidates(self.newest, root, self.borrowed, nodes, min_probability)
+    def draft(self, root: torch.Tensor, nodes: int, min_probability: float) -> Candidates:
+        """See `TrainedSession.draft`."""
+        return self.drafter.candidates(self.newest, root, self.head, nodes, min_probability)
 
-    def _take(self, cache: DraftKVCache, features: torch.Tensor | None, counts: torch.Tensor) -> torch.Tensor:
+    def store(self, cache: DraftKVCache, newest: torch.Tensor, committed: Committed) -> torch.Tensor:
         """Stores all new tokens, and lets the newest one of each row look at those that are there."""
-        assert features is not None
-        positions = cache.slots(features.shape[1])
-        states = self.drafter.states(features)
+        assert committed.features is not None
+        positions = cache.slots(committed.features.shape[1])
+        states = self.drafter.states(committed.features)
         normed = self.layer.input_layernorm(states)
         cache.store(0, positions, *self.layer.self_attn.keys_values(normed, cache.rotation(positions)))
-        cache.lengths = cache.lengths + counts
+        cache.lengths = cache.lengths + committed.counts
         last = cache.lengths.unsqueeze(1) - 1
         end = int(cache.lengths.max())
         seen = (torch.arange(end, device=last.device) <= last)[:, None, None]
-        output = self.layer(
-            before(states, counts.unsqueeze(1)), cache.rotation(last), lambda _keys, _values: cache.read(0, end), seen
-        )
+        state = before(states, committed.counts.unsqueeze(1))
+        output = self.layer(state, cache.rotation(last), lambda _keys, _values: cache.read(0, end), seen)
         return self.drafter.seen(output[:, 0])
