@@ -187,6 +187,7 @@ def test_models_health_and_metrics(server, client):
     with pytest.raises(openai.NotFoundError, match="another"):
         chat(client, model="another")
     assert client._client.get(f"{server.url}/health").json()["status"] == "ok"
+    chat(client)
     lane = server.service.engine.lanes["draft"]
     text = client._client.get(f"{server.url}/metrics").text
     figures = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
