@@ -183,8 +183,8 @@ class Target:
         slices = keep is not None and "logits_to_keep" in inspect.signature(self.model.forward).parameters
         if slices:
             options["logits_to_keep"] = keep
-        if long is None:
-            long = positions >= (self.switch or 0)
+        if long is None and self.switch is not None:
+            long = positions >= self.switch
         factors = factors_by_token(self.model, self.switch, long)
         with captured(self.model, layers) as outputs, grouped_heads(tokens.device), factors:
             result = self.model(

@@ -84,13 +84,13 @@ def rotary_modules(model: PreTrainedModel) -> list[nn.Module]:
 
 
 @contextmanager
-def factors_by_token(model: PreTrainedModel, switch: int | None, long: torch.Tensor) -> Iterator[None]:
+def factors_by_token(model: PreTrainedModel, switch: int | None, long: torch.Tensor | None) -> Iterator[None]:
     """While open, forwards of this thread rotate the tokens in `long bool [B, T]` by the long factors, others by the
     short ones."""
-    if switch is None:
+    if switch is None or long is None:
         yield
         return
-    thread, limit = threading.get_ident(), switch
+    thread, limit, mask = threading.get_ident(), switch, long.unsqueeze(-1)
 
     def choose(module: nn.Module, args: Any, kwargs: Any, _output: Any) -> Any:
         if threading.get_ident() != thread:
@@ -101,7 +101,7 @@ def factors_by_token(model: PreTrainedModel, switch: int | None, long: torch.Ten
         short = rotated(module, given, positions.clamp(max=limit - 1))
         far = rotated(module, given, torch.cat([positions, beyond], -1))
         return tuple(
-            torch.where(long.unsqueeze(-1), longer[..., :-1, :], shorter)
+            torch.where(mask, longer[..., :-1, :], shorter)
             for longer, shorter in zip(far, short, strict=True)
         )
 
