@@ -1,4 +1,4 @@
-"""Which configurations of which model types are tried, and what they need beside the generic small sizes."""
+"""Model types and configurations of the family sweep, with sizes that differ from the generic ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Figures of results files in a page, such as the README; what such commands share."""
+"""Inserts tables of results files into Markdown pages; shared command-line helpers."""
 
 from __future__ import annotations
 

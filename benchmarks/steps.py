@@ -1,4 +1,4 @@
-"""The step benchmarks: which cells a suite has, and `docs/performance.md` of what came out.
+"""Step time benchmarks: plain steps and trees by model, batch, context and vocabulary.
 
 python -m benchmarks.steps measure cpu --json results/steps-cpu-float32.json
 python -m benchmarks.steps measure gpu --json results/steps-gpu.json

@@ -1,4 +1,4 @@
-"""Loads what a command works with: target, tokenizer and drafter, by name or the shipped ones."""
+"""Loads target, tokenizer and drafter by folder or Hugging Face id, or the shipped pair."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The frozen values that stages pass to each other, and the error that users see.
+"""Frozen values passed between stages (`Candidates`, `TokenTree`, `Acceptance`, ...) and `UserError`.
 
 Shape letters used everywhere: B rows of a batch, N nodes of a tree without its root, F frames,
 V vocabulary, T tokens of a row, S slots of a cache, H hidden size, K feature size, D depth.

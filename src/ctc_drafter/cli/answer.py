@@ -1,4 +1,4 @@
-"""`ctc-drafter generate`: answers to prompts, streamed if there is one, in batches if there are many."""
+"""`ctc-drafter generate`: answers prompts, streamed or in batches."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`ctc-drafter demo`: plain and CTC decoding of the same prompts, side by side in time, then the figures."""
+"""`ctc-drafter demo`: plain and CTC decoding of the same prompts, and the speedup."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Token-synchronous prefix search: the best prefixes of a frame lattice, level by level.
+"""Token-synchronous CTC prefix search: the most probable prefixes of a lattice, level by level.
 
 Level u holds prefixes of u tokens. A prefix carries, for each frame, the probability that it has just been
 completed there; from that and its own predictor state follow its blank and token masses, and from those the

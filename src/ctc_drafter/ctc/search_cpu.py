@@ -1,4 +1,4 @@
-"""Best-first prefix search on a CPU (numba), with and without blanks."""
+"""Best-first CTC prefix search on a CPU (numba), and the same without blanks."""
 
 from __future__ import annotations
 

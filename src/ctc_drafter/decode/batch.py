@@ -1,4 +1,4 @@
-"""Rows that are decoded together: one step drafts, verifies, accepts and commits for all of them."""
+"""`Batch`: one decoding step for all sequences: draft, verify, accept, commit."""
 
 from __future__ import annotations
 

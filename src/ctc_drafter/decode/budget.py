@@ -1,4 +1,4 @@
-"""How many nodes a verification pays for on this machine, none included.
+"""Tree size per step from measured step times (0 = plain step).
 
 A step that verifies n nodes takes T(n), drafting included, and is expected to emit E(n) = 1 + Σ of the n best prefix
 probabilities for each row. The n with the largest E(n) - λ T(n) wins, where λ is the speed that the row keeps up on

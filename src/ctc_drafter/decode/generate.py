@@ -1,4 +1,4 @@
-"""The decoding loop, for a batch or for any number of prompts, and plain decoding, which is its oracle."""
+"""The decoding loop: `generate`, `generate_many`, and `plain_generate`, their oracle."""
 
 from __future__ import annotations
 

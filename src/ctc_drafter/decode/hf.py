@@ -1,4 +1,4 @@
-"""`custom_generate` adapter for transformers, with the scores and logits that it may return."""
+"""`speculate`: `custom_generate` adapter for transformers, with scores and logits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs the prompts through the target and picks each row's first token."""
+"""Prefill: prompts into the KV cache, features and first logits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The logits processors and stopping criteria of transformers, row by row; those that cannot be shared are refused."""
+"""transformers' logits processors and stopping criteria, applied sequence by sequence."""
 
 from __future__ import annotations
 

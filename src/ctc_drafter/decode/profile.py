@@ -1,4 +1,4 @@
-"""Step times of this machine: measured once for each target, drafter and setting, and remembered."""
+"""Step times of this machine, measured once and cached, for the tree size budget."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Greedy and sampled token selection, samplers for each row, and the noise that sampling draws."""
+"""Greedy and sampled token selection, per-sequence samplers, counter-based Gumbel noise."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""State of one sequence: its prompt and output, stopping and streaming."""
+"""State of one sequence: prompt, output, stopping and streaming."""
 
 from __future__ import annotations
 

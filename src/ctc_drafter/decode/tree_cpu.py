@@ -1,4 +1,4 @@
-"""Building a tree and following it in one compiled call each, for CPUs.
+"""Tree building and acceptance on a CPU (numba).
 
 There a dozen small tensor operations cost as much as a layer of the target. What they compute is defined by their twins
 of static shapes in `tree.py` and `accept.py`, which serve the other devices.

@@ -1,4 +1,4 @@
-"""The drafter and session protocols; a drafter that proposes nothing; text that waits for the next draft."""
+"""The drafter and session protocols; `NoDrafter`; buffering of committed tokens until the next draft."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sessions of the CTC drafter: copies from the text first, else the network and its search."""
+"""Session of the CTC drafter: prompt lookup first, network and prefix search otherwise."""
 
 from __future__ import annotations
 

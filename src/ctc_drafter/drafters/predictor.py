@@ -1,4 +1,4 @@
-"""What a prefix says about its next token: the bias that ties independent frames together.
+"""Predictor (prediction network): a low-rank bias on token logits given the drafted prefix.
 
 m[prefix, v] = W2 · f(prefix), f(prefix) = table[last] + MLP(previous, last, root state). A stateless prediction
 network as in transducers, of low rank, so that the normaliser of every (frame, prefix) is one matrix product.

@@ -1,4 +1,4 @@
-"""Several drafters, tasks, tree sizes and depths in one run, every output compared with plain decoding's."""
+"""`ctc-drafter bench`: several drafters, tasks, tree sizes and depths in one run."""
 
 from __future__ import annotations
 

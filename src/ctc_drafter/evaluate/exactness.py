@@ -1,4 +1,4 @@
-"""How often an output differs from plain decoding, and how near the choice was: rounding, measured.
+"""`ctc-drafter exactness`: how often rounding changes an output, and by what logit margin.
 
 In float32 nothing may differ. In shorter formats a forward over several tokens and one over a single token round
 differently, so near-ties of the two likeliest tokens can fall the other way. Plain decoding in another batch or

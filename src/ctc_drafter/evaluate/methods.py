@@ -1,4 +1,4 @@
-"""Ways to decode that are measured against each other: plain, chains, trees of a size; calibration."""
+"""Decoding methods under test: plain, best chain, trees of a size; calibration."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""docs/results.md: everything that the bench's files say, in tables and figures. Nothing in it is typed by hand."""
+"""Writes docs/results.md from the results files of bench."""
 
 from __future__ import annotations
 

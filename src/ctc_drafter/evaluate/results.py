@@ -1,4 +1,4 @@
-"""Records of a measurement and their journal, results files, the table for the terminal."""
+"""Records, journal and results files of a measurement; the table for the terminal."""
 
 from __future__ import annotations
 

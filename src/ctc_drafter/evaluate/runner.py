@@ -1,4 +1,4 @@
-"""One measurement for every method: same run, same prompts, same counter, plain decoding as the yardstick."""
+"""Runs all methods on the same prompts in one run, with plain decoding as the baseline."""
 
 from __future__ import annotations
 

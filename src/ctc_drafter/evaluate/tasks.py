@@ -1,4 +1,4 @@
-"""Tasks: named lists of prompts, from files or from where their authors publish them."""
+"""Benchmark tasks: prompts from files or downloads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Drafters trained for a comparison: every method alike (`bench --quick`), ablations, typical acceptance."""
+"""Trains drafters for comparisons (`bench --quick`, `--ablations`); typical acceptance."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Between the event loop and the engine's thread: a request's jobs go there, their events come back."""
+"""Event streams between the asyncio loop and the engine's thread."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The decoding engine: one worker thread, a bounded queue, a batch whose rows join and leave."""
+"""Decoding engine with continuous batching: one worker thread, a bounded queue."""
 
 from __future__ import annotations
 

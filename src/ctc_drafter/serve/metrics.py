@@ -1,4 +1,4 @@
-"""Figures for Prometheus. What the engine counts is read when somebody asks."""
+"""Prometheus metrics."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Errors in OpenAI's shape; API key, time limit and count of every request."""
+"""ASGI middleware (API key, time limit, request counts) and errors in OpenAI's format."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""OpenAI's API: chat completions, completions, models; answers in its two shapes."""
+"""OpenAI endpoints: chat completions, completions, models; whole or streamed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Requests and responses of OpenAI's API, the part of it that is served."""
+"""Request and response models of the OpenAI API."""
 
 from __future__ import annotations
 

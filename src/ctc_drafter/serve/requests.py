@@ -1,4 +1,4 @@
-"""One completion in progress, its events, and the text of it that may be shown."""
+"""One completion in progress: its events, its text, stop strings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`ctc-drafter serve`: the web application on a socket, until it is told to stop."""
+"""`ctc-drafter serve`: FastAPI application, uvicorn and shutdown."""
 
 from __future__ import annotations
 

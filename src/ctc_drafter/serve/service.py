@@ -1,4 +1,4 @@
-"""From requests to jobs: prompts as tokens, settings as samplers, within the server's limits."""
+"""From API requests to completions: prompts, samplers, limits."""
 
 from __future__ import annotations
 

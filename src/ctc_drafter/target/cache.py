@@ -1,4 +1,4 @@
-"""Operations on the KV cache: growing and static layers, compaction, rows that join and leave."""
+"""KV cache operations: growing and static layers, compaction, joining and removing rows."""
 
 from __future__ import annotations
 

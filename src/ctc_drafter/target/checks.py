@@ -1,4 +1,4 @@
-"""What a target must offer, and whole checkpoints: what is refused, and why."""
+"""Which targets are refused, by configuration, signature and cache; loading of complete checkpoints."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Short forwards of a target as exported, compiled graphs of fixed sizes."""
+"""Compiled target (torch.export, torch.compile): graphs of fixed sizes for short forwards."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The target: one forward of any causal LM for prefill, plain steps and token trees."""
+"""`Target`: the forward pass of any causal LM for prefill, plain steps and token trees."""
 
 from __future__ import annotations
 

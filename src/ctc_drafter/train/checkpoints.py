@@ -1,4 +1,4 @@
-"""Whole checkpoints in place of half ones, and the processes of one run."""
+"""Complete checkpoints only, and distributed training: processes, FSDP2."""
 
 from __future__ import annotations
 

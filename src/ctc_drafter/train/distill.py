@@ -1,4 +1,4 @@
-"""The target answers the prompts, the only text that a drafter should learn from; shards that survive a kill."""
+"""Distillation: the target answers prompts, in shards that survive a kill."""
 
 from __future__ import annotations
 

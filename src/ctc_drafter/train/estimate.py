@@ -1,4 +1,4 @@
-"""What a training run will need: disk, memory and floating-point operations, from configurations alone.
+"""Estimates disk, memory and operations of training and distillation, on fake tensors.
 
 Nothing is typed in: parameters are counted, and one step of the very code that trains runs on fake tensors, under a
 counter of its memory and one of its operations.

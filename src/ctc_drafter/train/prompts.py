@@ -1,4 +1,4 @@
-"""Prompts for the target to answer: conversations from files or the hub, encoded."""
+"""Prompts for distillation: conversations from files or the hub, encoded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The model card of a finished drafter, and its push to the hub."""
+"""Model card of a trained drafter, and its upload to the hub."""
 
 from __future__ import annotations
 

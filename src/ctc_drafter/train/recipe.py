@@ -1,4 +1,4 @@
-"""Recipes: YAML files that name a target, its prompts and options; their pages under docs/recipes/."""
+"""YAML recipes: target, prompts and options of a training; their pages under docs/recipes/."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Best prefixes on a CPU, where a dozen small tensor operations cost as much as a head: one compiled call a level.
+"""Best prefixes under the chain rule on a CPU (numba), one compiled call per level.
 
 What is found is defined by `expand.expand_statically`. Here the n best so far are known at each level, so a token is
 looked at only if it may be among them, and only prefixes that are among them are asked for their next tokens.

@@ -1,4 +1,4 @@
-"""Other drafters with CTC: the paper's, and ours without its attention."""
+"""Two other CTC drafters: the paper's, and ours with linear frames in place of attention."""
 
 from __future__ import annotations
 
