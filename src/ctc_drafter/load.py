@@ -127,7 +127,7 @@ def compiled_for_all(target: Target, drafters: Sequence[Drafter], nodes: int, ro
 
 
 def keep_quiet() -> None:
-    """Leaves the terminal to our own lines."""
+    """Silences progress bars and warnings of libraries."""
     warnings.simplefilter("ignore")
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()

@@ -68,7 +68,7 @@ class TokenTree:
 
 @dataclass(frozen=True)
 class Verification:
-    """What the target says of each node of a tree.
+    """Logits and features of the target at each node of a tree.
 
     logits:   [B, 1+N, V], of the token that follows each node.
     features: [B, 1+N, K], the target's hidden states that the drafter asked for; None if none.
@@ -95,7 +95,7 @@ class Acceptance:
     bonus: torch.Tensor
 
 
-# Prefixes that were found on the host, as candidates.
+# Pads Python lists of prefixes into `Candidates`.
 
 # (token, log-probability, index of its parent or -1, depth)
 Prefix = tuple[int, float, int, int]

@@ -76,7 +76,7 @@ class Method:
 
 
 class Batch:
-    """The rows at work, in the order of cache, drafter session, lengths and roots."""
+    """The sequences being decoded, in the row order of cache, drafter session, lengths and roots."""
 
     cache: Cache
     session: LazySession

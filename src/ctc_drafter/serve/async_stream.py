@@ -48,7 +48,7 @@ class RequestStream:
             self.jobs[place].cancelled = True
 
     def cancel(self) -> None:
-        """Rows at work leave at the next step."""
+        """Cancels the jobs; their rows leave at the next step."""
         for job in self.jobs:
             job.cancelled = True
 

@@ -17,7 +17,7 @@ from ctc_drafter.files import write_atomic
 from ctc_drafter.target.features import decoder_blocks
 from ctc_drafter.types import UserError
 
-# Checkpoints that are whole or do not count: a checksum of every file, written last.
+# Complete checkpoints: a checksum of every file, written last.
 
 logger = logging.getLogger(__name__)
 SEAL = "files.json"

@@ -140,7 +140,7 @@ def collapsed(
 
 # The CTC drafter without its attention: frames are linear maps of the last hidden state, as Medusa's heads are.
 #
-# For ablations: what the attention module is worth. Everything behind the frames is that of `ctc.py`.
+# For ablations of the attention module. Everything behind the frames is that of `ctc.py`.
 
 
 class LinearCTCConfig(CTCDrafterConfig):

@@ -166,7 +166,7 @@ class PairLayer(nn.Module):
         return states + self.mlp(self.post_attention_layernorm(states))
 
 
-# EAGLE at work: a context cache of committed pairs, and a tree that the layer grows behind it, depth by depth.
+# Session: a KV cache of committed pairs, and the draft tree behind it, depth by depth.
 
 
 class PairNetwork(Protocol):
