@@ -1,1 +1,1 @@
-"""What writes this repository's pages and figures; not part of the package."""
+"""Benchmarks and generators of this repository's pages; not part of the package."""

@@ -1,7 +1,7 @@
-"""Which model families decode exactly and which are refused: tiny random models of each, tried one by one.
+"""docs/families.md: which model families decode exactly and which are refused, on tiny random models.
 
 `python -m benchmarks.families docs/families.md` writes the table. It is a report: what is accepted or
-refused is decided by `support.py` and `selftest.py`, which know no family.
+refused is decided by `target/checks.py` and `target/self_test.py`, which know no family.
 """
 
 from __future__ import annotations

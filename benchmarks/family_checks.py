@@ -1,4 +1,4 @@
-"""Whether a target decodes exactly over every length threshold: trees, batches and samples against plain decoding."""
+"""Exactness of a target over every length threshold: trees, batches and samples against plain decoding."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tiny random models of every causal LM that transformers maps, with every length threshold a few tokens away.
+"""Tiny random models of every causal LM in transformers, with low length thresholds.
 
 One table of small sizes, filtered by what a configuration class declares, builds most types; `family_table.py` has
 what is left. Sliding windows, chunks and original contexts of scaled rotary embeddings are shorter than the texts that

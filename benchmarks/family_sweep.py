@@ -1,4 +1,4 @@
-"""Every model type of transformers' causal LM and image-text mappings: refused, or decoded exactly or not.
+"""Sweep over all causal LM and image-text model types of transformers: exact, different or refused.
 
 Its part of `docs/families.md` is written by `python -m benchmarks.families`.
 """

@@ -1,4 +1,4 @@
-"""Which configurations of which model types are tried, and what they need beside the generic small sizes."""
+"""Model types and configurations of the family sweep, with sizes that differ from the generic ones."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ MAMBA: dict[str, Any] = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups
 SHARED: dict[str, Any] = {"num_kv_shared_layers": 1, "hidden_size_per_layer_input": 8}
 PICTURE_TOKEN: dict[str, Any] = {"vocabulary_map": {"<image>": VOCABULARY - 1}}
 
-# By model type, also where it is a part of a larger one: what the generic sizes do not settle.
+# Sizes that differ from the generic ones, by model type.
 OVERRIDES: dict[str, dict[str, Any]] = {
     "bamba": MAMBA | {"attn_layer_indices": [1]},
     "blt": {"encoder_hash_byte_group_vocab": 50},

@@ -1,4 +1,4 @@
-"""docs/generate.md from the tables of settings: `python -m benchmarks.generate_page > docs/generate.md`."""
+"""docs/generate.md from the settings tables: `python -m benchmarks.generate_page > docs/generate.md`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pictures of the page at work on the shipped model, made anew by `python -m benchmarks.page_pictures [FOLDER]`.
+"""Screenshots of the server's page for docs/serving.md: `python -m benchmarks.page_pictures [FOLDER]`.
 
 Without a folder those of `docs/serving.md`; into a folder, every state in both schemes and sizes, to be looked at.
 """

@@ -1,4 +1,4 @@
-"""Figures of results files in a page, such as the README; what such commands share."""
+"""Inserts tables of results files into Markdown pages; shared command-line helpers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ctc_drafter.files import read_json
 from ctc_drafter.load import keep_quiet
 from ctc_drafter.types import UserError
 
-# Results for people to read.
+# Results as Markdown tables.
 
 
 def markdown_figures(results: Sequence[dict[str, Any]]) -> str:
@@ -50,7 +50,7 @@ def main(
     write_figures(page, files, markdown_figures)
 
 
-# What modules with a command line of their own share (`python -m ctc_drafter.evaluate.NAME`).
+# Shared command-line helpers (`python -m benchmarks.NAME`).
 
 END = "<!-- end of figures -->"
 

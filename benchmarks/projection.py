@@ -1,4 +1,4 @@
-"""What steps of large models would take on a GPU at its limits: arithmetic, measured nowhere.
+"""Roofline estimates of step times of large models on GPUs, not measurements.
 
 python -m benchmarks.projection docs/performance.md
 

@@ -1,4 +1,4 @@
-"""Throughput of the server by number of clients, with the drafter and without: docs/serving.md's figures.
+"""Server throughput by number of clients, with and without the drafter: docs/serving.md.
 
     python -m benchmarks.serving measure --tasks mt_bench,gsm8k --tasks-path FOLDER --limit 16 \\
         --json results/serve-float32.json -- --threads 2

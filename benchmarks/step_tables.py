@@ -1,4 +1,4 @@
-"""docs/performance.md: what steps cost, in tables. Nothing in it is typed by hand."""
+"""Tables of step times for docs/performance.md."""
 
 from __future__ import annotations
 

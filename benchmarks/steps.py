@@ -1,4 +1,4 @@
-"""The step benchmarks: which cells a suite has, and `docs/performance.md` of what came out.
+"""Step time benchmarks: plain steps and trees by model, batch, context and vocabulary.
 
 python -m benchmarks.steps measure cpu --json results/steps-cpu-float32.json
 python -m benchmarks.steps measure gpu --json results/steps-gpu.json
@@ -39,7 +39,7 @@ from ctc_drafter.target.layout import columns_first
 from ctc_drafter.target.model import Target
 from ctc_drafter.types import UserError
 
-# What steps cost, by model, tree, batch, context and vocabulary.
+# Step times by model, tree, batch, context and vocabulary.
 #
 # Weights may be random: times do not depend on what is written, as long as all nodes are verified. They cannot say
 # how many tokens a step brings, β, so speedups are a line over it.
@@ -234,7 +234,7 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-# Llamas of known sizes with random weights, and an untrained drafter for each: for times, which ask for no sense.
+# Llamas of known sizes with random weights, and an untrained drafter for each, for timing only.
 
 
 @dataclass(frozen=True)
@@ -304,7 +304,7 @@ def random_drafter(target: Target) -> CTCDrafter:
     return made
 
 
-# The least that a plain step takes: what it must read, over how fast this machine reads.
+# Roofline of a plain step: bytes to read over memory bandwidth.
 
 SAMPLE = {"cpu": 1 << 28, "cuda": 1 << 31}  # bytes: more than caches hold
 

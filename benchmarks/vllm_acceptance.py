@@ -1,4 +1,4 @@
-"""Acceptance in vLLM: its n-gram lookup and our drafter at the same draft length, for docs/serving.md.
+"""Acceptance in vLLM: its n-gram drafter and ours at the same draft length, for docs/serving.md.
 
 Run where vLLM is installed (`make test-vllm` makes such an environment in .venv-vllm):
 

@@ -1,1 +1,1 @@
-"""Recipes of trainings, and what made the shipped model; not part of the package."""
+"""Training recipes, and the scripts that made the shipped model; not part of the package."""

@@ -1,1 +1,1 @@
-"""How the shipped target and drafter were made: corpus and target, distillation, drafter, model card."""
+"""Scripts that made the shipped target and drafter: pretraining, distillation, training, model card."""

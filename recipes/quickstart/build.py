@@ -1,4 +1,4 @@
-"""The whole recipe of the shipped model: `python -m recipes.quickstart.build CORPUS`.
+"""Builds the shipped target and drafter: `python -m recipes.quickstart.build CORPUS`.
 
 pretrain the target -> let it answer training prompts -> train the drafter on those answers -> train it on, half of the
 time without copies -> package both.

@@ -1,4 +1,4 @@
-"""Trains the quickstart target, a small Llama, from random weights."""
+"""Pretrains the shipped target, a small Llama, from random weights."""
 
 from __future__ import annotations
 

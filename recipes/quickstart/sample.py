@@ -1,4 +1,4 @@
-"""A small sample of distilled text that ships with the package: `python -m recipes.quickstart.sample FOLDER...`.
+"""Samples distilled text for the package: `python -m recipes.quickstart.sample FOLDER...`.
 
 `ctc-drafter bench --quick` trains small drafters on it, on any machine and without a corpus.
 """

@@ -1,4 +1,4 @@
-"""Smaller targets, made as the shipped one was: `python -m recipes.quickstart.smaller_targets CORPUS --out FOLDER`.
+"""Trains smaller targets: `python -m recipes.quickstart.smaller_targets CORPUS --out FOLDER`.
 
 With them `bench --ablations --target FOLDER/NAME/target --data FOLDER/NAME/distilled` shows how acceptance changes with
 the target: same text, same tokenizer, same prompts to answer as those of the sample that ships with the package.

@@ -1,4 +1,4 @@
-"""Between text and token ids: a conversation becomes a prompt, emitted tokens become printable text."""
+"""Chat templates and text streaming: conversations to token ids, emitted tokens to printable text."""
 
 from __future__ import annotations
 

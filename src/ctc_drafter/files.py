@@ -1,4 +1,4 @@
-"""Files on disk: JSON in and out, writes that leave no half file behind, errors of a full or closed disk."""
+"""JSON files and atomic writes; disk errors as one line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Loads what a command works with: target, tokenizer and drafter, by name or the shipped ones."""
+"""Loads target, tokenizer and drafter by folder or Hugging Face id, or the shipped pair."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def compiled_for_all(target: Target, drafters: Sequence[Drafter], nodes: int, ro
 
 
 def keep_quiet() -> None:
-    """Leaves the terminal to our own lines."""
+    """Silences progress bars and warnings of libraries."""
     warnings.simplefilter("ignore")
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()

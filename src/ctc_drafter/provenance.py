@@ -1,4 +1,4 @@
-"""Where data and results come from: hashes and manifests of folders; commit, versions, hardware."""
+"""Hashes and manifests of data folders; commit, versions and hardware of results."""
 
 from __future__ import annotations
 

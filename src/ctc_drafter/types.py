@@ -1,4 +1,4 @@
-"""The frozen values that stages pass to each other, and the error that users see.
+"""Frozen values passed between stages (`Candidates`, `TokenTree`, `Acceptance`, ...) and `UserError`.
 
 Shape letters used everywhere: B rows of a batch, N nodes of a tree without its root, F frames,
 V vocabulary, T tokens of a row, S slots of a cache, H hidden size, K feature size, D depth.
@@ -68,7 +68,7 @@ class TokenTree:
 
 @dataclass(frozen=True)
 class Verification:
-    """What the target says of each node of a tree.
+    """Logits and features of the target at each node of a tree.
 
     logits:   [B, 1+N, V], of the token that follows each node.
     features: [B, 1+N, K], the target's hidden states that the drafter asked for; None if none.
@@ -95,7 +95,7 @@ class Acceptance:
     bonus: torch.Tensor
 
 
-# Prefixes that were found on the host, as candidates.
+# Pads Python lists of prefixes into `Candidates`.
 
 # (token, log-probability, index of its parent or -1, depth)
 Prefix = tuple[int, float, int, int]

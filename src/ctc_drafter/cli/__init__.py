@@ -1,4 +1,4 @@
-"""The `ctc-drafter` command. Options and checks are here, the work is elsewhere and imported when it starts."""
+"""The `ctc-drafter` command line: demo, generate, serve, export. Heavy modules are imported when a command runs."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def demo(
     dtype: DtypeOption = "float32",
     device: DeviceOption = "auto",
 ) -> None:
-    """Shows plain and CTC decoding of three prompts, and how much sooner the same text is there."""
+    """Decodes three prompts without and with the drafter, and prints the speedup."""
     from rich.console import Console
 
     from ctc_drafter.cli.demo import demo as run_demo
@@ -60,9 +60,10 @@ def demo(
 
 @app.command()
 def generate(
-    prompt: Annotated[str | None, typer.Option("--prompt", help="The text to answer; the answer streams.")] = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", help="Prompt to answer; the answer is streamed.")] = None,
     prompts_file: Annotated[
-        Path | None, typer.Option("--prompts-file", help="JSONL of prompts, or a text file with one a line.")
+        Path | None,
+        typer.Option("--prompts-file", help="JSONL file of prompts, or a text file with one prompt per line."),
     ] = None,
     target: TargetOption = None,
     drafter: DrafterOption = None,
@@ -71,20 +72,26 @@ def generate(
     nodes: NodesOption = None,
     dtype: DtypeOption = "float32",
     device: DeviceOption = "auto",
-    plain: Annotated[bool, typer.Option("--plain", help="Decode without a drafter.")] = False,
-    raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")] = False,
+    plain: Annotated[bool, typer.Option("--plain", help="Decode without a drafter, one token per step.")] = False,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Continue the prompt as plain text, without the chat template.")
+    ] = False,
     temperature: Annotated[
-        float, typer.Option("--temperature", min=0.0, help="Sample, the wilder the higher; 0 is greedy.")
+        float, typer.Option("--temperature", min=0.0, help="Sampling temperature; 0 decodes greedily.")
     ] = 0.0,
-    top_p: Annotated[float, typer.Option("--top-p", help="Sample from the likeliest tokens of this mass.")] = 1.0,
-    top_k: Annotated[int, typer.Option("--top-k", min=0, help="Sample from so many likeliest tokens; 0: all.")] = 0,
+    top_p: Annotated[float, typer.Option("--top-p", help="Nucleus sampling threshold.")] = 1.0,
+    top_k: Annotated[
+        int, typer.Option("--top-k", min=0, help="Sample from the k most probable tokens only; 0 for all.")
+    ] = 0,
     seed: SeedOption = 0,
-    stop: Annotated[list[str] | None, typer.Option("--stop", help="Text that ends an answer; may be repeated.")] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option("--stop", help="Stop string that ends an answer; may be repeated.")
+    ] = None,
     budget: BudgetOption = False,
     compiled: CompileOption = False,
     json_out: JsonOption = None,
 ) -> None:
-    """Answers a prompt, or every prompt of a file, in the target's own words."""
+    """Generates the target's answer to a prompt, or to every prompt of a file."""
     from ctc_drafter.cli.answer import Answerer, AnswerSettings, answer
     from ctc_drafter.decode.generate import DEFAULT_NODES
     from ctc_drafter.evaluate.tasks import Prompt, read_prompts
@@ -118,18 +125,20 @@ def generate(
     answer(Answerer(lm, draft, tokenizer, settings), prompts, details, json_out, sys.stdout)
 
 
-# The command that hands a drafter to other engines. As in `cli`, the work is imported when it starts.
+# Exports a drafter for other engines.
 
 
 def export(
-    out: Annotated[Path, typer.Option("--out", help="New folder for the exported drafter.")],
+    out: Annotated[Path, typer.Option("--out", help="Output folder, new or empty.")],
     target: TargetOption = None,
     drafter: DrafterOption = None,
-    layout: Annotated[Literal["speculators"], typer.Option("--format", help="How engines read it.")] = "speculators",
-    width: Annotated[int, typer.Option("--width", min=1, help="Prefixes of each length that a search keeps.")] = 8,
+    layout: Annotated[Literal["speculators"], typer.Option("--format", help="Checkpoint format.")] = "speculators",
+    width: Annotated[
+        int, typer.Option("--width", min=1, help="Beam width: prefixes of each length that the search keeps.")
+    ] = 8,
     dtype: DtypeOption = "bfloat16",
 ) -> None:
-    """Writes a drafter as vLLM and SGLang load it, with our plugin: vllm serve OUT."""
+    """Exports a drafter for vLLM and SGLang, which run it with our plugin: vllm serve OUT."""
     import torch
 
     from ctc_drafter.chat import fingerprint
@@ -161,37 +170,47 @@ app.command(name="eval")(evaluate)
 def serve(
     target: TargetOption = None,
     drafter: DrafterOption = None,
-    host: Annotated[str, typer.Option("--host", help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
+    host: Annotated[
+        str, typer.Option("--host", help="Address to listen on; 0.0.0.0 for all interfaces.")
+    ] = "127.0.0.1",
     port: Annotated[
-        int, typer.Option("--port", min=0, max=65535, help="Port to listen on; 0 takes a free one.")
+        int, typer.Option("--port", min=0, max=65535, help="Port to listen on; 0 chooses a free one.")
     ] = 8000,
     api_key: Annotated[
-        str | None, typer.Option("--api-key", envvar="CTC_DRAFTER_API_KEY", help="Clients must send it.")
+        str | None, typer.Option("--api-key", envvar="CTC_DRAFTER_API_KEY", help="API key that clients must send.")
     ] = None,
     name: Annotated[
-        str | None, typer.Option("--name", help="What clients call the model.", show_default="the target's name")
+        str | None, typer.Option("--name", help="Model name in the API.", show_default="the target's name")
     ] = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Answers decoded together.")] = 8,
-    queue: Annotated[int, typer.Option("--queue", min=1, help="Answers that may wait.")] = 64,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer, in tokens.")] = 2048,
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", min=1, help="Maximum number of answers decoded in one batch.")
+    ] = 8,
+    queue: Annotated[int, typer.Option("--queue", min=1, help="Maximum number of answers in the queue.")] = 64,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", min=1, help="Maximum number of new tokens per answer.")
+    ] = 2048,
     max_prompt: Annotated[
-        int | None, typer.Option("--max-prompt", min=1, help="Longest prompt, in tokens.", show_default="the context")
+        int | None,
+        typer.Option("--max-prompt", min=1, help="Maximum prompt length in tokens.", show_default="the context"),
     ] = None,
-    max_body: Annotated[int, typer.Option("--max-body", min=1, help="Longest request, in bytes.")] = 1 << 20,
-    timeout: Annotated[float, typer.Option("--timeout", help="Seconds of an answer, its wait included.")] = 300.0,
+    max_body: Annotated[int, typer.Option("--max-body", min=1, help="Maximum size of a request body in bytes.")] = 1
+    << 20,
+    timeout: Annotated[
+        float, typer.Option("--timeout", help="Timeout of an answer in seconds, queueing included.")
+    ] = 300.0,
     grace: Annotated[
-        float, typer.Option("--grace", min=0.0, help="Seconds that answers have left when the server stops.")
+        float, typer.Option("--grace", min=0.0, help="Seconds that running answers have to finish at shutdown.")
     ] = 10.0,
     nodes: NodesOption = None,
     floor: FloorOption = None,
     budget: BudgetOption = False,
     compiled: CompileOption = False,
-    plain: Annotated[bool, typer.Option("--plain", help="Decode without a drafter.")] = False,
+    plain: Annotated[bool, typer.Option("--plain", help="Decode without a drafter, one token per step.")] = False,
     dtype: DtypeOption = "float32",
     device: DeviceOption = "auto",
     threads: ThreadsOption = None,
 ) -> None:
-    """Serves OpenAI's API, and a page that shows the drafter at work."""
+    """Runs an OpenAI-compatible server, with a page that visualises drafts and accepted tokens."""
     import torch
 
     from ctc_drafter.decode.generate import DEFAULT_FLOOR, DEFAULT_NODES
@@ -230,7 +249,7 @@ def serve(
 
 
 def bad_input(error: Exception) -> str | None:
-    """The one line to show for an error that the user can mend; None for a bug."""
+    """The one-line message of an error that the user can fix; None for a bug."""
     if hasattr(error, "format_message"):  # typer's own: unknown options, values out of range
         return str(error.format_message()).replace("\n", " ")
     from ctc_drafter.types import UserError

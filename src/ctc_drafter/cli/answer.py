@@ -1,4 +1,4 @@
-"""`ctc-drafter generate`: answers to prompts, streamed if there is one, in batches if there are many."""
+"""`ctc-drafter generate`: answers prompts, streamed or in batches."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class Answerer:
         return encoded
 
     def run(self, prompts: list[list[int]], start: int = 0, on_tokens: OnTokens | None = None) -> Generation:
-        """Continues prompts number `start` and onwards, by which their seeds go."""
+        """Continues prompts; `start` is the index of the first one, from which seeds are derived."""
         options: dict[str, Any] = {
             "max_new_tokens": self.settings.max_new_tokens,
             "eos": eos_ids(self.target.model, self.tokenizer),

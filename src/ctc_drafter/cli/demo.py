@@ -1,4 +1,4 @@
-"""`ctc-drafter demo`: plain and CTC decoding of the same prompts, side by side in time, then the figures."""
+"""`ctc-drafter demo`: plain and CTC decoding of the same prompts, and the speedup."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def titles(console: Console) -> dict[str, str]:
 
 
 def summary(totals: dict[str, Total]) -> Table:
-    """The closing table; the first method is the yardstick."""
+    """The closing table; the first method is the baseline."""
     table = Table("method", "tokens/s", "speedup γ", "acceptance length β", "output")
     first = next(iter(totals.values()))
     for name, total in totals.items():

@@ -1,4 +1,4 @@
-"""The commands that measure: step times, speed and acceptance, comparisons, exactness."""
+"""`ctc-drafter profile`, `eval`, `bench`, `report` and `exactness`: step times, speed and acceptance."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def profile(
     compiled: CompileOption = False,
     json_out: JsonOption = None,
 ) -> None:
-    """Measures what a step costs on this machine by tree size, and keeps it for --budget."""
+    """Measures step time by tree size on this machine, and stores it for --budget."""
     import torch
     from rich.console import Console
 
@@ -61,8 +61,8 @@ def profile(
 
 
 def evaluate(
-    tasks: Annotated[str, typer.Option("--tasks", help="Names of tasks, with commas between them.")],
-    tasks_path: Annotated[Path, typer.Option("--tasks-path", help="Folder with a <task>.jsonl for each.")],
+    tasks: Annotated[str, typer.Option("--tasks", help="Comma-separated task names.")],
+    tasks_path: Annotated[Path, typer.Option("--tasks-path", help="Folder with a file <task>.jsonl per task.")],
     target: TargetOption = None,
     drafter: DrafterOption = None,
     limit: SomeOption = None,
@@ -75,19 +75,24 @@ def evaluate(
     threads: ThreadsOption = None,
     seed: SeedOption = 0,
     budget: Annotated[
-        bool, typer.Option("--budget", help="Also trees as large as pays on this machine, up to --nodes.")
+        bool,
+        typer.Option(
+            "--budget",
+            help="Also measure tree sizes chosen per step, up to --nodes, from step times measured on this machine.",
+        ),
     ] = False,
     compiled: CompileOption = False,
     also: Annotated[
         str,
         typer.Option(
             "--also",
-            help="Others beside it: prompt_lookup, and transformers' hf,hf-compiled,hf-lookup,hf-assisted=DIR.",
+            help="Also measure prompt_lookup or transformers' generate, comma-separated: "
+            "prompt_lookup,hf,hf-compiled,hf-lookup,hf-assisted=DIR.",
         ),
     ] = "",
     json_out: JsonOption = None,
 ) -> None:
-    """Measures speed and acceptance against plain decoding, and compares the outputs."""
+    """Measures speedup and tokens per step over plain decoding, and compares the outputs."""
     import torch
     from rich.console import Console
 
@@ -134,42 +139,65 @@ def evaluate(
 def bench(
     tasks: Annotated[
         str | None,
-        typer.Option("--tasks", help="Names, or JSONL files, with commas.", show_default="mt_bench,gsm8k"),
+        typer.Option("--tasks", help="Comma-separated task names or JSONL files.", show_default="mt_bench,gsm8k"),
     ] = None,
     tasks_path: Annotated[
-        Path | None, typer.Option("--tasks-path", help="Folder with a <task>.jsonl for each.", show_default="download")
+        Path | None,
+        typer.Option("--tasks-path", help="Folder with a file <task>.jsonl per task.", show_default="download"),
     ] = None,
     target: TargetOption = None,
     drafters: Annotated[
         list[str] | None,
-        typer.Option("--drafter", help="NAME=DIR, or prompt_lookup; may be repeated.", show_default="ctc, shipped"),
+        typer.Option(
+            "--drafter", help="Drafter as NAME=DIR, or prompt_lookup; may be repeated.", show_default="ctc, shipped"
+        ),
     ] = None,
     nodes: Annotated[
-        str | None, typer.Option("--nodes", help="chain and tree sizes.", show_default="chain,8,16,32,64")
+        str | None,
+        typer.Option(
+            "--nodes",
+            help="Comma-separated tree sizes; chain is the best single path.",
+            show_default="chain,8,16,32,64",
+        ),
     ] = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="Train small drafters of every method alike, then compare them briefly.")
+        bool, typer.Option("--quick", help="Train a small drafter of every method on the same data, then compare them.")
     ] = False,
     ablations: Annotated[bool, typer.Option("--ablations", help="Train and compare variants of the drafter.")] = False,
     only: Annotated[
-        list[str] | None, typer.Option("--only", help="Of these methods or variants; may be repeated.")
+        list[str] | None,
+        typer.Option("--only", help="Restrict --quick or --ablations to this method or variant; may be repeated."),
     ] = None,
     steps: Annotated[
-        int | None, typer.Option("--steps", min=1, help="Of --quick's and --ablations' trainings.", show_default="160")
+        int | None,
+        typer.Option(
+            "--steps", min=1, help="Training steps per drafter with --quick or --ablations.", show_default="160"
+        ),
     ] = None,
     work: Annotated[
-        Path | None, typer.Option("--work", help="Folder for what they train.", show_default="in the user's cache")
+        Path | None,
+        typer.Option(
+            "--work",
+            help="Folder for the drafters that --quick and --ablations train.",
+            show_default="in the user's cache",
+        ),
     ] = None,
     depths: Annotated[
-        str, typer.Option("--depths", help="Every drafter with drafts of at most so many tokens: 3,5,7.")
+        str,
+        typer.Option(
+            "--depths", help="Comma-separated maximum draft lengths to measure each drafter with, e.g. 3,5,7."
+        ),
     ] = "",
     data: Annotated[
         list[Path] | None,
-        typer.Option("--data", help="With --target: its distilled text, to train on; may be repeated."),
+        typer.Option(
+            "--data", help="Folder of the target's distilled answers to train on, with --target; may be repeated."
+        ),
     ] = None,
     limit: SomeOption = None,
     max_new_tokens: Annotated[
-        int | None, typer.Option("--max-new-tokens", min=1, help="Longest answer, in tokens.", show_default="128")
+        int | None,
+        typer.Option("--max-new-tokens", min=1, help="Maximum number of new tokens per answer.", show_default="128"),
     ] = None,
     batch_size: BatchOption = 1,
     watched: Annotated[
@@ -177,7 +205,7 @@ def bench(
         typer.Option(
             "--watched",
             min=0,
-            help="Prompts of a task that run once more for the calibration curve.",
+            help="Prompts per task that are run again for the calibration curve.",
             show_default="4; 1 with --quick and --ablations",
         ),
     ] = None,
@@ -189,7 +217,7 @@ def bench(
     seed: SeedOption = 0,
     json_out: JsonOption = None,
 ) -> None:
-    """Measures methods, tasks and tree sizes in one run; the same command goes on where it was killed."""
+    """Compares methods, tasks and tree sizes in one run; the same command resumes it."""
     import torch
     from rich.console import Console
 
@@ -252,12 +280,12 @@ def bench(
 
 
 def report(
-    files: Annotated[list[Path], typer.Argument(help="Results that bench wrote; others are left out.")],
-    out: Annotated[Path, typer.Option("--out", help="The page; figures go into a folder beside it.")] = Path(
-        "docs/results.md"
-    ),
+    files: Annotated[list[Path], typer.Argument(help="Results files of bench; others are skipped.")],
+    out: Annotated[
+        Path, typer.Option("--out", help="Markdown page to write; figures go into the folder figures next to it.")
+    ] = Path("docs/results.md"),
 ) -> None:
-    """Writes tables and figures of benches, with intervals, into a page."""
+    """Writes a Markdown page of bench results: tables, figures and confidence intervals."""
     from ctc_drafter.evaluate.report_page import draw, page
     from ctc_drafter.evaluate.results import read_results
     from ctc_drafter.files import check_place
@@ -272,12 +300,14 @@ def report(
 def exactness(
     target: TargetOption = None,
     drafter: Annotated[
-        str | None, typer.Option("--drafter", help="Its drafter. With --target alone, drafts are made up.")
+        str | None,
+        typer.Option("--drafter", help="Drafter for the target. With --target alone, scripted drafts are used."),
     ] = None,
     tasks_path: Annotated[
-        Path | None, typer.Option("--tasks-path", help="Folder with a <task>.jsonl for each.", show_default="demo's")
+        Path | None,
+        typer.Option("--tasks-path", help="Folder with a file <task>.jsonl per task.", show_default="demo's"),
     ] = None,
-    tasks: Annotated[str, typer.Option("--tasks", help="Names of tasks, with commas between them.")] = "",
+    tasks: Annotated[str, typer.Option("--tasks", help="Comma-separated task names.")] = "",
     limit: SomeOption = None,
     max_new_tokens: NewTokensOption = 128,
     batch_size: BatchOption = 4,
@@ -287,7 +317,7 @@ def exactness(
     threads: ThreadsOption = None,
     json_out: JsonOption = None,
 ) -> None:
-    """Counts outputs that differ from plain decoding, beside what another batch size or kernel changes."""
+    """Counts outputs that differ from plain decoding, next to differences due to batch size or kernel."""
     import torch
     from rich.console import Console
 

@@ -1,4 +1,4 @@
-"""The commands that make a drafter. As in `cli`, the work is imported when it starts."""
+"""`ctc-drafter distill`, `train` and `recipe`: from prompts to a trained drafter."""
 
 from __future__ import annotations
 
@@ -29,50 +29,62 @@ MANY_CUT = 0.9  # of all answers: seldom right
 
 FlopsOption = Annotated[
     float | None,
-    typer.Option("--flops", help="Operations per second that estimates reckon with.", show_default="measured"),
+    typer.Option(
+        "--flops", help="Floating-point operations per second assumed by --estimate.", show_default="measured"
+    ),
 ]
 
 
 def distill(
     prompts: Annotated[
         str,
-        typer.Option("--prompts", help="File (.jsonl, .jsonl.gz, .json, .txt), folder, or hub:owner/name[:split]."),
+        typer.Option(
+            "--prompts", help="Prompts: file (.jsonl, .jsonl.gz, .json, .txt), folder, or hub:owner/name[:split]."
+        ),
     ],
-    out: Annotated[Path, typer.Option("--out", help="Folder for the answers; the same command resumes it.")],
+    out: Annotated[Path, typer.Option("--out", help="Output folder of the answers; the same command resumes it.")],
     target: TargetOption = None,
-    pattern: Annotated[str, typer.Option("--pattern", help="Names of the files to read.")] = "*",
+    pattern: Annotated[str, typer.Option("--pattern", help="Glob pattern of the files to read.")] = "*",
     limit: LimitOption = None,
     per_file: Annotated[
-        int | None, typer.Option("--per-file", min=1, help="Prompts taken from each file.", show_default="all")
+        int | None, typer.Option("--per-file", min=1, help="Maximum number of prompts per file.", show_default="all")
     ] = None,
     max_prompt_tokens: Annotated[
-        int | None, typer.Option("--max-prompt-tokens", min=1, help="Longer prompts are left out.", show_default="any")
+        int | None,
+        typer.Option("--max-prompt-tokens", min=1, help="Skip prompts longer than this.", show_default="any"),
     ] = None,
-    cuts: Annotated[int, typer.Option("--cuts", min=0, help="Further prompts per row that end in its answer.")] = 0,
+    cuts: Annotated[
+        int, typer.Option("--cuts", min=0, help="Extra prompts per conversation that end within its answer.")
+    ] = 0,
     max_new_tokens: NewTokensOption = 256,
     batch_size: BatchOption = 16,
-    shard_size: Annotated[int, typer.Option("--shard-size", min=1, help="Answers in a file.")] = 256,
+    shard_size: Annotated[int, typer.Option("--shard-size", min=1, help="Answers per output file.")] = 256,
     temperature: Annotated[
-        float, typer.Option("--temperature", min=0.0, help="Sample, the wilder the higher; 0 is greedy.")
+        float, typer.Option("--temperature", min=0.0, help="Sampling temperature; 0 decodes greedily.")
     ] = 0.0,
-    top_p: Annotated[float, typer.Option("--top-p", help="Sample from the likeliest tokens of this mass.")] = 1.0,
+    top_p: Annotated[float, typer.Option("--top-p", help="Nucleus sampling threshold.")] = 1.0,
     seed: SeedOption = 0,
     chat_template: TemplateOption = None,
     server: Annotated[
-        str | None, typer.Option("--server", help="An OpenAI-compatible server that runs the target, http://.../v1.")
+        str | None,
+        typer.Option("--server", help="URL of an OpenAI-compatible server that runs the target, http://.../v1."),
     ] = None,
     model: Annotated[
-        str | None, typer.Option("--model", help="What the server calls it.", show_default="--target")
+        str | None, typer.Option("--model", help="Model name of the target on the server.", show_default="--target")
     ] = None,
     api_key: Annotated[
-        str | None, typer.Option("--api-key", envvar="OPENAI_API_KEY", help="The server's key.", show_envvar=True)
+        str | None, typer.Option("--api-key", envvar="OPENAI_API_KEY", help="API key of the server.", show_envvar=True)
     ] = None,
-    concurrency: Annotated[int, typer.Option("--concurrency", min=1, help="Requests at a time.")] = 32,
-    retries: Annotated[int, typer.Option("--retries", min=0, help="Of a request, with longer and longer pauses.")] = 8,
+    concurrency: Annotated[
+        int, typer.Option("--concurrency", min=1, help="Maximum number of concurrent requests.")
+    ] = 32,
+    retries: Annotated[
+        int, typer.Option("--retries", min=0, help="Retries per request, with exponential backoff.")
+    ] = 8,
     dtype: DtypeOption = "float32",
     device: DeviceOption = "auto",
 ) -> None:
-    """Lets the target answer prompts: the text that a drafter is trained on."""
+    """Generates the target's answers to prompts, which drafters are trained on."""
     from ctc_drafter.load import load_config, load_target, read_template
     from ctc_drafter.train.distill import Sampling
     from ctc_drafter.train.distill import distill as run_distill
@@ -116,90 +128,111 @@ def distill(
 
 
 def train(
-    data: Annotated[list[Path], typer.Option("--data", help="Folder that distill wrote; may be repeated.")],
-    out: Annotated[Path, typer.Option("--out", help="Folder for the drafter; the same command resumes it.")],
+    data: Annotated[list[Path], typer.Option("--data", help="Output folder of distill; may be repeated.")],
+    out: Annotated[Path, typer.Option("--out", help="Output folder of the drafter; the same command resumes it.")],
     target: TargetOption = None,
     method: Annotated[
         str,
-        typer.Option("--method", help="ctc, ctc-paper, medusa, hydra, hydra++, dflash, dspark or eagle."),
+        typer.Option(
+            "--method", help="Drafting method: ctc, ctc-paper, medusa, hydra, hydra++, dflash, dspark or eagle."
+        ),
     ] = "ctc",
-    steps: Annotated[int | None, typer.Option("--steps", help="Optimizer steps.", show_default="by --epochs")] = None,
-    epochs: Annotated[float | None, typer.Option("--epochs", help="Passes over the data.")] = None,
-    learning_rate: Annotated[float | None, typer.Option("--learning-rate", help="Peak learning rate.")] = None,
-    batch_size: Annotated[int | None, typer.Option("--batch-size", help="Rows of a forward pass.")] = None,
-    anchors: Annotated[int | None, typer.Option("--anchors", help="Positions of a row that a step learns.")] = None,
+    steps: Annotated[
+        int | None, typer.Option("--steps", help="Optimizer steps; overrides --epochs.", show_default="by --epochs")
+    ] = None,
+    epochs: Annotated[float | None, typer.Option("--epochs", help="Passes over the training data.")] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option("--learning-rate", help="Peak of the cosine learning rate schedule.")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option("--batch-size", help="Rows per forward pass.")] = None,
+    anchors: Annotated[
+        int | None, typer.Option("--anchors", help="Positions of each row whose continuations are trained per step.")
+    ] = None,
     loss: Annotated[
         Literal["prefix", "ctc", "teacher"] | None,
         typer.Option(
-            "--loss", help="Prefix, full-sequence CTC, or the target's own probabilities.", show_default="the method's"
+            "--loss",
+            help="Prefix likelihood, full-sequence CTC, or the target's probabilities.",
+            show_default="the method's",
         ),
     ] = None,
-    bf16: Annotated[bool, typer.Option("--bf16", help="bfloat16 autocast.")] = False,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Train under bfloat16 autocast.")] = False,
     seed: SeedOption = 0,
     settings: Annotated[
-        list[str] | None, typer.Option("--set", help="NAME=VALUE of any other training setting; may be repeated.")
+        list[str] | None, typer.Option("--set", help="Any other training setting as NAME=VALUE; may be repeated.")
     ] = None,
-    frames: Annotated[int | None, typer.Option("--frames", help="CTC frames of a pass.")] = None,
+    frames: Annotated[int | None, typer.Option("--frames", help="CTC frames per draft.")] = None,
     draft_length: Annotated[
-        int | None, typer.Option("--draft-length", help="Longest draft, at most the frames.")
+        int | None, typer.Option("--draft-length", help="Maximum draft length in tokens, at most --frames.")
     ] = None,
-    draft_layers: Annotated[int | None, typer.Option("--draft-layers", help="Layers of the drafter.")] = None,
-    predictor_rank: Annotated[int | None, typer.Option("--predictor-rank", help="Of its bias; 0 for none.")] = None,
+    draft_layers: Annotated[int | None, typer.Option("--draft-layers", help="Decoder layers of the drafter.")] = None,
+    predictor_rank: Annotated[
+        int | None, typer.Option("--predictor-rank", help="Rank of the predictor's low-rank bias; 0 for no predictor.")
+    ] = None,
     carry: Annotated[
-        bool | None, typer.Option("--carry/--no-carry", help="Feeds the newest token's state into the block.")
+        bool | None,
+        typer.Option("--carry/--no-carry", help="Add the newest token's features to every input of the block."),
     ] = None,
     copies: Annotated[
         int | None,
         typer.Option(
             "--copies",
-            help="Longest agreement with the text that counts for copies; 0: none.",
+            help="Longest match with the text that weighs copied tokens in the search; 0 for no copies.",
             show_default="16 for ctc",
         ),
     ] = None,
     lookup: Annotated[
         int | None,
         typer.Option(
-            "--lookup", help="Most tokens to copy without asking the network; 0: none.", show_default="15 for ctc"
+            "--lookup",
+            help="Maximum tokens drafted by prompt lookup without the network; 0 to disable.",
+            show_default="15 for ctc",
         ),
     ] = None,
     draft_vocabulary: Annotated[
         int | None,
-        typer.Option("--draft-vocabulary", help="Drafts only that many tokens, the most frequent.", show_default="all"),
+        typer.Option(
+            "--draft-vocabulary", help="Size of the draft vocabulary: the most frequent tokens.", show_default="all"
+        ),
     ] = None,
     init: Annotated[
         str | None,
-        typer.Option(
-            "--init", help="Drafter to start from: of ours, DFlash's, or Medusa's heads.", show_default="none"
-        ),
+        typer.Option("--init", help="Checkpoint to start from: ours, DFlash's or Medusa's.", show_default="none"),
     ] = None,
-    max_length: Annotated[int | None, typer.Option("--max-length", min=2, help="Longer rows lose their end.")] = None,
+    max_length: Annotated[
+        int | None, typer.Option("--max-length", min=2, help="Truncate rows to this many tokens.")
+    ] = None,
     chat_template: TemplateOption = None,
-    held_out: Annotated[float, typer.Option("--held-out", min=0.0, max=0.5, help="Share of rows for β.")] = 0.02,
+    held_out: Annotated[
+        float, typer.Option("--held-out", min=0.0, max=0.5, help="Share of rows held out for validation.")
+    ] = 0.02,
     features: Annotated[
         Literal["online", "cached"] | None,
         typer.Option(
-            "--features", help="The target's: computed at each step, or once, into files.", show_default="online"
+            "--features", help="Target features: computed at every step, or cached in files.", show_default="online"
         ),
     ] = None,
     features_limit: Annotated[
-        float | None, typer.Option("--features-limit", help="GB that these files may take.", show_default="the disk")
+        float | None,
+        typer.Option("--features-limit", help="Disk limit of the feature cache in GB.", show_default="the disk"),
     ] = None,
     shard_target: Annotated[
-        bool, typer.Option("--shard-target", help="Processes share the target's layers (FSDP2).")
+        bool, typer.Option("--shard-target", help="Shard the target's layers over the processes (FSDP2).")
     ] = False,
     push_to_hub: Annotated[
-        str | None, typer.Option("--push-to-hub", help="Repository of the hub, owner/name, for the finished drafter.")
+        str | None,
+        typer.Option("--push-to-hub", help="Hugging Face repository, owner/name, to upload the finished drafter to."),
     ] = None,
-    private: Annotated[bool, typer.Option("--private", help="Nobody else sees that repository.")] = False,
+    private: Annotated[bool, typer.Option("--private", help="Create the --push-to-hub repository as private.")] = False,
     estimate: Annotated[
-        bool, typer.Option("--estimate", help="Only say what disk, memory and time the training needs.")
+        bool, typer.Option("--estimate", help="Print the disk, memory and time that training needs, and exit.")
     ] = False,
     flops: FlopsOption = None,
-    resume: Annotated[bool, typer.Option("--resume/--no-resume", help="Go on from the newest checkpoint.")] = True,
+    resume: Annotated[bool, typer.Option("--resume/--no-resume", help="Resume from the newest checkpoint.")] = True,
     dtype: DtypeOption = "float32",
     device: DeviceOption = "auto",
 ) -> None:
-    """Trains a drafter for the target on its own answers."""
+    """Trains a drafter on the target's answers."""
     import shlex
 
     import torch
@@ -264,25 +297,30 @@ def train(
 
 
 def recipe(
-    file: Annotated[Path, typer.Argument(help="YAML file; `recipes/` holds some.")],
-    out: Annotated[Path, typer.Option("--out", help="Folder for answers and drafter.")] = Path("runs/recipe"),
-    target: Annotated[str | None, typer.Option("--target", help="In place of the recipe's.")] = None,
-    dtype: Annotated[Dtype | None, typer.Option("--dtype", help="In place of the recipe's.")] = None,
-    prompts: Annotated[str | None, typer.Option("--prompts", help="In place of the recipe's.")] = None,
+    file: Annotated[Path, typer.Argument(help="YAML recipe; see the folder recipes/.")],
+    out: Annotated[Path, typer.Option("--out", help="Output folder of answers and drafter.")] = Path("runs/recipe"),
+    target: Annotated[str | None, typer.Option("--target", help="Target that replaces the recipe's.")] = None,
+    dtype: Annotated[
+        Dtype | None, typer.Option("--dtype", help="Floating-point type that replaces the recipe's.")
+    ] = None,
+    prompts: Annotated[str | None, typer.Option("--prompts", help="Prompts that replace the recipe's.")] = None,
     server: Annotated[
-        str | None, typer.Option("--server", help="That runs the target and answers the prompts.")
+        str | None,
+        typer.Option("--server", help="URL of an OpenAI-compatible server that runs the target, for distillation."),
     ] = None,
     estimate: Annotated[
-        bool, typer.Option("--estimate", help="Only say what disk, memory and time the training needs.")
+        bool, typer.Option("--estimate", help="Print the disk, memory and time that training needs, and exit.")
     ] = False,
     flops: FlopsOption = None,
     bandwidth: Annotated[
         float | None,
-        typer.Option("--bandwidth", help="Bytes per second that estimates reckon with.", show_default="measured"),
+        typer.Option(
+            "--bandwidth", help="Memory bandwidth in bytes per second assumed by --estimate.", show_default="measured"
+        ),
     ] = None,
     device: DeviceOption = "auto",
 ) -> None:
-    """Runs the distillation and the training of a recipe, and prints their commands."""
+    """Runs distillation and training of a recipe, and prints both commands."""
     import shlex
 
     from ctc_drafter.train.recipe import commands, read_recipe
@@ -303,7 +341,7 @@ def recipe(
 
 
 def cut_warning(share: float) -> None:
-    """Of text whose answers hardly ever come to their end."""
+    """Warns about training text whose answers were mostly truncated."""
     print(
         f"warning: {share:.0%} of the answers were cut before their end: a drafter learns little of how answers end, "
         "and the target may not know where to stop; give distill --max-new-tokens more, or check the chat template",
@@ -322,7 +360,7 @@ def pairs(settings: list[str]) -> dict[str, Any]:
     return found
 
 
-# What `--estimate` prints. As in `cli`, the work is imported when it starts.
+# Output of `--estimate`.
 
 
 def show_estimate(plan: Plan, flops: float | None, device: str) -> float:

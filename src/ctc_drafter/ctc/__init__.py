@@ -1,1 +1,1 @@
-"""Connectionist Temporal Classification on blocks of frames: pure maths, torch only, batched."""
+"""CTC (Connectionist Temporal Classification) on blocks of frames: lattice, losses, prefix search."""

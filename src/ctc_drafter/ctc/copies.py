@@ -1,4 +1,4 @@
-"""Copies: how a text has gone on before, after the place that reads most like the end of a prefix.
+"""Copied tokens: the continuation of the longest earlier match with a prefix.
 
 Texts repeat names, phrases and numbers. Of a prefix and the text before it take the newest tokens, and find the place
 earlier in the text that agrees with most of them, up to `longest`; among equals the newest place. What follows it is

@@ -1,4 +1,4 @@
-"""Frame logits and predictor bias to the log-probabilities that the CTC recursions need.
+"""CTC lattice: log-probabilities of blank and labels from frame logits and predictor bias.
 
 Shape letters: N anchors, F frames, V vocabulary, U labels, P prefixes (U+1 along one label sequence).
 A frame holds one of V tokens or a blank, and what it holds depends on the prefix emitted before it:

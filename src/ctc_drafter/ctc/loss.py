@@ -1,4 +1,4 @@
-"""Prefix-likelihood loss and full-sequence CTC loss, from the lattice.
+"""CTC losses on the lattice: prefix likelihood and full sequence.
 
 State u means "y1..yu emitted". blank_t(u) and token_t(u) are the probabilities of being there after frame
 t with a blank or a token in it. The root counts as a blank frame: blank_0(0) = 1, so y1 may equal it.

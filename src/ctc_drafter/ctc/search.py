@@ -1,11 +1,11 @@
-"""Token-synchronous prefix search: the best prefixes of a frame lattice, level by level.
+"""Token-synchronous CTC prefix search: the most probable prefixes of a lattice, level by level.
 
 Level u holds prefixes of u tokens. A prefix carries, for each frame, the probability that it has just been
 completed there; from that and its own predictor state follow its blank and token masses, and from those the
 scores of all its children in one matrix product. Every prefix is built once, so nothing is hashed or merged.
 The scores are exact prefix probabilities of the lattice of `lattice.py`, whatever the beam width, and the `width` most
 probable prefixes of all are always among those found. Shapes are static and the host is never asked: on a CPU, where
-that is no gain, `best_first.py` finds the same prefixes with less work.
+that is no gain, `search_cpu.py` finds the same prefixes with less work.
 
 Worked example (F = 2, tokens a and b, no predictor, P(a), P(b), P(blank) = .5, .2, .3 then .1, .6, .3):
 prefix(a) = .5 + .3 * .1 = .53; prefix(a b) = .5 * .6 = .3, which is `a` complete after frame 1, then `b`.

@@ -1,4 +1,4 @@
-"""Best-first prefix search on a CPU (numba), with and without blanks."""
+"""Best-first CTC prefix search on a CPU (numba), and the same without blanks."""
 
 from __future__ import annotations
 
@@ -299,7 +299,7 @@ def _exp(values, largest):  # type: ignore[no-untyped-def]
 
 # Best-first search where frame u holds the u-th token: exactly the n most probable prefixes, in one compiled call.
 #
-# `best_first.py` without blanks and alignments. A prefix of u tokens has one frame left to ask, and its child v has
+# The search above without blanks and alignments. A prefix of u tokens has one frame left to ask, and its child v has
 #
 #     P(y1..yu v) = P(y1..yu) exp(a_u[v] + m[y1..yu, v]) / sum over w of exp(a_u[w] + m[y1..yu, w])
 #

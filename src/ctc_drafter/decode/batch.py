@@ -1,4 +1,4 @@
-"""Rows that are decoded together: one step drafts, verifies, accepts and commits for all of them."""
+"""`Batch`: one decoding step for all sequences: draft, verify, accept, commit."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class Method:
 
 
 class Batch:
-    """The rows at work, in the order of cache, drafter session, lengths and roots."""
+    """The sequences being decoded, in the row order of cache, drafter session, lengths and roots."""
 
     cache: Cache
     session: DraftSession

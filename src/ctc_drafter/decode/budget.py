@@ -1,4 +1,4 @@
-"""How many nodes a verification pays for on this machine, none included.
+"""Tree size per step from measured step times (0 = plain step).
 
 A step that verifies n nodes takes T(n), drafting included, and is expected to emit E(n) = 1 + Σ of the n best prefix
 probabilities for each row. The n with the largest E(n) - λ T(n) wins, where λ is the speed that the row keeps up on
@@ -90,7 +90,7 @@ def _curve(budget: Budget, rows: int, context: int) -> Curve:
 
 
 class Pace:
-    """Sizes the trees of a running batch, and knows when to leave drafting alone."""
+    """Chooses tree sizes of a running batch, and pauses drafting where it loses to plain steps."""
 
     def __init__(self, budget: Budget):
         self.budget = budget
@@ -99,13 +99,13 @@ class Pace:
         self.rest, self.waiting, self.drafted = REST, 0, False
 
     def drafts(self) -> bool:
-        """Whether the next step is worth a draft."""
+        """Whether to draft in the next step."""
         self.drafted = not self.waiting
         self.waiting = max(0, self.waiting - 1)
         return self.drafted
 
     def min_probability(self, rows: int, context: int) -> float:
-        """Probability below which no node of any row can pay."""
+        """Probability below which no node of any row saves time."""
         return self.budget.curve(rows, context).min_probability * max(self.gain, 1.0) / rows / TRUST[1]
 
     def size(self, candidates: Candidates, context: int) -> int:
@@ -119,7 +119,7 @@ class Pace:
         return int((emitted - worth * curve.cost(candidates.free)[: len(emitted)]).argmax())
 
     def note(self, context: int, tree: TokenTree, acceptance: Acceptance) -> None:
-        """What a step came to. Copies say nothing of what a draft is worth."""
+        """Updates the averages after a step. Steps that only copied do not count for the gain of drafting."""
         if not self.drafted:
             return
         rows, nodes = tree.tokens.shape[0], tree.tokens.shape[1] - 1

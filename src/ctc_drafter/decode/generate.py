@@ -1,4 +1,4 @@
-"""The decoding loop, for a batch or for any number of prompts, and plain decoding, which is its oracle."""
+"""The decoding loop: `generate`, `generate_many`, and `plain_generate`, their oracle."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def step(target: Target, cache: Cache, lengths: torch.Tensor, root: torch.Tensor
 def new_rows(
     target: Target, prompts: Sequence[Sequence[int]], max_new_tokens: int, eos: Collection[int], first: int = 0
 ) -> list[SequenceState]:
-    """Rows with room for as many new tokens as asked. Raises `UserError` where the target has no positions for them."""
+    """Rows with room for `max_new_tokens`. Raises `UserError` where the target has no positions for them."""
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens is {max_new_tokens}; give at least 1")
     rows = [

@@ -1,4 +1,4 @@
-"""Every setting and input of `generate`: honoured, refused, or without effect for decoding."""
+"""Settings and inputs of transformers' `generate`: honoured, refused, or without effect."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`custom_generate` adapter for transformers, with the scores and logits that it may return."""
+"""`speculate`: `custom_generate` adapter for transformers, with scores and logits."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ctc_drafter.drafters.base import Drafter
 from ctc_drafter.target.model import UNLIMITED_CONTEXT, Target
 from ctc_drafter.types import TokenTree, UserError
 
-# `model.generate(..., custom_generate=speculate(drafter))`: the same call, the same answer, sooner.
+# `model.generate(..., custom_generate=speculate(drafter))`: same call, same output.
 
 LARGEST_SEED = (1 << 63) - 1
 
@@ -92,7 +92,7 @@ def speculate(
 
 
 def refuse_drafter(drafter: Any) -> None:
-    """Raises `UserError` for what is no loaded drafter."""
+    """Raises `UserError` for anything but a loaded drafter."""
     if isinstance(drafter, str | Path):
         raise UserError(f"{drafter} is a name; load the drafter first: CTCDrafter.from_pretrained({str(drafter)!r})")
     if isinstance(drafter, type) or not callable(getattr(drafter, "begin", None)):
@@ -108,7 +108,7 @@ def filler_of(pad: int | None, criteria: StoppingCriteriaList) -> int:
 def sampler_of(
     config: GenerationConfig, processors: LogitsProcessorList, seeds: Sequence[int] | None, rows: int
 ) -> Sampler:
-    """The choice that this configuration asks for; `rows` is how many there are."""
+    """The sampler of a generation config, for a batch of `rows` rows."""
     if not config.do_sample:
         if seeds is not None:
             raise UserError("seeds are for sampling; call generate with do_sample=True, or leave them out")

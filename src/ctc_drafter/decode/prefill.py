@@ -1,4 +1,4 @@
-"""Runs the prompts through the target and picks each row's first token."""
+"""Prefill: prompts into the KV cache, features and first logits."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CHUNK = 512  # tokens of a forward
 class Prefill:
     """What is known once the prompts are in the cache.
 
-    cache; lengths `int64 [B]`; tokens `int64 [B, T]`, right-padded; features `[B, T, K]`, None if none were asked
+    cache; lengths `int64 [B]`; tokens `int64 [B, T]`, right-padded; features `[B, T, K]`, None if none were requested
     for; logits `[B, V]` of the token after each prompt.
     """
 

@@ -1,4 +1,4 @@
-"""The logits processors and stopping criteria of transformers, row by row; those that cannot be shared are refused."""
+"""transformers' logits processors and stopping criteria, applied sequence by sequence."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def refuse_changing(processors: LogitsProcessorList, row: SequenceState, logits:
 
     A token tree needs processors that are functions of a row's text and scores, as all stock ones are: the text
     may branch, and rows are not always the same ones. State that has changed is noticed wherever it lies
-    (`state.py`), though it may not show in the scores yet.
+    (`snapshot`), though it may not show in the scores yet.
     """
     text = torch.tensor([row.text], device=logits.device)
     for processor in processors:
@@ -132,7 +132,7 @@ def name_of(thing: Any) -> str:
     return getattr(thing, "__name__", None) or type(thing).__name__
 
 
-# The stopping criteria of transformers, asked about each row by itself, and those that cannot be asked so.
+# Stopping criteria of transformers, applied to each row alone, and those that cannot be.
 
 
 def end_tokens(criteria: StoppingCriteriaList) -> list[int]:

@@ -1,4 +1,4 @@
-"""Step times of this machine: measured once for each target, drafter and setting, and remembered."""
+"""Step times of this machine, measured once and cached, for the tree size budget."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from ctc_drafter.drafters.trainable import network_of
 from ctc_drafter.provenance import environment, source_hash
 from ctc_drafter.target.model import Target
 
-# Measures what steps cost on this machine, once for each target, drafter and setting, and remembers it.
+# Step times of this machine, measured once for each target, drafter and setting, and cached on disk.
 
 BATCHES = (1, 4, 16)
 CONTEXTS = (128, 768)
@@ -98,7 +98,7 @@ def cache_folder() -> Path:
 
 
 def key(target: Target, drafter: Drafter, batches: Sequence[int], sizes: Sequence[int]) -> str:
-    """A hash of all that a time depends on and that can be known."""
+    """Cache key: a hash of everything known that step times depend on."""
     config = drafter.config.to_json_string() if hasattr(drafter, "config") else ""
     kinds = sorted({str(p.dtype) for p in drafter.parameters()}) if isinstance(drafter, nn.Module) else []
     known = [

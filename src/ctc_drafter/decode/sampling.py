@@ -1,4 +1,4 @@
-"""Greedy and sampled token selection, samplers for each row, and the noise that sampling draws."""
+"""Greedy and sampled token selection, per-sequence samplers, counter-based Gumbel noise."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ctc_drafter.decode.processors import process, refuse_changing, refuse_unsui
 from ctc_drafter.decode.sequence import SequenceState
 from ctc_drafter.types import TokenTree, UserError
 
-# Which token the target writes next: the argmax or a draw, after all logits processors.
+# Greedy and sampled token selection, after all logits processors.
 
 
 class Sampler(Protocol):
@@ -158,7 +158,7 @@ def warpers(temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Log
     return chosen
 
 
-# Rows of one batch that choose their tokens under settings of their own.
+# Samplers per sequence of one batch.
 
 Ask = Callable[[Sampler, torch.Tensor, Sequence[SequenceState]], torch.Tensor]
 
@@ -197,7 +197,7 @@ def taken(tree: TokenTree, places: torch.Tensor) -> TokenTree:
     return TokenTree(*(getattr(tree, field.name)[places] for field in fields(tree)))
 
 
-# Random numbers without a state: a pure function of a row's seed, the emitted position and the token.
+# Counter-based random numbers: a pure function of a row's seed, the emitted position and the token.
 #
 # A counter instead of a generator, so that a token's draw does not depend on how many were made before it, in which
 # batch, or for which nodes of a tree (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", 2011). The mixing
@@ -245,7 +245,7 @@ def row_seeds(seed: int, rows: Sequence[int]) -> list[int]:
     return mix(mix(torch.tensor(signed(seed))) + (torch.tensor(rows, dtype=torch.long) + 1) * STEP).tolist()
 
 
-# Which rows of a batch an error belongs to: the choice of a token is asked again for each row alone.
+# Attributes errors of a sampler to rows: tokens are chosen again for each row alone.
 
 T = TypeVar("T")
 
@@ -290,7 +290,7 @@ def tokens_along(
 
 
 def asked(together: Callable[[], T], alone: Callable[[int], T], rows: Sequence[SequenceState]) -> T:
-    """What all rows give together; where that fails, the errors of those that fail alone, or else that one."""
+    """The result for all rows together; where that fails, `RowErrors` of the rows that fail alone."""
     try:
         return together()
     except torch.OutOfMemoryError:
@@ -308,7 +308,7 @@ def asked(together: Callable[[], T], alone: Callable[[int], T], rows: Sequence[S
 
 
 def named(error: Exception, row: SequenceState) -> Exception:
-    """The same error, which says whose it is."""
+    """The same error with the row's number in its message."""
     if isinstance(error, UserError):
         return UserError(f"row {row.index}: {error}")
     error.add_note(f"raised when a token of row {row.index} was chosen")

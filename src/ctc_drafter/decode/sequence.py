@@ -1,4 +1,4 @@
-"""State of one sequence: its prompt and output, stopping and streaming."""
+"""State of one sequence: prompt, output, stopping and streaming."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformers import StoppingCriteriaList
 
 from ctc_drafter.decode.stats import Stats
 
-# Lets rows take what they emit, token by token, and says when each of them is done.
+# Stopping and streaming: appends emitted tokens one by one, and finds rows that have ended.
 
 OnTokens = Callable[[int, list[int]], None]
 
@@ -65,7 +65,7 @@ def places(alive: Iterable[bool]) -> list[int]:
     return [place for place, goes_on in enumerate(alive) if goes_on]
 
 
-# A row of text at work: its prompt, what it has emitted, and where it ends.
+# State of one sequence.
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""What a run of decoding did and how long it took."""
+"""Counters and stage timers of a decoding run."""
 
 from __future__ import annotations
 

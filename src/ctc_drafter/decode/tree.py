@@ -1,4 +1,4 @@
-"""From scored prefixes to the token tree that is verified."""
+"""Builds the token tree from scored prefixes."""
 
 from __future__ import annotations
 

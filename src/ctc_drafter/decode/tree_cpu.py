@@ -1,7 +1,7 @@
-"""Building a tree and following it in one compiled call each, for CPUs.
+"""Tree building and acceptance on a CPU (numba).
 
 There a dozen small tensor operations cost as much as a layer of the target. What they compute is defined by their twins
-of static shapes in `tree.py` and `accept.py`, which serve the other devices.
+of static shapes in `tree.py` and `verify.py`, which serve the other devices.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def build_tree(root: torch.Tensor, candidates: Candidates, nodes: int, least: fl
 
 
 def follow(tree: TokenTree, target_tokens: torch.Tensor) -> Acceptance:
-    """See `accept.follow`."""
+    """See `verify.follow`."""
     arrays = _follow(tree.tokens.numpy(), tree.parents.numpy(), tree.valid.numpy(), target_tokens.numpy())
     return Acceptance(*map(torch.from_numpy, arrays))
 

@@ -1,4 +1,4 @@
-"""One forward of the target over a token tree, and the path that is accepted."""
+"""Verifies a token tree in one target forward, and follows the accepted path."""
 
 from __future__ import annotations
 

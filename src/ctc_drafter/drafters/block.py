@@ -1,4 +1,4 @@
-"""Block drafters: the network, one parallel pass over a block of masks, and its session."""
+"""`BlockModel` and `BlockSession`: one parallel pass over a block of masks."""
 
 from __future__ import annotations
 

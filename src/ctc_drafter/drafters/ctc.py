@@ -1,4 +1,4 @@
-"""The CTC drafter: frames with a blank, a predictor that ties them together, a prefix search."""
+"""`CTCDrafter`: block network with blank and predictor, its loss and its candidates."""
 
 from __future__ import annotations
 

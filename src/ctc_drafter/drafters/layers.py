@@ -1,4 +1,4 @@
-"""Decoder layers of the attention draft module: attention, MLP, rotary embedding, cached keys and values."""
+"""Decoder layers of the draft network: attention, MLP, rotary embedding, KV cache."""
 
 from __future__ import annotations
 

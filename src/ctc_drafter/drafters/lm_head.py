@@ -88,7 +88,7 @@ def narrow_head(head: nn.Module, vocabulary: torch.Tensor) -> nn.Module:
 
 
 class Columns(nn.Module):
-    """Some columns of what another module gives."""
+    """Selects columns of another module's output."""
 
     def __init__(self, inner: nn.Module, columns: torch.Tensor):
         super().__init__()

@@ -1,4 +1,4 @@
-"""What a prefix says about its next token: the bias that ties independent frames together.
+"""Predictor (prediction network): a low-rank bias on token logits given the drafted prefix.
 
 m[prefix, v] = W2 · f(prefix), f(prefix) = table[last] + MLP(previous, last, root state). A stateless prediction
 network as in transducers, of low rank, so that the normaliser of every (frame, prefix) is one matrix product.
@@ -44,7 +44,7 @@ class Predictor(nn.Module):
         self.copying = nn.Linear(width, copies) if copies else None
 
     def root_state(self, start: torch.Tensor) -> torch.Tensor:
-        """What the MLP takes from the block's output at the root `[B, H]`, `[B, M]`."""
+        """Projection of the block's output at the root for the MLP, `[B, H]`, `[B, M]`."""
         return self.root(start) if self.width else start[:, :0]
 
     def state(self, previous: torch.Tensor, last: torch.Tensor, root_state: torch.Tensor, embed: Embed) -> torch.Tensor:
@@ -107,7 +107,7 @@ class Predictor(nn.Module):
         return bias
 
     def tables(self, embed: Embed) -> tuple[torch.Tensor, ...]:
-        """The predictor as `best_first.LowRankBias` has it: both projections worked out for every token, W2 in int8.
+        """The predictor as `search_cpu.LowRankBias` has it: both projections worked out for every token, W2 in int8.
 
         That moves a bias by about a hundredth of its size, and drafts need no precision.
         """

@@ -1,4 +1,4 @@
-"""Prompt lookup: drafts are copied from the row's own text, after earlier places that read like its end.
+"""Prompt lookup: drafts copied from the sequence's own text after matching n-grams.
 
 Source: Saxena, "Prompt Lookup Decoding" (2023); `prompt_lookup_num_tokens` of transformers. There the first match of
 the longest n-gram gives one chain. Here all matches give a tree, with probabilities to choose its nodes by:

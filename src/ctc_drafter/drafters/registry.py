@@ -1,4 +1,4 @@
-"""The drafters by name: the class of a method or of a saved config, and fresh ones for a target."""
+"""Drafters by name: class of a method or saved config, and untrained drafters for a target."""
 
 from __future__ import annotations
 

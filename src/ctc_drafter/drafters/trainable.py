@@ -1,4 +1,4 @@
-"""What training asks of a drafter, and what all trained ones share: made for a target, saved, loaded."""
+"""`TrainableDrafter` and `DrafterConfig`: what trained drafters share; creation, loading, saving."""
 
 from __future__ import annotations
 

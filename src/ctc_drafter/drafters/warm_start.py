@@ -1,4 +1,4 @@
-"""Weights to start from: our own checkpoints, DFlash's, and the heads that Medusa's authors published.
+"""Initial weights from checkpoints: ours, DFlash's, and Medusa's published heads.
 
 Sources of the formats: z-lab/dflash on GitHub (`DFlashDraftModel`, tensors as in `drafters/layers.py`; `block_size`
 counts the root) and FasterDecoding/Medusa (`medusa_lm_head`: head i is a sequence of residual layers `i.j.linear` and

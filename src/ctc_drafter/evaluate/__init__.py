@@ -1,1 +1,1 @@
-"""Measures decoding. Reading order: `tasks` (prompts), `run` (the measurement), `environment` (what ran it)."""
+"""Measurement of decoding. Reading order: `tasks`, `methods`, `runner`, `results`, `bench`."""

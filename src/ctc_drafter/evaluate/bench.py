@@ -1,4 +1,4 @@
-"""Several drafters, tasks, tree sizes and depths in one run, every output compared with plain decoding's."""
+"""`ctc-drafter bench`: several drafters, tasks, tree sizes and depths in one run."""
 
 from __future__ import annotations
 
@@ -98,12 +98,12 @@ def bench(
 
 
 def partial(out: Path | None) -> Path | None:
-    """Where a run keeps what it has measured so far."""
+    """The journal file of a run, OUT.partial.jsonl."""
     return None if out is None else out.with_name(f"{out.name}.partial.jsonl")
 
 
 def identity(meta: dict[str, Any], tasks: Sequence[Task], settings: BenchSettings) -> dict[str, Any]:
-    """What two runs must share for the one to go on with the other's figures."""
+    """The settings that two runs must share for one to resume the other."""
     prompts = {task.name: hashlib.sha256(repr(task.prompts).encode()).hexdigest()[:16] for task in tasks}
     kept = ("versions", "hardware", "target", "drafters", "dtype", "device", "threads", "compiled")
     shared = {name: meta.get(name) for name in kept}
@@ -137,7 +137,7 @@ def parse_drafters(texts: Sequence[str]) -> dict[str, str]:
     return found
 
 
-# The same drafters with shorter drafts: a method that pays for every token has a depth that suits it best.
+# The same drafters with shorter drafts: autoregressive methods have a best depth.
 
 
 def at_depths(entries: Mapping[str, Entry], depths: Sequence[int]) -> dict[str, Entry]:
@@ -193,7 +193,7 @@ def parse_depths(text: str) -> tuple[int, ...]:
     return tuple(dict.fromkeys(map(int, parts)))
 
 
-# What is known of a drafter: its method, its size, what its training took.
+# Metadata of a drafter: method, size, training.
 
 
 def about_drafter(drafter: Drafter, folder: Path | None) -> dict[str, Any]:

@@ -1,8 +1,8 @@
-"""How often an output differs from plain decoding, and how near the choice was: rounding, measured.
+"""`ctc-drafter exactness`: how often rounding changes an output, and by what logit margin.
 
 In float32 nothing may differ. In shorter formats a forward over several tokens and one over a single token round
 differently, so near-ties of the two likeliest tokens can fall the other way. Plain decoding in another batch or
-with another kernel does the same, which is the yardstick.
+with another kernel does the same, which is the baseline.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def kernel_of(target: Target, kernel: str) -> Iterator[None]:
 
 
 def ways(runner: Runner, batch_size: int) -> Iterator[tuple[str, Way]]:
-    """The compared ways by name: drafted alone and in a batch, then the yardsticks."""
+    """The compared ways by name: drafted alone and in a batch, then the baselines."""
 
     def batches(cases: Sequence[Case], run: Way) -> list[list[int]]:
         parts = [cases[start : start + batch_size] for start in range(0, len(cases), batch_size)]

@@ -1,4 +1,4 @@
-"""Figures of the report and of trainings, and 95% intervals by bootstrap."""
+"""Figures of reports and trainings, and 95% bootstrap intervals."""
 
 from __future__ import annotations
 

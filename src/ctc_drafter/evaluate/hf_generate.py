@@ -1,4 +1,4 @@
-"""transformers' own `generate` as contenders: what a user has without this package.
+"""transformers' own `generate` as methods under test.
 
 `hf` with its usual cache, `hf-compiled` with its static cache and compiled forward, `hf-lookup` with
 `prompt_lookup_num_tokens`, `hf-assisted=DIR` with a smaller model of the same tokenizer as its assistant. A compiled

@@ -1,4 +1,4 @@
-"""Ways to decode that are measured against each other: plain, chains, trees of a size; calibration."""
+"""Decoding methods under test: plain, best chain, trees of a size; calibration."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ctc_drafter.evaluate.results import BUDGET, CHAIN, PLAIN, Key
 from ctc_drafter.target.model import Target
 from ctc_drafter.types import Candidates, TokenTree
 
-# How often nodes were accepted that a drafter gave a probability: sums by bins of that probability.
+# Calibration: acceptance of nodes by bins of the probability that the drafter gave them.
 
 BINS = 20  # of equal width, from 0 to 1
 
@@ -48,7 +48,7 @@ class Calibration:
         self.accepted = [a + b for a, b in zip(self.accepted, totals(place, reached), strict=True)]
 
 
-# Ways to decode that are measured against each other: plain, and drafted in chains or trees of a size.
+# Decoding methods under test: plain, chains, trees of a size.
 
 # (prompts as token ids, timed, where to count what trees promised) -> what was generated
 Decode = Callable[[list[list[int]], bool, Calibration | None], Generation]
@@ -133,7 +133,7 @@ def contenders_of(
     )
 
 
-# Chains: of what a drafter proposes, the one path that is worth most.
+# Chains: the best single path of a tree.
 
 POOL = 64  # prefixes among which the path is looked for, as in the held-out β of training
 

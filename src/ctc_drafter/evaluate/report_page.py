@@ -1,4 +1,4 @@
-"""docs/results.md: everything that the bench's files say, in tables and figures. Nothing in it is typed by hand."""
+"""Writes docs/results.md from the results files of bench."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def ablation_parts(results: Results) -> Iterator[str]:
 
 
 def depth_parts(results: Results) -> Iterator[str]:
-    """What each drafter is worth at its best depth, and at every depth."""
+    """Tables of each drafter at its best depth, and at every depth."""
     yield f"## {results.name}"
     yield (
         f"{origin(results)} Every drafter with drafts of at "
@@ -309,7 +309,7 @@ def number(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
 
 
-# The paper's own figures, to stand beside ours where they are marked as the paper's.
+# Figures of the paper, shown next to ours and marked as the paper's.
 #
 # Source: Wen, Gui and Feng, "Speculative Decoding with CTC-based Draft Model for LLM Inference Acceleration" (NeurIPS
 # 2024), Table 1 and the time breakdown; Vicuna 7B, 13B and 33B, greedy.

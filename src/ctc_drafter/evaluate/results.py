@@ -1,4 +1,4 @@
-"""Records of a measurement and their journal, results files, the table for the terminal."""
+"""Records, journal and results files of a measurement; the table for the terminal."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rich.table import Table
 from ctc_drafter.files import disk_errors, read_json, write_atomic
 from ctc_drafter.types import UserError
 
-# What one method did on one prompt, the rows that are summed from it, and a journal that a kill survives.
+# Records per method and prompt, the rows summed from them, and a journal that survives a kill.
 
 PLAIN = "plain"
 Key = tuple[str, int | str | None]  # method and nodes: a contender
@@ -183,7 +183,7 @@ def rate(tokens: int, seconds: float) -> float | None:
 
 
 class Journal:
-    """Lines of a file beside the results: settings first, then what was measured, as it comes.
+    """Append-only file next to the results: settings first, then measured records.
 
     A run with the same settings goes on from there; a line that a kill cut off does not count. Without a path nothing
     is kept. Raises `UserError` for the file of another run.

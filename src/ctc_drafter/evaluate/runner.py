@@ -1,4 +1,4 @@
-"""One measurement for every method: same run, same prompts, same counter, plain decoding as the yardstick."""
+"""Runs all methods on the same prompts in one run, with plain decoding as the baseline."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ STAGES_NOTE = (
 
 @dataclass
 class Conversation:
-    """A prompt at work: its place in the task and plain decoding's answers so far."""
+    """State of a prompt: its index in the task and plain decoding's answers so far."""
 
     index: int
     prompt: Prompt
@@ -46,7 +46,7 @@ class Conversation:
 
 @dataclass
 class Tally:
-    """What one contender did on one prompt, turn by turn."""
+    """Figures of one method on one prompt, turn by turn."""
 
     outputs: list[list[int]] = field(default_factory=list)
     accepted: list[int] = field(default_factory=list)
@@ -178,7 +178,7 @@ def evaluate(
     """Measures plain and drafted decoding on `limit` prompts of each task.
 
     All run in turn on each batch, the order alternating, after a warm-up; with a `budget` trees of its choice
-    too, `also` prompt lookup in trees of the same size, and transformers' own ways, see `stock.py`.
+    too, `also` prompt lookup in trees of the same size, and transformers' own ways, see `hf_generate.py`.
     Returns `{"meta", "rows"}`, a row per method and task. `identical` of `compared` prompts have, over all turns, plain
     decoding's very tokens; `skipped` prompts do not fit the target's context. `meta` adds to the meta object. `save`
     gets the object after every batch. After Ctrl-C the object holds what was finished, and `meta["complete"]` is false.

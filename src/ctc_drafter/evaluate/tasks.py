@@ -1,4 +1,4 @@
-"""Tasks: named lists of prompts, from files or from where their authors publish them."""
+"""Benchmark tasks: prompts from files or downloads."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Task:
 def read_tasks(folder: Path | None, names: Sequence[str]) -> list[Task]:
     """`FOLDER/<name>.jsonl` for each name, in this project's or the published format; `x.jsonl` is a file of its own.
 
-    Without a folder, published benchmarks are downloaded, see `published.py`. Raises `UserError` when one is missing,
+    Without a folder, published benchmarks are downloaded, see `download`. Raises `UserError` when one is missing,
     or nothing is named.
     """
     if folder is not None and not folder.is_dir():

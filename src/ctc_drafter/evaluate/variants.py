@@ -1,4 +1,4 @@
-"""Drafters trained for a comparison: every method alike (`bench --quick`), ablations, typical acceptance."""
+"""Trains drafters for comparisons (`bench --quick`, `--ablations`); typical acceptance."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from ctc_drafter.train.settings import TrainSettings
 from ctc_drafter.train.trainer import train_drafter
 from ctc_drafter.types import TokenTree, UserError
 
-# Small drafters of every method, trained alike for a minute each: what `bench --quick` compares.
+# `bench --quick`: small drafters of every method, each trained for a minute on the same data.
 
 # The same for all: longest draft, text, steps, learning rate; losses are the methods' own. A minute each on two cores.
 SIZES: dict[str, Any] = {"draft_length": 5, "frames": 6, "lookup_length": 0}
@@ -164,7 +164,7 @@ def selected(recipes: Mapping[str, Recipe], only: Sequence[str]) -> dict[str, Re
     return {name: recipe for name, recipe in recipes.items() if not only or name in only}
 
 
-# Variants of the drafter, one row a variant: what each part is worth, trained by the same short run.
+# Ablations: variants of the drafter, each trained by the same short run.
 #
 # {linear heads, attention module} x {cross-entropy, full-sequence CTC, prefix likelihood} x {predictor on, off} x
 # {static tree and collapse, prefix search} x {greedy, typical acceptance}, as far as they make sense: a static tree
@@ -202,7 +202,7 @@ def ours(**sizes: Any) -> Recipe:
 
 
 def variants() -> tuple[Variant, ...]:
-    """All of them; the first is the drafter as it is, and what it is worth to copy is seen beside the second."""
+    """All variants: first the drafter as it is, second the same without copies."""
     bare_prefix, bare_full = Recipe("ctc", BARE), Recipe("ctc", BARE, FULL)
     base = Variant("prefix, predictor", ours())
     return (

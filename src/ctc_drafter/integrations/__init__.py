@@ -1,1 +1,1 @@
-"""Other engines, each in a file or folder of its own, and what they share. Imported only when asked for."""
+"""Plugins for other inference engines (vLLM, SGLang), imported only when used."""

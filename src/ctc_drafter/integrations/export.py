@@ -1,4 +1,4 @@
-"""A CTC drafter as a folder in the `speculators` format, which vLLM reads with our plugin.
+"""Exports a CTC drafter in the `speculators` format, which vLLM reads with our plugin.
 
 Source of the format: vLLM, `transformers_utils/configs/speculators`. Beside its keys stand those of a plain DFlash
 checkpoint, which SGLang reads: one folder serves both. Tensors keep their names and their dtype; those that

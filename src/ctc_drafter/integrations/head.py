@@ -1,4 +1,4 @@
-"""What an engine adds to its own DFlash layers: blank head, predictor, and the search for the best chain."""
+"""CTC head for other engines' DFlash layers: blank head, predictor, search for the best chain."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an exported drafter tells an engine beside its layers, and which settings of an engine it can work with."""
+"""Settings of an exported drafter, and checks of the engine's settings."""
 
 from __future__ import annotations
 

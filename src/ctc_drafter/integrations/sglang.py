@@ -1,4 +1,4 @@
-"""The CTC drafter in SGLang (entry point `sglang.srt.plugins`): its DFlash model with our head.
+"""SGLang plugin (entry point `sglang.srt.plugins`): its DFlash model with our head.
 
 Written against the source of SGLang 0.5.23, `srt/models/dflash.py` and `srt/speculative/dflash_worker_v2.py`. Tested
 with stand-ins for those interfaces; it has not run on a GPU yet. SGLang verifies a chain, so it gets the best one.

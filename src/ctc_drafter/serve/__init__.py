@@ -1,1 +1,1 @@
-"""An HTTP server: OpenAI's API, and a page that shows decoding at work."""
+"""OpenAI-compatible server, and a page that visualises decoding."""

@@ -1,4 +1,4 @@
-"""Between the event loop and the engine's thread: a request's jobs go there, their events come back."""
+"""Event streams between the asyncio loop and the engine's thread."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class RequestStream:
             self.jobs[place].cancelled = True
 
     def cancel(self) -> None:
-        """Rows at work leave at the next step."""
+        """Cancels the jobs; their rows leave at the next step."""
         for job in self.jobs:
             job.cancelled = True
 

@@ -1,4 +1,4 @@
-"""The decoding engine: one worker thread, a bounded queue, a batch whose rows join and leave."""
+"""Decoding engine with continuous batching: one worker thread, a bounded queue."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class ShuttingDown(Exception):
 
 @dataclass(frozen=True)
 class Load:
-    """What is going on: rows in batches, rows that wait, and whether new ones are taken."""
+    """Load of the engine: running rows, waiting rows, and whether new ones are accepted."""
 
     running: int
     waiting: int
@@ -92,14 +92,14 @@ class Engine:
         self._running.add_done_callback(self._told)
 
     def drain(self, grace: float) -> None:
-        """Takes no more requests and turns away those that wait; rows at work have `grace` seconds left."""
+        """Takes no more requests and turns away those that wait; running rows have `grace` seconds left."""
         with self._wake:
             if self._stop_at is None or time.monotonic() + grace < self._stop_at:
                 self._stop_at = time.monotonic() + grace
             self._wake.notify()
 
     def close(self) -> None:
-        """Ends what is at work, and the thread."""
+        """Ends all running rows and the thread."""
         self.drain(0.0)
         if self._worker is not None:
             self._worker.close()
@@ -114,7 +114,7 @@ class Engine:
 
     @property
     def most(self) -> int:
-        """Jobs that can be at work or waiting."""
+        """Largest number of jobs running or waiting."""
         return self.batch_size + self.queue
 
     def submit(self, jobs: Sequence[Completion]) -> None:
@@ -156,7 +156,7 @@ class Engine:
         if (error := running.exception()) is None:
             return
         LOG.critical("the engine stopped", exc_info=error)
-        with self._wake:  # whoever submits now finds it dead
+        with self._wake:  # a submission from now on finds it dead
             jobs = [*self._waiting, *self._joining, *(job for lane in self.lanes.values() for job in lane.jobs)]
         for job in jobs:
             job.deliver(ERROR)
@@ -171,7 +171,7 @@ class Engine:
         self._waiting = staying
 
     def _wanted(self, job: Completion) -> bool:
-        """Whether somebody still waits for it, in time, from a server that goes on."""
+        """Whether a job is still wanted: not cancelled, within its deadline, and the server not shutting down."""
         return not (job.cancelled or self._late(job) or self._turned_away(job))
 
     def _turned_away(self, job: Completion) -> bool:
@@ -263,11 +263,11 @@ class Worker:
                 continue
             try:
                 future.set_result(task())
-            except BaseException as error:  # whoever waits for the future decides
+            except BaseException as error:  # raised where the future's result is read
                 future.set_exception(error)
 
 
-# How much sooner the server's tokens come than plain decoding would have written them, estimated.
+# Estimated speedup over plain decoding.
 
 PROMPT = 64
 

@@ -1,4 +1,4 @@
-"""A batch whose rows join and leave between steps, and tell their clients what they wrote."""
+"""Batch of one decoding method whose rows join and leave between steps, with events for clients."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class MethodBatch:
         self.batch = Batch(self.method, self.clock)
 
     def admit(self, job: Completion) -> None:
-        """Prefills a row and tells its first token. Where the prefill raises, the rows at work are as they were."""
+        """Prefills a row and emits its first token. Where the prefill raises, the other rows are as they were."""
         job.begin = time.perf_counter()
         meant = (UserError, torch.OutOfMemoryError)  # for want of memory it is this row that stays out
         roots, logits = self._with_or_without_drafts(lambda: self.batch.enter([job]), meant)
@@ -122,7 +122,7 @@ class MethodBatch:
             job.deliver(failure(error))
 
     def drop(self) -> None:
-        """Lets the rows go that nobody waits for."""
+        """Removes rows whose clients have gone away."""
         self._keep([place for place, job in enumerate(self.jobs) if not job.cancelled])
 
     def clear(self) -> list[Completion]:

@@ -1,4 +1,4 @@
-"""Figures for Prometheus. What the engine counts is read when somebody asks."""
+"""Prometheus metrics."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/v1/ctc/strea
 
 
 class EngineCollector(Collector):
-    """Reads the totals of an engine's lanes."""
+    """Prometheus collector of an engine's totals."""
 
     def __init__(self, engine: Engine):
         self.engine = engine

@@ -1,4 +1,4 @@
-"""Errors in OpenAI's shape; API key, time limit and count of every request."""
+"""ASGI middleware (API key, time limit, request counts) and errors in OpenAI's format."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def respond(error: APIError) -> JSONResponse:
 
 
 def explain(errors: Sequence[Mapping[str, Any]]) -> APIError:
-    """The first thing that is wrong with a request, in one line."""
+    """The first validation error of a request, in one line."""
     first = errors[0]
     path = [str(part) for part in first["loc"]]
     path = path[1:] if path[:1] == ["body"] else path
@@ -79,7 +79,7 @@ def is_ours(part: str) -> bool:
 
 
 def translate(error: Exception) -> APIError:
-    """What the client is told about an error of ours."""
+    """The `APIError` that a client gets for an exception."""
     match error:
         case APIError():
             return error

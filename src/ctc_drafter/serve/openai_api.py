@@ -1,4 +1,4 @@
-"""OpenAI's API: chat completions, completions, models; answers in its two shapes."""
+"""OpenAI endpoints: chat completions, completions, models; whole or streamed."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def data(value: BaseModel) -> str:
 
 
 class ResponseBuilder(Protocol):
-    """How the answers of one request look."""
+    """Builds the responses of one request, whole or streamed."""
 
     def whole(self, answers: Sequence[Answer], usage: Usage) -> BaseModel: ...
     def opening(self, count: int) -> list[BaseModel]: ...

@@ -1,4 +1,4 @@
-"""Requests and responses of OpenAI's API, the part of it that is served."""
+"""Request and response models of the OpenAI API."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ Text = Annotated[str, Field(min_length=1)]
 StopText = Annotated[str, Field(min_length=1, max_length=256)]
 
 Item = TypeVar("Item")
-# A megabyte of bad items would have as many errors, of which one is told.
+# A megabyte of bad items would have as many errors, of which only one is reported.
 Several = Annotated[list[Item], Field(fail_fast=True)]
 
 
@@ -99,7 +99,7 @@ class Sampling(Strict):
 
 
 class Streamed(Sampling):
-    """What both kinds of requests share."""
+    """Fields that chat and text completion requests share."""
 
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] = 1
     stop: StopText | Annotated[Several[StopText], Field(max_length=16)] | None = None

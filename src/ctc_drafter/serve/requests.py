@@ -1,4 +1,4 @@
-"""One completion in progress, its events, and the text of it that may be shown."""
+"""One completion in progress: its events, its text, stop strings."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ctc_drafter.decode.sequence import SequenceState
 from ctc_drafter.decode.stats import Stats
 from ctc_drafter.types import UserError
 
-# A choice of a request at work: a row with settings of its own, and what its client is told.
+# One completion in progress, and its events.
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ ERROR = Failure("error", "decoding failed; the server's log says why")
 
 
 def failure(error: Exception) -> Failure:
-    """What a client is told when its row fails: what is wrong if that was meant to be read, else where to look."""
+    """The event of a failed row: the message of a `UserError`, else a reference to the server's log."""
     return Failure("error", " ".join(str(error).split())) if isinstance(error, UserError) else ERROR
 
 
@@ -118,7 +118,7 @@ class AnswerText:
         self.stopped = False
 
     def push(self, token: int) -> str:
-        """What may be shown after this token; `stopped` says whether a stop string is complete."""
+        """The text that may be shown after this token; `stopped` says whether a stop string is complete."""
         return self._show(self.stream.push([token]))
 
     def close(self) -> str:
@@ -146,7 +146,7 @@ class Completion(SequenceState):
     """A row, with: `index` the choice's number in its request, by which seeds go.
 
     lane: the batch it is decoded in. shown: its text. deliver: told every event, from the engine's thread.
-    top: likeliest tokens to report with each token's own likelihood, None for neither. trace: whether bursts
+    top: most probable tokens to report with each token's log-probability, None for neither. trace: whether bursts
     carry trees. deadline: by `time.monotonic`. cancelled: set from any thread when nobody waits any more.
     """
 

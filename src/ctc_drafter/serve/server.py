@@ -1,4 +1,4 @@
-"""`ctc-drafter serve`: the web application on a socket, until it is told to stop."""
+"""`ctc-drafter serve`: FastAPI application, uvicorn and shutdown."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from ctc_drafter.serve.trace_api import PLAIN, trace_router
 from ctc_drafter.target.model import Target
 from ctc_drafter.types import UserError
 
-# `ctc-drafter serve`: the application on a socket, until it is told to stop.
+# uvicorn on a socket, until SIGINT or SIGTERM.
 
 LOG = logging.getLogger(__name__)
 BACKLOG = 128
@@ -65,7 +65,7 @@ def make_engine(
 
 
 class Server(uvicorn.Server):
-    """Told to stop, it lets answers at work come to their end, for a while, and ends streams properly."""
+    """uvicorn server whose shutdown lets running answers end for a while, and closes streams properly."""
 
     def __init__(self, config: uvicorn.Config, service: Service):
         super().__init__(config)

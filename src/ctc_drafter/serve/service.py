@@ -1,4 +1,4 @@
-"""From requests to jobs: prompts as tokens, settings as samplers, within the server's limits."""
+"""From API requests to completions: prompts, samplers, limits."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from ctc_drafter.types import UserError
 
 @dataclass(frozen=True)
 class Limits:
-    """max_new_tokens: longest answer; longer ones that are asked for are cut there. max_prompt: tokens, None for what
-    the context holds. max_body: bytes. timeout: seconds of an answer, its wait included. grace: seconds that answers
-    at work have left when the server is told to stop."""
+    """max_new_tokens: longest answer; requests for longer ones are cut there. max_prompt: tokens, None for what
+    the context holds. max_body: bytes. timeout: seconds of an answer, its wait included. grace: seconds that running
+    answers have left at shutdown."""
 
     max_new_tokens: int = 2048
     max_prompt: int | None = None

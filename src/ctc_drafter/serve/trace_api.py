@@ -1,4 +1,4 @@
-"""Our own stream, for the page: what every verification emitted, and the tree that it checked."""
+"""Streaming endpoint of the page: emitted tokens and verified tree of every step."""
 
 from __future__ import annotations
 

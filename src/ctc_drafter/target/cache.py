@@ -1,4 +1,4 @@
-"""Operations on the KV cache: growing and static layers, compaction, rows that join and leave."""
+"""KV cache operations: growing and static layers, compaction, joining and removing rows."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Extent:
 
 
 def copied(states: torch.Tensor) -> torch.Tensor:
-    """Apart from the larger tensor that it is a view of, which can go then; the view where memory is too short."""
+    """A copy that does not keep the larger tensor alive; the view itself where memory is too short."""
     try:
         return states.clone(memory_format=torch.contiguous_format)
     except torch.OutOfMemoryError:
@@ -61,7 +61,7 @@ def copied(states: torch.Tensor) -> torch.Tensor:
 
 
 def put(layer: CacheLayerMixin, keys: torch.Tensor, values: torch.Tensor) -> None:
-    """Lets a layer hold these."""
+    """Sets the keys and values of a layer."""
     if isinstance(layer, GrowingLayer):
         layer.set(keys, values)
     else:

@@ -1,4 +1,4 @@
-"""What a target must offer, and whole checkpoints: what is refused, and why."""
+"""Which targets are refused, by configuration, signature and cache; loading of complete checkpoints."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ctc_drafter.types import UserError, first_line
 
 # What a target must offer: checks on configuration, signature, kernel and cache, none on a model's name.
 #
-# They rule out what is known to be impossible; `selftest.py` then tries the rest.
+# They rule out what is known to be impossible; `self_test.py` then tries the rest.
 
 KERNELS = ("sdpa", "eager")
 ATTENTION = {"full_attention", "sliding_attention"}

@@ -1,4 +1,4 @@
-"""Short forwards of a target as exported, compiled graphs of fixed sizes."""
+"""Compiled target (torch.export, torch.compile): graphs of fixed sizes for short forwards."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def make_graph(model: PreTrainedModel, shape: Shape, inputs: list[torch.Tensor],
 
 
 def written_down(model: PreTrainedModel, shape: Shape, inputs: list[torch.Tensor]) -> Callable[..., Any]:
-    """The forward as plain tensor operations."""
+    """Exports the forward as plain tensor operations (torch.export)."""
     sizes = [dict.fromkeys(open_, Dim.DYNAMIC) for open_ in shape.open_sizes(inputs)]
     # Tensors of inference mode cannot be written to outside it, where tracing takes place.
     with torch.inference_mode(False), torch.no_grad():
@@ -265,7 +265,7 @@ class CompiledTarget(Target):
 
 
 def size_for(tokens: int) -> int:
-    """The smallest graph that so many tokens fit in, the largest if none does."""
+    """Size of the smallest graph that fits so many tokens, of the largest if none does."""
     return next((size for size in SIZES if size >= tokens), SIZES[-1])
 
 

@@ -1,4 +1,4 @@
-"""Where a target keeps its decoder blocks and its final norm, and hooks that catch what the blocks put out.
+"""Finds a model's decoder blocks and final norm, and captures hidden states with forward hooks.
 
 Found by structure, not by name: families call the same things `layers`, `h`, `blocks`, `norm`, `ln_f` and more.
 """

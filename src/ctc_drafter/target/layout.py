@@ -1,4 +1,4 @@
-"""How tensors lie in memory, where that decides the speed: weights for few tokens at a time, caches that grow."""
+"""CPU memory layout of weights, and grouped-query attention without repeated keys."""
 
 from __future__ import annotations
 

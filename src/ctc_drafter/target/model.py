@@ -1,4 +1,4 @@
-"""The target: one forward of any causal LM for prefill, plain steps and token trees."""
+"""`Target`: the forward pass of any causal LM for prefill, plain steps and token trees."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Target:
         """Takes a loaded model; `cache` is `dynamic`, or `static` for fixed tensors that are written in place.
 
         Raises `UserError` when its cache or masks cannot serve a token tree: by what it says of itself
-        (`support.py`), and by a trial of a few short forwards (`selftest.py`).
+        (`checks.py`), and by a trial of a few short forwards (`self_test.py`).
         """
         if cache not in CACHES:
             raise UserError(f"a {cache} cache cannot be gathered after a tree; use {' or '.join(CACHES)}")

@@ -1,4 +1,4 @@
-"""Rotary embeddings whose factors depend on the length of the text: longrope (Phi-3, Phi-4, and others).
+"""Rotary embeddings whose factors depend on text length: longrope (Phi-3, Phi-4), dynamic NTK.
 
 Up to `original_max_position_embeddings` tokens ("the switch") such a model rotates by its short factors, beyond by its
 long ones. transformers decides by the largest position of a forward, which is the text's own length only where a

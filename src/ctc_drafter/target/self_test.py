@@ -1,4 +1,4 @@
-"""A trial of a target before it is used: a small tree against its own paths as plain text.
+"""Self-test of a target at load: a small token tree against its paths as plain text.
 
 Signatures and configurations do not say everything: positions may be offset inside the model, a mask may be
 ignored, a window may be configured and not used. Each of these would be silently wrong, so they are tried.

@@ -1,4 +1,4 @@
-"""Whole checkpoints in place of half ones, and the processes of one run."""
+"""Complete checkpoints only, and distributed training: processes, FSDP2."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ctc_drafter.files import write_atomic
 from ctc_drafter.target.features import decoder_blocks
 from ctc_drafter.types import UserError
 
-# Checkpoints that are whole or do not count: a checksum of every file, written last.
+# Complete checkpoints: a checksum of every file, written last.
 
 logger = logging.getLogger(__name__)
 SEAL = "files.json"

@@ -1,4 +1,4 @@
-"""Answered prompts as a dataset to train on."""
+"""Dataset, batching and validation split of distilled answers."""
 
 from __future__ import annotations
 

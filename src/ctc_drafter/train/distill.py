@@ -1,4 +1,4 @@
-"""The target answers the prompts, the only text that a drafter should learn from; shards that survive a kill."""
+"""Distillation: the target answers prompts, in shards that survive a kill."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from ctc_drafter.target.model import Target
 from ctc_drafter.train.prompts import Prompt
 from ctc_drafter.types import UserError, lacks_memory
 
-# The target answers the prompts: the only text that a drafter should learn from.
+# Distillation: the target answers the prompts.
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ OLDER: dict[str, Any] = {"ids": "written", "weights": None, "revision": None, "s
 
 @dataclass(frozen=True)
 class Distilled:
-    """What a call did.
+    """Result of a distillation.
 
     rows and tokens were written now, `found` prompts had been seen to before, too_long were too long for the target.
     cut: answers of this call that ended at the limit of tokens. left_out: reason -> rows that were not written.

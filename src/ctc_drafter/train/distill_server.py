@@ -1,4 +1,4 @@
-"""Answers from a server that speaks OpenAI's API: vLLM, SGLang, our own, or any other that continues token ids."""
+"""Distillation through an OpenAI-compatible server: vLLM, SGLang or our own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a training run will need: disk, memory and floating-point operations, from configurations alone.
+"""Estimates disk, memory and operations of training and distillation, on fake tensors.
 
 Nothing is typed in: parameters are counted, and one step of the very code that trains runs on fake tensors, under a
 counter of its memory and one of its operations.
@@ -257,7 +257,7 @@ def memory_errors(plan: Callable[[], Plan]) -> Iterator[None]:
         raise UserError(f"too little memory: this run needs about {needed:.2f} GB; {options}") from error
 
 
-# What the answers of a distillation will cost, from configurations alone.
+# Cost of a distillation, from configurations alone.
 #
 # Reading a prompt is bound by operations. Writing is bound by memory where few rows are written at a time: each step
 # reads all weights and the cache of its rows. Both are counted on fake tensors, a forward pass each.
@@ -344,7 +344,7 @@ def measured_bandwidth(device: str, seconds: float = 0.5) -> float:
     return done * 2 * origin.nbytes / (time.perf_counter() - begin)
 
 
-# What tensors a computation would hold, counted without any: on fake tensors, which have shapes and no memory.
+# Peak memory of a computation, counted on fake tensors, which have shapes and no memory.
 
 
 class PeakMemory(TorchDispatchMode):

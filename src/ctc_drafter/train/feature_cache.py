@@ -1,4 +1,4 @@
-"""Features of a whole training text in files, for runs that read it more often than they should compute it.
+"""Target features cached in files, for training runs of several epochs.
 
 They take much room: 24 kB a token for a target of width 4,096 in bfloat16. Computing them online costs a forward pass.
 """

@@ -1,4 +1,4 @@
-"""What a drafter learns at one place of a text: from an anchor's root, the next tokens of the target.
+"""Training objective: anchors in a text, their labels, and the loss in chunks.
 
 Shape letters: B rows, T tokens, A anchors of a row, N anchors of a batch, U labels, F frames, H hidden size.
 """

@@ -1,4 +1,4 @@
-"""Prompts for the target to answer: conversations from files or the hub, encoded."""
+"""Prompts for distillation: conversations from files or the hub, encoded."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def read_prompts(
     cuts: int = 0,
     seed: int = 0,
 ) -> PromptSet:
-    """Prompts of a file, a folder of files or a data set of the hub (`records.read_corpus`), in an order that `seed`
+    """Prompts of a file, a folder of files or a data set of the hub (`read_corpus`), in an order that `seed`
     fixes.
 
     Rows are `{"messages": ...}`, `{"prompt": ...}`, `{"turns": ...}` (the first one), ShareGPT's

@@ -1,4 +1,4 @@
-"""The model card of a finished drafter, and its push to the hub."""
+"""Model card of a trained drafter, and its upload to the hub."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ctc_drafter.provenance import MANIFEST, read_manifest, versions
 from ctc_drafter.train.prompts import hub_name
 from ctc_drafter.types import UserError
 
-# What a finished drafter says of itself: README.md in its folder, with a picture of its training.
+# Model card: README.md in the drafter's folder, with a plot of its training.
 
 CARD, CURVES = "README.md", "training"
 OURS = "<!-- written by ctc-drafter train; without this line it is left alone -->"
@@ -169,7 +169,7 @@ def _table(head: Sequence[str], rows: Any) -> str:
 
 # Finished drafters on the Hugging Face hub.
 
-# Not checkpoints, not features.
+# Files to upload: no checkpoints, no features.
 PUBLISHED = ("config.json", "model.safetensors", "README.md", "train.json", "train_log.jsonl", "training.*")
 
 

@@ -1,4 +1,4 @@
-"""Recipes: YAML files that name a target, its prompts and options; their pages under docs/recipes/."""
+"""YAML recipes: target, prompts and options of a training; their pages under docs/recipes/."""
 
 from __future__ import annotations
 
@@ -89,10 +89,10 @@ def _text(value: Any) -> str:
     return {True: "yes", False: "no"}.get(value, str(value)) if isinstance(value, bool) else str(value)
 
 
-# What a recipe will need, and its page under docs/recipes/: `python -m ctc_drafter.train.recipe recipes/*.yaml`.
+# Estimates of a recipe, and its page under docs/recipes/: `python -m ctc_drafter.train.recipe recipes/*.yaml`.
 
 PAGES = Path("docs/recipes")
-# Yardsticks, not promises: operations and bytes per second that the pages' hours are given for.
+# Assumed operations and bytes per second for the hours on the pages.
 RATE, BANDWIDTH = 1e14, 2e12
 SERVED = 64  # rows that a server may write at a time
 SIZES = ("frames", "draft_length", "predictor_rank")
@@ -131,8 +131,8 @@ def page(recipe: Recipe, file: Path) -> str:
     """Markdown: the commands, and what they need."""
     lines = [["ctc-drafter", *command] for command in commands(recipe, Path("runs") / file.stem)]
     shown = "\n".join("    " + shlex.join(line) for line in lines)
-    rows = describe(estimate(plan_of(recipe)), RATE, "a yardstick; your own with `--flops`")
-    rows += distillation(recipe, RATE, BANDWIDTH, "yardsticks; your own with `--flops` and `--bandwidth`")
+    rows = describe(estimate(plan_of(recipe)), RATE, "assumed; set yours with `--flops`")
+    rows += distillation(recipe, RATE, BANDWIDTH, "assumed; set yours with `--flops` and `--bandwidth`")
     table = "\n".join(f"| {what} | {much} |" for what, much in rows)
     return f"""# {recipe.title}
 
@@ -140,11 +140,11 @@ def page(recipe: Recipe, file: Path) -> str:
 
     ctc-drafter recipe recipes/{file.name} --out runs/{file.stem}
 
-runs these commands, each of which goes on where it was killed:
+runs these commands, each of which resumes after a kill:
 
 {shown}
 
-Distillation may be left to a server that runs the target: `ctc-drafter recipe ... --server URL` (see
+A server that runs the target can do the distillation: `ctc-drafter recipe ... --server URL` (see
 [training](../training.md)).
 
 What training and distillation need at most, by `ctc-drafter recipe recipes/{file.name} --estimate` from the

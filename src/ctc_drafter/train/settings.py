@@ -1,4 +1,4 @@
-"""The options of a training run."""
+"""Training settings (`TrainSettings`): hyperparameters, evaluation, checkpoints, logging."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from ctc_drafter.types import UserError
 
-# These change what is reported, kept or held in memory, not what is learnt: a resumed run may change them.
+# They affect reports, checkpoints or memory, not the trained weights: a resumed run may change them.
 FREE = {
     "log_every",
     "eval_every",
@@ -34,49 +34,51 @@ class TrainSettings(BaseModel):
     loss: Literal["prefix", "ctc", "teacher"] = Field(
         "prefix", description="prefix likelihood, full-sequence CTC, or the target's probabilities as the teacher"
     )
-    loss_decay: float = Field(0.8, gt=0, le=1, description="weight of a draft's next token against the one before")
+    loss_decay: float = Field(0.8, gt=0, le=1, description="weight of each drafted token relative to the one before")
     copy_dropout: float = Field(
         0.0,
         ge=0,
         le=1,
-        description="share of anchors that learn without copies, for engines where nobody knows the text",
+        description="share of anchors trained without copies, for engines that do not pass the text to the drafter",
     )
-    anchors: int = Field(32, ge=1, description="positions of each row that a step learns from")
+    anchors: int = Field(32, ge=1, description="positions of each row whose continuations are trained per step")
     anchor_chunk: int | None = Field(
-        None, ge=1, description="positions whose logits are in memory at a time; by default some 256 MB of them"
+        None, ge=1, description="positions whose logits are in memory at a time; by default about 256 MB"
     )
     recompute: bool = Field(False, description="gradient checkpointing: draft layers run again in the backward pass")
     features: Literal["online", "cached"] = Field(
-        "online", description="whether the target computes them at each step, or once, into files"
+        "online", description="target features: computed at every step, or cached in files"
     )
-    features_limit: float | None = Field(None, gt=0, description="GB that those files may take")
+    features_limit: float | None = Field(None, gt=0, description="disk limit of the feature cache in GB")
     steps: int | None = Field(None, ge=1, description="optimizer steps; overrides epochs")
     epochs: float = Field(1.0, gt=0, description="passes over the training rows")
-    batch_size: int = Field(8, ge=1, description="rows of a forward pass")
-    accumulate: int = Field(1, ge=1, description="forward passes of a step, of all processes together")
+    batch_size: int = Field(8, ge=1, description="rows per forward pass")
+    accumulate: int = Field(1, ge=1, description="forward passes per optimizer step, over all processes")
     learning_rate: float = Field(1e-3, gt=0, description="peak of the cosine schedule")
     min_learning_rate: float = Field(0.0, ge=0, description="end of the cosine schedule")
     warmup_steps: int = Field(50, ge=0, description="steps of linear warmup")
-    weight_decay: float = Field(0.01, ge=0, description="AdamW's, on matrices only")
-    adam_beta2: float = Field(0.95, gt=0, lt=1, description="AdamW's second decay")
-    max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
+    weight_decay: float = Field(0.01, ge=0, description="weight decay of AdamW, on matrices only")
+    adam_beta2: float = Field(0.95, gt=0, lt=1, description="second beta of AdamW")
+    max_grad_norm: float = Field(1.0, gt=0, description="gradient clipping norm")
     bf16: bool = Field(False, description="bfloat16 autocast; lattice and loss stay in float32")
-    seed: int = Field(0, ge=0, description="of row order, anchors and held-out positions")
+    seed: int = Field(0, ge=0, description="random seed of row order, anchors and held-out positions")
     log_every: int = Field(10, ge=1, description="steps between losses in the log")
-    eval_every: int = Field(250, ge=1, description="steps between held-out losses and β")
-    eval_nodes: tuple[int, ...] = Field((8, 16, 32, 64), min_length=1, description="tree sizes of the held-out β")
-    eval_positions: int = Field(1024, ge=1, description="positions of the held-out β")
-    eval_batch_size: int = Field(8, ge=1, description="rows of a held-out forward pass")
+    eval_every: int = Field(250, ge=1, description="steps between validations: held-out loss and tokens per step (β)")
+    eval_nodes: tuple[int, ...] = Field(
+        (8, 16, 32, 64), min_length=1, description="tree sizes for which held-out tokens per step (β) are estimated"
+    )
+    eval_positions: int = Field(1024, ge=1, description="held-out positions used to estimate tokens per step (β)")
+    eval_batch_size: int = Field(8, ge=1, description="rows per held-out forward pass")
     save_every: int = Field(250, ge=1, description="steps between checkpoints")
-    # The newest one is not sealed yet when older ones are deleted.
-    keep_checkpoints: int = Field(2, ge=2, description="checkpoints that are kept")
+    # At least 2: older checkpoints are deleted before the newest one is marked as complete.
+    keep_checkpoints: int = Field(2, ge=2, description="number of checkpoints to keep")
     report_to: tuple[str, ...] = Field((), description="transformers' reporting integrations, e.g. tensorboard")
     progress: bool = Field(True, description="show a progress bar")
 
     @field_validator("eval_nodes", "report_to", mode="before")
     @classmethod
     def listed(cls, value: Any) -> Any:
-        """One, as a command line gives it, is a list of one."""
+        """Splits comma-separated text into a list."""
         parts = value.split(",") if isinstance(value, str) else value
         return [part for part in parts if part != ""] if isinstance(parts, list) else parts
 
@@ -93,5 +95,5 @@ class TrainSettings(BaseModel):
             raise UserError(f"setting {name}: {first['msg']}") from error
 
     def learnt_from(self) -> dict[str, Any]:
-        """The settings that a resumed run must share."""
+        """The settings that must not change when a run is resumed."""
         return self.model_dump(mode="json", exclude=FREE)

@@ -75,7 +75,7 @@ def train_drafter(
         out.mkdir(parents=True, exist_ok=True)
         checkpoint = latest_checkpoint(out / "checkpoints")
         if processes.is_main_process and checkpoint is None and not (out / "model.safetensors").exists():
-            (out / RUN_FILE).unlink(missing_ok=True)  # of a run that came to nothing: its settings may be mended
+            (out / RUN_FILE).unlink(missing_ok=True)  # left by a run that wrote no checkpoint: its settings may change
         # Settings that are newer than a folder had the value then that is their default now.
         older = {"settings": TrainSettings.parse({}).learnt_from(), "start": "", "weights": None, "dtype": None}
         claim(out / RUN_FILE, _manifest(target, drafter, dataset, settings) | {"start": start}, older, FREE)
@@ -295,7 +295,7 @@ def training_arguments(
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """While open, no parameter of the model asks for a gradient."""
+    """Context manager: no parameter of the model requires a gradient."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     for parameter in trainable:
         parameter.requires_grad_(False)

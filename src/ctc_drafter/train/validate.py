@@ -1,4 +1,4 @@
-"""Acceptance on held-out text, without decoding: the target wrote the text, so the text is its verdict."""
+"""Offline acceptance on held-out answers, without decoding."""
 
 from __future__ import annotations
 

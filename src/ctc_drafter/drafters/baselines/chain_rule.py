@@ -1,4 +1,4 @@
-"""Drafters that know the probability of a token given its prefix: cross-entropy, best tree under the product."""
+"""Drafters with P(token | prefix): cross-entropy loss and best tree under the chain rule."""
 
 from __future__ import annotations
 

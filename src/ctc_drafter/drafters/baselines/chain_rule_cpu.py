@@ -1,6 +1,6 @@
-"""Best prefixes on a CPU, where a dozen small tensor operations cost as much as a head: one compiled call a level.
+"""Best prefixes under the chain rule on a CPU (numba), one compiled call per level.
 
-What is found is defined by `expand.expand_statically`. Here the n best so far are known at each level, so a token is
+Same result as `chain_rule.expand_statically`. Here the n best so far are known at each level, so a token is
 looked at only if it may be among them, and only prefixes that are among them are asked for their next tokens.
 """
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def grow(step: Step, root: torch.Tensor, nodes: int, depth: int, min_probability: float) -> Candidates:
-    """See `expand.expand`. A row with fewer prefixes than others is padded with score -inf."""
+    """See `chain_rule.expand`. A row with fewer prefixes than others is padded with score -inf."""
     least = math.log(min_probability) if min_probability else -math.inf
     best = np.full((len(root), nodes), -np.inf, np.float32)
     prefixes, places = root[:, None, None], None

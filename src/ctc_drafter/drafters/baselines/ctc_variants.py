@@ -1,4 +1,4 @@
-"""Other drafters with CTC: the paper's, and ours without its attention."""
+"""Two other CTC drafters: the paper's, and ours with linear frames in place of attention."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def collapsed(
 
 # The CTC drafter without its attention: frames are linear maps of the last hidden state, as Medusa's heads are.
 #
-# For ablations: what the attention module is worth. Everything behind the frames is that of `ctc.py`.
+# For ablations of the attention module. Everything behind the frames is that of `ctc.py`.
 
 
 class LinearCTCConfig(CTCDrafterConfig):

@@ -1,4 +1,4 @@
-"""DFlash and DSpark: one parallel pass over a block of masks, a token for each mask."""
+"""DFlash and DSpark: one parallel pass over a block of masks, one token per mask."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""EAGLE: a decoder layer that predicts features one after the other, fed with what it predicted itself.
+"""EAGLE: a decoder layer that predicts the target's features autoregressively.
 
 Sources: Li, Wei, Zhang and Zhang, "EAGLE: Speculative Sampling Requires Rethinking Feature Uncertainty" (ICML 2024),
 "EAGLE-2: Faster Inference of Language Models with Dynamic Draft Trees" (EMNLP 2024), "EAGLE-3: Scaling up Inference

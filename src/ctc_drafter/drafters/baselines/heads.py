@@ -1,4 +1,4 @@
-"""Drafters whose heads read the target's last hidden state: what Medusa and Hydra share, and Medusa."""
+"""Drafting heads on the target's last hidden state: the base class of Medusa and Hydra, and Medusa."""
 
 from __future__ import annotations
 

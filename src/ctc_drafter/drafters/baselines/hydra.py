@@ -1,4 +1,4 @@
-"""Hydra: heads that see the tokens drafted before theirs; and Hydra++, whose heads read a layer of their own.
+"""Hydra: heads conditioned on the tokens drafted before; Hydra++, with a decoder layer of its own.
 
 Source: Ankner, Parthasarathy, Nrusimha, Rinard, Ragan-Kelley and Brandon, "Hydra: Sequentially-Dependent Draft Heads
 for Medusa Decoding" (COLM 2024). Head k reads the target's last hidden state, the embeddings of the root and of the k-1

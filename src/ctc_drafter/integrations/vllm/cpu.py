@@ -1,4 +1,4 @@
-"""vLLM on a CPU, 0.20 to 0.33, samples wrongly with any kind of speculation at a temperature above 0.
+"""Patch of vLLM 0.20 to 0.33 on CPUs, which samples wrongly with any kind of speculation.
 
 The stand-in for its Triton kernel `expand_kernel` writes temperatures, top-k and top-p of draft tokens into an int64
 copy of the tensor that it was given, and drops the copy: what is used then is memory that nobody has written.

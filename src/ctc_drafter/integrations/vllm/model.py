@@ -1,4 +1,4 @@
-"""The CTC drafter as vLLM runs it: its DFlash model with blank head, predictor and prefix search.
+"""vLLM model of the CTC drafter: its DFlash model with blank head, predictor and prefix search.
 
 vLLM hands `get_top_tokens` the frames alone, `[B*F, H]`. What the search needs besides, the root and the block's output
 there, `forward` has just seen: a block is [root, F masks]. vLLM verifies a chain, so the best one is what it gets.

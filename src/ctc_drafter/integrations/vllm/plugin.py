@@ -1,4 +1,4 @@
-"""Makes our drafters known to vLLM, which calls `register` in each of its processes.
+"""vLLM plugin: registers our model and config format in each vLLM process.
 
 After that `vllm serve FOLDER` works for a folder that `ctc-drafter export` wrote. Written for vLLM 0.32; 0.28 and later
 have the same interfaces.
