@@ -16,7 +16,7 @@ from ctc_drafter.evaluate.figures import learning_curves, save
 from ctc_drafter.files import disk_errors, write_atomic
 from ctc_drafter.provenance import MANIFEST, read_manifest, versions
 from ctc_drafter.train.prompts import hub_name
-from ctc_drafter.types import UserError
+from ctc_drafter.types import UserError, first_line
 
 # What a finished drafter says of itself: README.md in its folder, with a picture of its training.
 
@@ -200,7 +200,7 @@ def _hub_errors(repository: str) -> Iterator[None]:
     except LocalTokenNotFoundError as error:
         raise UserError(f"nobody is logged in to push to {repository}; run hf auth login, or set HF_TOKEN") from error
     except Exception as error:  # the hub's, the network's and its client's have no kind in common
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise UserError(
             f"could not push to {repository}: {reason}; what was trained is kept: the same command tries again"
         ) from error

@@ -15,7 +15,7 @@ from transformers import AutoConfig
 from ctc_drafter.drafters.registry import blank_drafter, trained_method
 from ctc_drafter.train.estimate import Answers, Plan, TextSize, describe, describe_distillation, distill_cost, estimate
 from ctc_drafter.train.settings import TrainSettings
-from ctc_drafter.types import UserError
+from ctc_drafter.types import UserError, first_line
 
 # Recipes: YAML files that name a target, its prompts, and the options of distillation and training.
 #
@@ -47,7 +47,7 @@ def read_recipe(file: Path) -> Recipe:
     try:
         recipe = Recipe(**yaml.safe_load(file.read_text(encoding="utf-8")))
     except (OSError, UnicodeDecodeError, yaml.YAMLError, TypeError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise UserError(f"{file} is no recipe: {reason}") from error
     except ValidationError as error:
         first = error.errors()[0]
