@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from transformers import AutoConfig
 
 from ctc_drafter.drafters.registry import blank_drafter, trained_method
+from ctc_drafter.files import markdown_table
 from ctc_drafter.train.estimate import Answers, Plan, TextSize, describe, describe_distillation, distill_cost, estimate
 from ctc_drafter.train.settings import TrainSettings
 from ctc_drafter.types import UserError, first_line
@@ -133,7 +134,6 @@ def page(recipe: Recipe, file: Path) -> str:
     shown = "\n".join("    " + shlex.join(line) for line in lines)
     rows = describe(estimate(plan_of(recipe)), RATE, "a yardstick; your own with `--flops`")
     rows += distillation(recipe, RATE, BANDWIDTH, "yardsticks; your own with `--flops` and `--bandwidth`")
-    table = "\n".join(f"| {what} | {much} |" for what, much in rows)
     return f"""# {recipe.title}
 
 {recipe.notes.strip()}
@@ -151,9 +151,7 @@ What training and distillation need at most, by `ctc-drafter recipe recipes/{fil
 configuration, as if every row were as long as the recipe allows. Nobody has run it at this size yet; the tests run it
 with a small random target of the same architecture.
 
-| | |
-|---|---|
-{table}
+{markdown_table(["", ""], rows)}
 """
 
 
