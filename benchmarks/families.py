@@ -23,6 +23,7 @@ from ctc_drafter.decode.generate import generate
 from ctc_drafter.drafters.base import Drafter
 from ctc_drafter.drafters.ctc import CTCDrafter
 from ctc_drafter.evaluate.exactness import ScriptedDrafter
+from ctc_drafter.files import markdown_table
 from ctc_drafter.target.checks import KERNELS, refuse_config
 from ctc_drafter.target.model import CACHES, Target
 from ctc_drafter.types import UserError
@@ -177,13 +178,12 @@ def verdict(name: str) -> Verdict:
 def page(verdicts: Sequence[Verdict]) -> str:
     """The page as Markdown."""
     columns = [(cache, kernel) for cache in CACHES for kernel in KERNELS]
-    lines = [HEAD, "| family | " + " | ".join(f"{cache} cache, {kernel}" for cache, kernel in columns) + " |"]
-    lines += ["|---" * (1 + len(columns)) + "|"]
-    lines += [f"| {v.name} | " + " | ".join(v.cells[c] for c in columns) + " |" for v in verdicts if not v.refusal]
-    lines += ["", REFUSED, "", "| family | refused because |", "|---|---|"]
+    head = ["family", *(f"{cache} cache, {kernel}" for cache, kernel in columns)]
+    taken = [(v.name, *(v.cells[c] for c in columns)) for v in verdicts if not v.refusal]
     # Without the figures of a trial, which differ between machines.
-    lines += [f"| {v.name} | {re.sub(r' [(].*[)]', '', v.refusal)} |" for v in verdicts if v.refusal]
-    return "\n".join(lines) + "\n"
+    refused = [(v.name, re.sub(r" [(].*[)]", "", v.refusal)) for v in verdicts if v.refusal]
+    tables = [markdown_table(head, taken), "", REFUSED, "", markdown_table(["family", "refused because"], refused)]
+    return "\n".join([HEAD, *tables]) + "\n"
 
 
 HEAD = f"""# Model families

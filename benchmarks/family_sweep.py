@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from benchmarks.family_checks import CELLS, LENGTHS, NEW_TOKENS, Cell, Plain, differences
 from benchmarks.family_configs import CAUSAL, PICTURES, small_config, small_model
 from benchmarks.family_table import CHUNK, ORIGINAL, UNBUILT, VARIANTS, WINDOW, Family
+from ctc_drafter.files import markdown_table
 from ctc_drafter.target.checks import refuse_config
 from ctc_drafter.target.model import Target
 from ctc_drafter.types import UserError
@@ -71,19 +72,18 @@ def sweep_page(outcomes: Sequence[Outcome]) -> str:
     lines += [
         f"{len(UNBUILT)} are not tried. *as it comes*: what the class's own defaults make, small.",
         "",
-        "| type | configurations | output |",
-        "|---|---|---|",
     ]
+    rows = []
     for kind in dict.fromkeys(each.family.model_type for each in exact):
         own = [each for each in exact if each.family.model_type == kind]
         names = "; ".join(each.family.name.removeprefix(kind).removeprefix(", ") or "as it comes" for each in own)
         wrong = [each.family.name for each in own if each.different]
-        lines.append(f"| {kind} | {names} | {'DIFFERS: ' + '; '.join(wrong) if wrong else 'exact'} |")
-    lines += ["", "Refused:", "", "| configuration | reason |", "|---|---|"]
+        rows.append((kind, names, "DIFFERS: " + "; ".join(wrong) if wrong else "exact"))
+    lines += [markdown_table(["type", "configurations", "output"], rows)]
     # Without the figures of a trial, which differ between machines.
-    lines += [f"| {each.family.name} | {re.sub(r' [(].*[)]', '', each.refusal)} |" for each in refused]
-    lines += ["", "Not tried:", "", "| type | reason |", "|---|---|"]
-    lines += [f"| {name} | {reason} |" for name, reason in UNBUILT.items()]
+    reasons = [(each.family.name, re.sub(r" [(].*[)]", "", each.refusal)) for each in refused]
+    lines += ["", "Refused:", "", markdown_table(["configuration", "reason"], reasons)]
+    lines += ["", "Not tried:", "", markdown_table(["type", "reason"], UNBUILT.items())]
     return "\n".join(lines) + "\n"
 
 

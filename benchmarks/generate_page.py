@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ctc_drafter.decode.generate_settings import FIELDS, INPUTS, PARAMETERS, Setting, Status
+from ctc_drafter.files import markdown_table
 
 HEAD = """# What `generate(..., custom_generate=speculate(drafter))` takes
 
@@ -19,12 +20,12 @@ Made by `python -m benchmarks.generate_page` from `decode/generate_settings.py`;
 
 
 def table(title: str, settings: Sequence[Setting]) -> str:
-    lines = [f"## {title}", "", "| Name | | |", "|---|---|---|"]
+    rows = []
     for setting in settings:
         note = f"{setting.note} ({setting.but})" if setting.but else setting.note
         mark = f"**{setting.status}**" if setting.status in (Status.REFUSED, Status.UNSEEN) else str(setting.status)
-        lines.append(f"| `{setting.name}` | {mark} | {note} |")
-    return "\n".join(lines) + "\n"
+        rows.append([f"`{setting.name}`", mark, note])
+    return f"## {title}\n\n{markdown_table(['Name', '', ''], rows)}\n"
 
 
 def page() -> str:

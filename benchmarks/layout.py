@@ -10,6 +10,8 @@ import re
 import sys
 from pathlib import Path
 
+from ctc_drafter.files import markdown_table
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "ctc_drafter"
 # In reading order; what is not named here comes last.
@@ -29,7 +31,7 @@ def first_line(file: Path) -> str:
     docstring = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
     paragraph = " ".join(docstring.split("\n\n")[0].split())
     sentence = re.split(r"(?<=[\w)`])\. (?=[A-Z`])", paragraph, maxsplit=1)[0]
-    return sentence.removesuffix(":").removesuffix(".").replace("|", "\\|")
+    return sentence.removesuffix(":").removesuffix(".")
 
 
 def layout(package: Path = PACKAGE) -> str:
@@ -40,10 +42,10 @@ def layout(package: Path = PACKAGE) -> str:
     known = [name for name in FOLDERS if name in folders]
     parts = [HEAD]
     for name in [*known, *sorted(folders.keys() - set(known))]:
-        rows = [f"| `{file.name}` | {line} |" for file in folders[name] if (line := first_line(file))]
+        rows = [(f"`{file.name}`", line) for file in folders[name] if (line := first_line(file))]
         if rows:
             title = "The package" if name == "." else f"{name}/"
-            parts.append("\n".join([f"## {title}", "", "| file | what it has |", "|---|---|", *rows]) + "\n")
+            parts.append(f"## {title}\n\n{markdown_table(['file', 'what it has'], rows)}\n")
     return "\n".join(parts)
 
 

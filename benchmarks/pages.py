@@ -10,8 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from ctc_drafter.evaluate.hf_generate import HF, HF_LOOKUP
-from ctc_drafter.evaluate.results import BUDGET, number
-from ctc_drafter.files import read_json
+from ctc_drafter.evaluate.results import BUDGET
+from ctc_drafter.files import markdown_table, number, read_json
 from ctc_drafter.load import keep_quiet
 from ctc_drafter.types import UserError
 
@@ -20,10 +20,8 @@ from ctc_drafter.types import UserError
 
 def markdown_figures(results: Sequence[dict[str, Any]]) -> str:
     """The rows of several results as one Markdown table, and where they were measured."""
-    lines = [
-        "| task | dtype | threads | batch | method | tokens/s | γ | β | identical |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    head = ["task", "dtype", "threads", "batch", "method", "tokens/s", "γ", "β", "identical"]
+    rows = []
     for result in results:
         meta = result["meta"]
         for row in result["rows"]:
@@ -32,14 +30,14 @@ def markdown_figures(results: Sequence[dict[str, Any]]) -> str:
             kind = meta["dtype"] + (", compiled" if compiled else "")
             cells = [row["task"], kind, str(meta["threads"]), str(meta["batch_size"]), method]
             cells += [number(row["tokens_per_s"], 0), number(row["gamma"], 2), number(row["beta"], 2)]
-            lines.append(f"| {' | '.join(cells)} | {row['identical']} of {row['compared']} |")
+            rows.append([*cells, f"{row['identical']} of {row['compared']}"])
     places = {
         f"{m['hardware']['gpu'] or m['hardware']['cpu']}, torch {m['versions']['torch']}, "
         f"transformers {m['versions']['transformers']}, trees of {m['nodes']} nodes, "
         f"at most {m['max_new_tokens']} new tokens{'' if m['complete'] else ', unfinished run'}"
         for m in (result["meta"] for result in results)
     }
-    return "\n".join([*lines, "", *(f"Measured on: {place}." for place in sorted(places))])
+    return "\n".join([markdown_table(head, rows), "", *(f"Measured on: {place}." for place in sorted(places))])
 
 
 def main(

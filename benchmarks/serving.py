@@ -29,9 +29,8 @@ import typer
 from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.pages import run, write_figures
-from ctc_drafter.evaluate.results import number
 from ctc_drafter.evaluate.tasks import Prompt, read_tasks
-from ctc_drafter.files import check_place, write_json
+from ctc_drafter.files import check_place, markdown_table, number, write_json
 from ctc_drafter.provenance import environment
 from ctc_drafter.types import UserError
 
@@ -168,10 +167,8 @@ def markdown_serving(results: Sequence[Mapping[str, Any]]) -> str:
 def _table(result: Mapping[str, Any]) -> str:
     meta, rows = result["meta"], result["rows"]
     plain = {row["clients"]: row for row in rows if row["method"] == PLAIN}
-    lines = [
-        "| clients | method | tokens/s | plain | γ | γ by round | β | p50, p95 s | plain | identical |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    head = ["clients", "method", "tokens/s", "plain", "γ", "γ by round", "β", "p50, p95 s", "plain", "identical"]
+    lines = []
     for row in rows:
         if row["method"] != PLAIN:
             base = plain[row["clients"]]
@@ -184,14 +181,14 @@ def _table(result: Mapping[str, Any]) -> str:
             spread = f"{number(min(row['gamma_rounds']), 2)} to {number(max(row['gamma_rounds']), 2)}"
             cells += [number(row["gamma"], 2), spread, number(row["beta"], 2)]
             cells += [f"{number(each['p50_s'], 2)}, {number(each['p95_s'], 2)}" for each in (row, base)]
-            lines.append(f"| {' | '.join(cells)} | {row['identical']} of {row['compared']} |")
+            lines.append([*cells, f"{row['identical']} of {row['compared']}"])
     hardware, versions = meta["hardware"], meta["versions"]
     place = (
         f"`ctc-drafter serve {meta['serve']}` and the same with `--plain`, {meta['prompts']} prompts in "
         f"{meta['rounds']} rounds, at most {meta['max_new_tokens']} new tokens; {hardware['gpu'] or hardware['cpu']}, "
         f"torch {versions['torch']}, transformers {versions['transformers']}."
     )
-    return "\n".join([*lines, "", place])
+    return "\n".join([markdown_table(head, lines), "", place])
 
 
 app = typer.Typer(add_completion=False, help=__doc__)

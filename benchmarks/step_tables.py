@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ctc_drafter.evaluate.report_page import MODELS, TABLE, TIME, table
-from ctc_drafter.evaluate.results import number
+from ctc_drafter.files import number
 
 BETAS = (2.0, 2.5, 3.0, 3.5, 4.0, 5.0)
 PAPER_BETA = TABLE["MT-bench", "CTC-drafter"][1]

@@ -29,9 +29,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.pages import run, write_figures
 from benchmarks.serving import PATIENCE, Reply, ask_all, bodies_of
-from ctc_drafter.evaluate.results import number
 from ctc_drafter.evaluate.tasks import read_tasks
-from ctc_drafter.files import check_place, write_json
+from ctc_drafter.files import check_place, markdown_table, number, write_json
 from ctc_drafter.provenance import environment
 from ctc_drafter.types import UserError
 
@@ -155,22 +154,19 @@ def markdown_engines(results: Sequence[Mapping[str, Any]]) -> str:
 
 def _table(result: Mapping[str, Any]) -> str:
     meta = result["meta"]
-    lines = [
-        "| task | method | L | acceptance length | tokens per step | identical |",
-        "|---|---|---|---|---|---|",
-    ]
+    head, lines = ["task", "method", "L", "acceptance length", "tokens per step", "identical"], []
     for row in result["rows"]:
         if row["method"] != PLAIN:
             cells = [row["task"], row["method"], str(meta["draft_length"]), number(row["acceptance_length"], 2)]
             cells += [number(row["tokens_per_step"], 2), f"{row['identical']} of {row['answers']}"]
-            lines.append(f"| {' | '.join(cells)} |")
+            lines.append(cells)
     hardware, versions = meta["hardware"], meta["versions"]
     place = (
         f"vLLM {meta['vllm']} with `{meta['serve']}`, {meta['limit']} prompts of each task, at most "
         f"{meta['max_new_tokens']} new tokens, one client; {hardware['gpu'] or hardware['cpu']}, "
         f"torch {versions['torch']}{'' if meta.get('complete', True) else ', unfinished run'}."
     )
-    return "\n".join([*lines, "", place])
+    return "\n".join([markdown_table(head, lines), "", place])
 
 
 def vllm_version() -> str:

@@ -27,7 +27,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "drafters.registry": {"target", "chat"},
     "drafters.warm_start": {"provenance"},
     "decode": {"types", "target", "drafters.base"},
-    "decode.profile": {"provenance", "drafters.trainable"},
+    "decode.profile": {"files", "provenance", "drafters.trainable"},
     "train": {"types", "files", "provenance", "chat", "ctc", "target", "drafters", "decode"},
     "train.publish": {"evaluate.figures"},
     # A bench trains small drafters of its own.

@@ -23,6 +23,7 @@ from ctc_drafter.chat import decode, encode_conversation, eos_ids
 from ctc_drafter.decode.generate import plain_generate
 from ctc_drafter.drafters.ctc import CTCDrafter, CTCDrafterConfig
 from ctc_drafter.drafters.registry import choose_vocabulary, fresh_drafter
+from ctc_drafter.files import markdown_table
 from ctc_drafter.load import load_drafter, load_target
 from ctc_drafter.provenance import tensors_hash
 from ctc_drafter.quickstart import MODEL_DIR
@@ -182,13 +183,18 @@ def parameters(file: Path) -> int:
 
 
 def data_table(perplexity: dict[str, float]) -> str:
-    rows = ["## Training text\n", "| source | passes | licence | held-out perplexity |", "|---|---|---|---|"]
+    rows = []
     for source, passes in MIX.items():
         origin, licence = SOURCES[source]
-        rows.append(f"| {origin} | {passes:g} | {licence} | {perplexity.get(source, '')} |")
+        rows.append((origin, f"{passes:g}", licence, perplexity.get(source, "")))
     seen = sum(phase.steps for phase in PHASES) * TOKENS_PER_STEP / 1e6
-    rows += [f"\nTraining saw {seen:.1f} M tokens of this mixture. Perplexity is per token, on held-out documents,"]
-    return "\n".join([*rows, "in float32.\n"])
+    return f"""## Training text
+
+{markdown_table(["source", "passes", "licence", "held-out perplexity"], rows)}
+
+Training saw {seen:.1f} M tokens of this mixture. Perplexity is per token, on held-out documents,
+in float32.
+"""
 
 
 def beta_table(steps: Sequence[int], config: CTCDrafterConfig, figures: dict[str, dict[str, float]]) -> str:
@@ -204,11 +210,9 @@ def beta_table(steps: Sequence[int], config: CTCDrafterConfig, figures: dict[str
         f"that it learnt from, and knows where the text agrees with up to {config.copies} of the newest tokens. The",
         "second training left that out at half of its places, for engines that do not know the text. Tokens",
         f"per verification at {BETA_POSITIONS:,} places of held-out answers of the target, by nodes of the tree:\n",
-        "| with copies | " + " | ".join(sizes) + " |",
-        "|---" * (1 + len(sizes)) + "|",
-        *(
-            f"| {copies} | " + " | ".join(f"{found[name]:.2f}" for name in sizes) + " |"
-            for copies, found in beta.items()
+        markdown_table(
+            ["with copies", *sizes],
+            ((copies, *(f"{found[name]:.2f}" for name in sizes)) for copies, found in beta.items()),
         ),
     ]
     return "\n".join(rows) + "\n"

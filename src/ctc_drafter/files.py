@@ -1,4 +1,4 @@
-"""JSON files and atomic writes; disk errors as one line."""
+"""Files: atomic writes, JSON in and out, disk errors, the cache folder, Markdown tables."""
 
 from __future__ import annotations
 
@@ -9,7 +9,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import platformdirs
+
 from ctc_drafter.types import UserError
+
+SPACED = " --- "  # cells below the head of a Markdown table
+CACHE = "CTC_DRAFTER_CACHE"  # environment variable: another folder than the user's cache
+
+
+def cache_folder() -> Path:
+    """The folder of what can be made again: `CTC_DRAFTER_CACHE`, else `ctc-drafter` in the user's cache folder."""
+    return Path(os.environ.get(CACHE) or platformdirs.user_cache_dir("ctc-drafter", appauthor=False))
 
 
 @contextmanager
@@ -52,12 +62,9 @@ def check_place(path: Path | None) -> None:
 
 def write_json(path: Path, value: object) -> None:
     """Writes the whole file or nothing. Raises `UserError` when the place cannot be written."""
-    temporary = path.with_name(f".{path.name}.part")
     try:
-        temporary.write_text(json_text(value) + "\n", encoding="utf-8")
-        temporary.replace(path)
+        write_atomic(path, [json_text(value)])
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise UserError(f"cannot write {path}: {error.strerror}; give a place that can be written") from error
 
 
@@ -77,3 +84,20 @@ def read_json(file: Path) -> Any:
         raise UserError(f"cannot read {file}: {error.strerror}; give results files") from error
     except ValueError as error:
         raise UserError(f"{file} is not JSON; give results files") from error
+
+
+def markdown_table(head: Iterable[str], rows: Iterable[Iterable[object]], rule: str = "---") -> str:
+    """A Markdown table, without a last line break; pipes in cells are escaped. rule: the cells below the head."""
+    heads = list(head)
+    lines = [_markdown_row(heads), "|" + "|".join([rule] * len(heads)) + "|", *map(_markdown_row, rows)]
+    return "\n".join(lines)
+
+
+def _markdown_row(cells: Iterable[object]) -> str:
+    texts = (str(cell).replace("|", "\\|") for cell in cells)
+    return "|" + "|".join(f" {text} " if text else " " for text in texts) + "|"
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    """A figure of a table; a dash where nothing was measured."""
+    return "-" if value is None else f"{value:.{digits}f}"

@@ -10,7 +10,7 @@ from ctc_drafter.decode import budget as budget_file
 from ctc_drafter.decode.budget import REST, START, Budget, Pace, StepTimes
 from ctc_drafter.decode.generate import generate, plain_generate
 from ctc_drafter.decode.prefill import prefill
-from ctc_drafter.decode.profile import CACHE, measure, step_times
+from ctc_drafter.decode.profile import measure, step_times
 from ctc_drafter.decode.tree import build_tree
 from ctc_drafter.decode.verify import follow
 from ctc_drafter.drafters.trainable import network_of
@@ -177,7 +177,7 @@ def test_a_real_drafter_under_a_budget_with_rows_that_leave():
 
 
 def test_measured_once(tmp_path, monkeypatch):
-    monkeypatch.setenv(CACHE, str(tmp_path))
+    monkeypatch.setenv("CTC_DRAFTER_CACHE", str(tmp_path))
     target = tiny_target()
     drafter = tiny_drafter(target)
     first = step_times(target, drafter, nodes=2, rows=2)

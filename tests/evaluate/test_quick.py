@@ -10,6 +10,7 @@ from ctc_drafter.cli import main
 from ctc_drafter.drafters.registry import TRAINED
 from ctc_drafter.evaluate import variants
 from ctc_drafter.evaluate.variants import Recipe, TrainedAlike, recipes, sample_rows, selected
+from ctc_drafter.files import cache_folder
 from ctc_drafter.load import load_target
 from ctc_drafter.provenance import config_hash
 from ctc_drafter.train.data import DistilledDataset
@@ -100,6 +101,17 @@ def test_every_method_has_a_recipe() -> None:
 
 
 def test_drafters_lie_in_the_users_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("CTC_DRAFTER_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert variants.work_folder(TrainedAlike()) == tmp_path / "ctc-drafter" / "160-steps"
     assert variants.work_folder(TrainedAlike(work=tmp_path / "w")) == tmp_path / "w"
+
+
+def test_the_own_folder_comes_before_the_users_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("CTC_DRAFTER_CACHE", str(tmp_path / "own"))
+    assert variants.work_folder(TrainedAlike()) == tmp_path / "own" / "160-steps"
+    monkeypatch.setenv("CTC_DRAFTER_CACHE", "")
+    assert cache_folder() == tmp_path / "cache" / "ctc-drafter"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache_folder() == Path.home() / ".cache" / "ctc-drafter"

@@ -12,7 +12,6 @@ import pytest
 
 import tiny_models
 from ctc_drafter import cli, load
-from ctc_drafter.decode import profile
 from ctc_drafter.decode.batch import Batch, Method
 from ctc_drafter.decode.sampling import ARGMAX
 from ctc_drafter.serve import server
@@ -76,7 +75,7 @@ def test_the_engine_decodes_where_its_model_was_loaded(monkeypatch):
 def test_serve_loads_tries_and_decodes_on_one_thread(monkeypatch, tmp_path, options):
     """From the command line to an answer; the web side alone is left out."""
     save_pair(tmp_path)
-    monkeypatch.setenv(profile.CACHE, str(tmp_path / "cache"))
+    monkeypatch.setenv("CTC_DRAFTER_CACHE", str(tmp_path / "cache"))
     where = []
 
     def noted(work):

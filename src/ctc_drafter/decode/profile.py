@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import statistics
 import time
 from collections.abc import Sequence
@@ -26,6 +25,7 @@ from ctc_drafter.decode.sequence import SequenceState
 from ctc_drafter.decode.stats import Stopwatch
 from ctc_drafter.drafters.base import Drafter, NoDrafter
 from ctc_drafter.drafters.trainable import network_of
+from ctc_drafter.files import cache_folder, whole_or_nothing
 from ctc_drafter.provenance import environment, source_hash
 from ctc_drafter.target.model import Target
 
@@ -34,7 +34,6 @@ from ctc_drafter.target.model import Target
 BATCHES = (1, 4, 16)
 CONTEXTS = (128, 768)
 FILE = TypeAdapter(StepTimes)
-CACHE = "CTC_DRAFTER_CACHE"  # environment variable: another folder than ~/.cache/ctc-drafter
 
 
 def budget_for(target: Target, drafter: Drafter, nodes: int, rows: int) -> Budget:
@@ -56,7 +55,8 @@ def measured_again(target: Target, drafter: Drafter, nodes: int, rows: int) -> S
     times, place = measure(target, drafter, batches=batches, sizes=sizes), place_of(target, drafter, sizes, batches)
     with contextlib.suppress(OSError):  # a machine that lets nothing be written measures every time
         place.parent.mkdir(parents=True, exist_ok=True)
-        place.write_bytes(FILE.dump_json(times))
+        with whole_or_nothing(place) as temporary:
+            temporary.write_bytes(FILE.dump_json(times))
     return times
 
 
@@ -91,10 +91,6 @@ def profile_table(times: StepTimes) -> Table:
             steps = (f"{ms:.2f} ({ms / plain:.2f}x)" for ms in times.whole[b][c])
             table.add_row(str(rows), str(context), f"{plain:.2f}", f"{times.draft[b][c]:.2f}", *steps)
     return table
-
-
-def cache_folder() -> Path:
-    return Path(os.environ.get(CACHE) or Path.home() / ".cache" / "ctc-drafter")
 
 
 def key(target: Target, drafter: Drafter, batches: Sequence[int], sizes: Sequence[int]) -> str:

@@ -18,7 +18,7 @@ from ctc_drafter.drafters.lm_head import most_frequent
 from ctc_drafter.drafters.prompt_lookup import PromptLookup
 from ctc_drafter.drafters.trainable import TrainableDrafter
 from ctc_drafter.target.model import Target
-from ctc_drafter.types import UserError
+from ctc_drafter.types import UserError, first_line
 
 # The drafters by name: which class a method or a saved config stands for.
 
@@ -98,7 +98,7 @@ def open_drafter(name: str) -> Drafter:
     try:
         found = PreTrainedConfig.get_config_dict(name)[0].get("model_type")
     except (OSError, ValueError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise UserError(f"no drafter could be loaded from {name}: {reason}") from error
     fitting = [method for method in TRAINED.values() if method.model_type == found]
     if not fitting:

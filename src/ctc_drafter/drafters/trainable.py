@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ctc_drafter.ctc.copies import Text
 from ctc_drafter.drafters.base import Drafter, DraftSession, refuse_call
 from ctc_drafter.drafters.lm_head import DraftHead
-from ctc_drafter.types import Candidates, UserError
+from ctc_drafter.types import Candidates, UserError, first_line
 
 # (what the drafter says of labels, labels int64 [N, U], valid bool [N, U]) -> loss of each anchor [N], in nats
 Objective = Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -270,7 +270,7 @@ class TrainableDrafter(PreTrainedModel):
         except UserError:
             raise
         except Exception as error:  # every reader down to safetensors has errors of its own
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = first_line(error)
             raise UserError(f"no drafter could be loaded from {name}: {reason}") from error
         wrong = [f"{key} is missing" for key in sorted(report["missing_keys"])]
         wrong += [f"{key} has another shape" for key in sorted(key for key, *_ in report["mismatched_keys"])]

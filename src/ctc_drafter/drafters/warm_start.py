@@ -23,7 +23,7 @@ from transformers.utils import cached_file
 from ctc_drafter.drafters.registry import TRAINED, trained_method
 from ctc_drafter.drafters.trainable import TrainableDrafter
 from ctc_drafter.provenance import tensors_hash
-from ctc_drafter.types import UserError
+from ctc_drafter.types import UserError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -125,7 +125,7 @@ def _config(name: str) -> dict[str, Any]:
     try:
         return dict(PreTrainedConfig.get_config_dict(name)[0])
     except (OSError, ValueError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise UserError(f"no drafter could be loaded from {name}: {reason}") from error
 
 
@@ -142,7 +142,7 @@ def _tensors(name: str, *files: str) -> dict[str, torch.Tensor]:
     except UserError:
         raise
     except (OSError, SafetensorError, RuntimeError, ValueError, EOFError, UnpicklingError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         if isinstance(error, UnpicklingError):  # torch's own words advise to run the file
             reason = "not a file of tensors alone"
         raise UserError(f"the weights of {name} cannot be read ({reason}); download them again") from error

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from ctc_drafter.evaluate import figures
 from ctc_drafter.evaluate.figures import Bootstrap, Estimate, save
 from ctc_drafter.evaluate.results import PLAIN_KEY, Results
+from ctc_drafter.files import SPACED, markdown_table, number
 from ctc_drafter.types import UserError
 
 HEAD = """# Results
@@ -193,9 +194,7 @@ def draw(all_results: Sequence[Results], folder: Path) -> list[str]:
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    heads = list(head)
-    lines = [heads, ["---"] * len(heads), *map(list, rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown_table(head, rows, SPACED)
 
 
 def shown(estimate: Estimate | None) -> str:
@@ -303,10 +302,6 @@ def paper_table() -> str:
 def paper_time() -> str:
     shares = ", ".join(f"{name} {share:.1%}" for name, share in TIME.items())
     return f"The paper's time of a step on Vicuna 7B: {shares}."
-
-
-def number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
 
 
 # Figures of the paper, shown next to ours and marked as the paper's.

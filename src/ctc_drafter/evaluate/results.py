@@ -13,7 +13,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from ctc_drafter.files import disk_errors, read_json, write_atomic
+from ctc_drafter.files import disk_errors, number, read_json, write_atomic
 from ctc_drafter.types import UserError
 
 # Records per method and prompt, the rows summed from them, and a journal that survives a kill.
@@ -263,10 +263,6 @@ def results_table(result: dict[str, Any]) -> Table:
     if skipped:
         table.caption = "Left out, too long for the context: " + ", ".join(f"{n} of {t}" for t, n in skipped.items())
     return table
-
-
-def number(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
 
 
 CHAIN, BUDGET = "chain", "budget"

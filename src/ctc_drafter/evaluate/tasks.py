@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ctc_drafter.types import UserError
+from ctc_drafter.types import UserError, first_line
 
 # Tasks: named lists of prompts, read from one JSONL file each, in this project's or the published formats.
 
@@ -173,7 +173,7 @@ def download(name: str) -> list[Mapping[str, Any]]:
     try:
         found = load_dataset(source.path, source.name, data_files=source.files or None, split=source.split)
     except Exception as error:  # whatever the network and its libraries raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise UserError(
             f"{name} could not be downloaded ({reason}); give --tasks-path a folder with its file"
         ) from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,6 +25,7 @@ from ctc_drafter.drafters.registry import (
 )
 from ctc_drafter.drafters.trainable import TrainableDrafter
 from ctc_drafter.evaluate.bench import BenchSettings, Entry, about_drafter
+from ctc_drafter.files import cache_folder
 from ctc_drafter.load import load_drafter
 from ctc_drafter.quickstart import DRAFTER_DIR, SAMPLE_DIR
 from ctc_drafter.target.layout import columns_first
@@ -88,11 +88,7 @@ def recipes() -> dict[str, Recipe]:
 
 def work_folder(alike: TrainedAlike) -> Path:
     """Where trained drafters are kept for the next run."""
-    cache = os.environ.get("XDG_CACHE_HOME")
-    usual = (
-        (Path(cache) if cache else Path.home() / ".cache") / "ctc-drafter" / f"{alike.steps or TRAINING['steps']}-steps"
-    )
-    return alike.work or usual
+    return alike.work or cache_folder() / f"{alike.steps or TRAINING['steps']}-steps"
 
 
 def sample_rows() -> DistilledDataset:

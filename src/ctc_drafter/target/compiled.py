@@ -20,7 +20,7 @@ from ctc_drafter.target.features import captured, concatenate
 from ctc_drafter.target.layout import grouped_heads
 from ctc_drafter.target.model import Target
 from ctc_drafter.target.self_test import self_test
-from ctc_drafter.types import UserError, Verification
+from ctc_drafter.types import UserError, Verification, first_line
 
 # A target's forward as a compiled graph: a pure function of tokens, masks and cache tensors.
 #
@@ -139,7 +139,7 @@ def make_graph(model: PreTrainedModel, shape: Shape, inputs: list[torch.Tensor],
             return compiled(written_down(model, shape, inputs), shape.open_sizes(inputs), inputs, backend)
     except Exception as error:  # whatever a model, an exporter or a compiler raises
         reason = getattr(error, "inner_exception", error)
-        line = (str(reason).strip() or type(reason).__name__).splitlines()[0]
+        line = first_line(reason)
         raise UserError(f"{type(model).__name__} cannot be compiled ({line}); leave out --compile") from error
 
 

@@ -101,8 +101,7 @@ def factors_by_token(model: PreTrainedModel, switch: int | None, long: torch.Ten
         short = rotated(module, given, positions.clamp(max=limit - 1))
         far = rotated(module, given, torch.cat([positions, beyond], -1))
         return tuple(
-            torch.where(mask, longer[..., :-1, :], shorter)
-            for longer, shorter in zip(far, short, strict=True)
+            torch.where(mask, longer[..., :-1, :], shorter) for longer, shorter in zip(far, short, strict=True)
         )
 
     with HOOKS:

@@ -21,7 +21,7 @@ from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from ctc_drafter.target.cache import GrowableStaticLayer, compact, reserve
 from ctc_drafter.target.rope import switch_length
-from ctc_drafter.types import UserError, Verification
+from ctc_drafter.types import UserError, Verification, first_line
 
 PARENTS = (0, 0, 0, 1, 2, 3, 4)  # root -> 1 -> 3 -> 5, root -> 2 -> 4 -> 6
 PATHS = ((0, 1, 3, 5), (0, 2, 4, 6))
@@ -86,7 +86,7 @@ def self_test(target: Trial) -> None:
     except (UserError, torch.OutOfMemoryError):
         raise
     except Exception as failure:  # whatever a model raises that was not made for this
-        line = (str(failure).strip() or type(failure).__name__).splitlines()[0]
+        line = first_line(failure)
         raise UserError(f"{name} fails on a token tree ({line}); it cannot be a target") from failure
 
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from ctc_drafter.chat import REPLACEMENT, decode
 from ctc_drafter.train.distill import GREEDY, Distilled, Sampling, Shards, fitting, known_ids, origin
 from ctc_drafter.train.prompts import Prompt
-from ctc_drafter.types import UserError
+from ctc_drafter.types import UserError, first_line
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
@@ -119,7 +119,7 @@ async def _probe(server: Server, prompt: Prompt) -> bool:
 
 
 def _unusable(server: Server, error: Exception) -> UserError:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    reason = first_line(error)
     return UserError(
         f"{server.url} did not answer a completion of token ids ({reason}); start the server, or mend --server, "
         "--model or --api-key; finished shards are kept: the same command goes on"

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ctc_drafter.chat import Messages, encode_messages
 from ctc_drafter.provenance import digest
-from ctc_drafter.types import UserError
+from ctc_drafter.types import UserError, first_line
 
 # Prompts for the target to answer, read from files of conversations and encoded.
 
@@ -312,7 +312,7 @@ def hub_rows(source: str) -> Iterator[Row]:
             found["name"], found["config"], split=found["split"] or "train", revision=found["revision"]
         )
     except Exception as error:  # every reader and the network have errors of their own
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise UserError(f"{source} could not be loaded: {reason}") from error
     # Columns that a row lacks are there as None.
     yield from (parse_row({key: value for key, value in row.items() if value is not None}) for row in rows)

@@ -13,10 +13,10 @@ from huggingface_hub.errors import LocalTokenNotFoundError
 
 from ctc_drafter.drafters.trainable import TrainableDrafter
 from ctc_drafter.evaluate.figures import learning_curves, save
-from ctc_drafter.files import disk_errors, write_atomic
+from ctc_drafter.files import SPACED, disk_errors, markdown_table, write_atomic
 from ctc_drafter.provenance import MANIFEST, read_manifest, versions
 from ctc_drafter.train.prompts import hub_name
-from ctc_drafter.types import UserError
+from ctc_drafter.types import UserError, first_line
 
 # Model card: README.md in the drafter's folder, with a plot of its training.
 
@@ -92,7 +92,7 @@ def model_card(
 It drafts tokens that {target} verifies, so that decoding takes fewer steps and gives the same output. Method
 `{made.method}`, for this target alone.
 
-{_table(["", ""], sizes)}
+{markdown_table(["", ""], sizes, SPACED)}
 
 ## Figures
 
@@ -101,7 +101,7 @@ It drafts tokens that {target} verifies, so that decoding takes fewer steps and 
 
 The target's own answers to these prompts; a licence of prompts says nothing of the answers'.
 
-{_table(["prompts", "licence", "number", "written by"], map(_corpus, data))}
+{markdown_table(["prompts", "licence", "number", "written by"], map(_corpus, data), SPACED)}
 
 ## Training
 
@@ -132,7 +132,7 @@ def _figures(history: Sequence[Mapping[str, float]]) -> str:
     rows += [(name, f"{newest[key]:.3f}") for key, name in named.items() if key in newest]
     return (
         "β: tokens that a verification emits, at held-out places of the target's text, by nodes of the tree.\n\n"
-        + _table(["", ""], rows)
+        + markdown_table(["", ""], rows, SPACED)
         + "\n"
     )
 
@@ -160,11 +160,6 @@ output = model.generate(**inputs, max_new_tokens=128, custom_generate=speculate(
 ```
 
     ctc-drafter serve --target {made.target} --drafter {made.place}"""
-
-
-def _table(head: Sequence[str], rows: Any) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in lines)
 
 
 # Finished drafters on the Hugging Face hub.
@@ -200,7 +195,7 @@ def _hub_errors(repository: str) -> Iterator[None]:
     except LocalTokenNotFoundError as error:
         raise UserError(f"nobody is logged in to push to {repository}; run hf auth login, or set HF_TOKEN") from error
     except Exception as error:  # the hub's, the network's and its client's have no kind in common
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise UserError(
             f"could not push to {repository}: {reason}; what was trained is kept: the same command tries again"
         ) from error

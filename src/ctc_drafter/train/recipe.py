@@ -13,9 +13,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from transformers import AutoConfig
 
 from ctc_drafter.drafters.registry import blank_drafter, trained_method
+from ctc_drafter.files import markdown_table
 from ctc_drafter.train.estimate import Answers, Plan, TextSize, describe, describe_distillation, distill_cost, estimate
 from ctc_drafter.train.settings import TrainSettings
-from ctc_drafter.types import UserError
+from ctc_drafter.types import UserError, first_line
 
 # Recipes: YAML files that name a target, its prompts, and the options of distillation and training.
 #
@@ -47,7 +48,7 @@ def read_recipe(file: Path) -> Recipe:
     try:
         recipe = Recipe(**yaml.safe_load(file.read_text(encoding="utf-8")))
     except (OSError, UnicodeDecodeError, yaml.YAMLError, TypeError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise UserError(f"{file} is no recipe: {reason}") from error
     except ValidationError as error:
         first = error.errors()[0]
@@ -133,7 +134,6 @@ def page(recipe: Recipe, file: Path) -> str:
     shown = "\n".join("    " + shlex.join(line) for line in lines)
     rows = describe(estimate(plan_of(recipe)), RATE, "assumed; set yours with `--flops`")
     rows += distillation(recipe, RATE, BANDWIDTH, "assumed; set yours with `--flops` and `--bandwidth`")
-    table = "\n".join(f"| {what} | {much} |" for what, much in rows)
     return f"""# {recipe.title}
 
 {recipe.notes.strip()}
@@ -151,9 +151,7 @@ What training and distillation need at most, by `ctc-drafter recipe recipes/{fil
 configuration, as if every row were as long as the recipe allows. Nobody has run it at this size yet; the tests run it
 with a small random target of the same architecture.
 
-| | |
-|---|---|
-{table}
+{markdown_table(["", ""], rows)}
 """
 
 
