@@ -21,7 +21,7 @@ from ctc_drafter.types import UserError
 def markdown_figures(results: Sequence[dict[str, Any]]) -> str:
     """The rows of several results as one Markdown table, and where they were measured."""
     lines = [
-        "| task | dtype | threads | batch | method | tokens/s | γ | β | identical |",
+        "| task | dtype | threads | batch | method | tokens/s | speedup | tokens/step | identical |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for result in results:
