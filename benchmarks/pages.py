@@ -20,7 +20,7 @@ from ctc_drafter.types import UserError
 
 def markdown_figures(results: Sequence[dict[str, Any]]) -> str:
     """The rows of several results as one Markdown table, and where they were measured."""
-    head = ["task", "dtype", "threads", "batch", "method", "tokens/s", "γ", "β", "identical"]
+    head = ["task", "dtype", "threads", "batch", "method", "tokens/s", "speedup", "tokens/step", "identical"]
     rows = []
     for result in results:
         meta = result["meta"]
