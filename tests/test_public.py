@@ -74,7 +74,7 @@ def fresh(model, method: str):
 @pytest.mark.parametrize("method", TRAINED)
 def test_a_card_imports_from_the_top(method: str) -> None:
     drafter = fresh(tiny_models.tiny_llama(), method)
-    text = _use(drafter, Made("target", "place", {}, [], "command"))
+    text = _use(drafter, Made("target", "place", method, "command"))
     block = ast.parse(text.split("```python\n")[1].split("```")[0])
     ours = [node for node in block.body if isinstance(node, ast.ImportFrom) and "ctc_drafter" in str(node.module)]
     assert {node.module for node in ours} == {"ctc_drafter"}
@@ -152,7 +152,7 @@ def medusa_folder(folder: Path, model) -> None:
 def test_published_folders_open_with_their_target(kind: str, tmp_path: Path) -> None:
     model, folder = tiny_models.tiny_llama(), tmp_path / kind
     made = {"dflash": dflash_folder, "medusa": medusa_folder}[kind](folder, model)
-    with pytest.raises(UserError, match=r"authors' format, and needs its target: AutoDrafter.from_pretrained\(.*target"):
+    with pytest.raises(UserError, match=r"authors' format, and needs its target: AutoDrafter\.from_pretrained"):
         AutoDrafter.from_pretrained(folder)
     for target in (model, Target.wrap(model)):
         found = AutoDrafter.from_pretrained(folder, target)
@@ -205,7 +205,7 @@ def test_drafters_without_weights_are_refused() -> None:
     target = tiny_target()
     with torch.device("meta"):
         drafter = tiny_drafter(target)
-    with pytest.raises(UserError, match="has no weights yet, only shapes .meta device.; load it with from_pretrained"):
+    with pytest.raises(UserError, match=r"no weights yet, only shapes \(meta device\); load it with"):
         speculate(drafter)
     with pytest.raises(UserError, match="has no weights yet"):
         generate(target, drafter, [[3, 1, 4]], max_new_tokens=4)

@@ -19,6 +19,7 @@ from ctc_drafter.decode.tree import build_tree, up_to, without_drafts
 from ctc_drafter.decode.verify import follow, no_numbers, verify
 from ctc_drafter.drafters.base import Drafter, LazySession
 from ctc_drafter.target.cache import Extent, compact, erase, join
+from ctc_drafter.target.checks import check_placement
 from ctc_drafter.target.model import Target
 from ctc_drafter.types import Acceptance, Candidates, TokenTree, UserError, Verification
 
@@ -120,6 +121,7 @@ class Method:
     config: DecodingConfig = DecodingConfig()
 
     def __post_init__(self) -> None:
+        check_placement(self.target.model, self.drafter)
         self.target.check_drafter(self.drafter)
 
 

@@ -19,6 +19,7 @@ from ctc_drafter.decode.processors import end_tokens, fills_up, process, refuse_
 from ctc_drafter.decode.sampling import ARGMAX, Greedy, Sampled, Sampler, walk
 from ctc_drafter.decode.sequence import OnTokens, SequenceState
 from ctc_drafter.drafters.base import Drafter
+from ctc_drafter.target.checks import refuse_unloaded
 from ctc_drafter.target.model import UNLIMITED_CONTEXT, Target
 from ctc_drafter.types import TokenTree, UserError
 
@@ -99,10 +100,11 @@ def speculate(
 def refuse_drafter(drafter: Any) -> None:
     """Raises `UserError` for what is no loaded drafter."""
     if isinstance(drafter, str | Path):
-        raise UserError(f"{drafter} is a name; load the drafter first: CTCDrafter.from_pretrained({str(drafter)!r})")
+        raise UserError(f"{drafter} is a name; load the drafter first: AutoDrafter.from_pretrained({str(drafter)!r})")
     if isinstance(drafter, type) or not callable(getattr(drafter, "begin", None)):
         name = drafter.__name__ if isinstance(drafter, type) else type(drafter).__name__
-        raise UserError(f"{name} is no drafter; give one that is loaded, such as CTCDrafter.from_pretrained(folder)")
+        raise UserError(f"{name} is no drafter; give one that is loaded, such as AutoDrafter.from_pretrained(folder)")
+    refuse_unloaded(drafter)
 
 
 def filler_of(pad: int | None, criteria: StoppingCriteriaList) -> int:
