@@ -59,7 +59,7 @@ class Bad:
 
 
 def expected(target: Target) -> list[list[int]]:
-    return [plain_generate(target, [p], max_new_tokens=LENGTH).tokens[0] for p in PROMPTS]
+    return [plain_generate(target, [p], max_new_tokens=LENGTH, eos=()).tokens[0] for p in PROMPTS]
 
 
 def scripted(target: Target, depths=(4, 0, 2)) -> ScriptedDrafter:
@@ -231,7 +231,7 @@ def test_in_the_library_the_error_names_the_row(target, decode, at):
             return ARGMAX.sample_tree(tree, logits, rows)
 
     def run(error):
-        options = {"max_new_tokens": LENGTH, "sampler": OfRow(at, error)}
+        options = {"max_new_tokens": LENGTH, "eos": (), "sampler": OfRow(at, error)}
         if decode == "plain_generate":
             return plain_generate(target, PROMPTS, **options)
         if decode == "generate":
