@@ -141,7 +141,7 @@ def exact(target: Target, expected: Sequence[Sequence[int]], nodes: int = NODES)
     texts = [prompt + list(text) for prompt, text in zip(prompts, expected, strict=True)]
     for rows in (1, len(prompts)):
         for drafter in drafters(target, texts):
-            found = generate(target, drafter, prompts[:rows], max_new_tokens=NEW_TOKENS, nodes=nodes)
+            found = generate(target, drafter, prompts[:rows], max_new_tokens=NEW_TOKENS, nodes=nodes, eos=())
             if found.tokens != list(expected[:rows]):
                 return False
     return True

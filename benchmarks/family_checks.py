@@ -74,7 +74,7 @@ class Plain:
     def of(cls, target: Target, short: bool = False) -> Plain:
         lengths, new = SHORT if short else (LENGTHS, NEW_TOKENS)
         prompts = prompts_of(target.vocab_size, lengths)
-        sampled = plain_generate(target, prompts, max_new_tokens=new, sampler=new_sampler()).tokens
+        sampled = plain_generate(target, prompts, max_new_tokens=new, eos=(), sampler=new_sampler()).tokens
         return cls(prompts, stock_continuations(target.model, prompts, new), sampled, new)
 
 
@@ -91,6 +91,7 @@ def same(target: Target, plain: Plain, cell: Cell) -> bool:
         max_new_tokens=plain.new_tokens,
         nodes=cell.nodes,
         min_probability=0.0,
+        eos=(),
         sampler=sampler,
     )
     return found.tokens == expected[: cell.rows]

@@ -25,9 +25,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
 
 from benchmarks.pages import run, write_figures
 from benchmarks.step_tables import markdown_steps
-from ctc_drafter.decode.batch import Method
+from ctc_drafter.decode.batch import DecodingConfig, Method
 from ctc_drafter.decode.profile import ROUNDS, WARM, StepTime, fitting, plain_method, time_steps
-from ctc_drafter.decode.sampling import ARGMAX
 from ctc_drafter.drafters.base import Drafter
 from ctc_drafter.drafters.ctc import CTCDrafter
 from ctc_drafter.drafters.registry import blank_drafter
@@ -202,7 +201,7 @@ def result_of(cell: Cell, pair: Pair, rounds: int) -> dict[str, Any]:
     and stages; `roofline`: the share of the memory bandwidth that a plain step uses; `memory_gb` at most so far."""
     target, sizes = pair.target, cell.nodes
     context = fitting(target, cell.context, max(sizes), rounds)
-    trees = [Method(target, pair.drafter, size, 0.0, ARGMAX) for size in sizes]
+    trees = [Method(target, pair.drafter, DecodingConfig(size, 0.0)) for size in sizes]
     plain, *found = time_steps([plain_method(target), *trees], cell.rows, context, rounds)
     least = step_bytes(target, cell.rows, context) / pair.bandwidth * 1e3
     return asdict(cell) | {

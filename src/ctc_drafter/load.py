@@ -11,13 +11,9 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from ctc_drafter.chat import fingerprint
 from ctc_drafter.drafters.base import Drafter
-from ctc_drafter.drafters.registry import PROMPT_LOOKUP, fresh_drafter, open_drafter
-from ctc_drafter.drafters.trainable import TrainableDrafter
-from ctc_drafter.drafters.warm_start import Start, is_published, read_start
+from ctc_drafter.drafters.registry import PROMPT_LOOKUP, AutoDrafter
 from ctc_drafter.quickstart import DRAFTER_DIR, TARGET_DIR
-from ctc_drafter.target.layout import columns_first
 from ctc_drafter.target.model import Target
 from ctc_drafter.types import UserError, first_line
 
@@ -81,24 +77,7 @@ def read_template(tokenizer: PreTrainedTokenizerBase, file: Path | None) -> None
 
 def load_drafter(name: str | None, target: Target, tokenizer: PreTrainedTokenizerBase) -> Drafter:
     """A drafter that was made for this target, `prompt_lookup`, or the shipped one without a name."""
-    name = name or shipped(DRAFTER_DIR)
-    if name != PROMPT_LOOKUP and is_published(name):
-        drafter: Drafter = published_drafter(read_start(name), target, tokenizer)
-    else:
-        drafter = open_drafter(name)
-    if isinstance(drafter, TrainableDrafter):
-        drafter.check_target(target.model.config, fingerprint(tokenizer))
-        drafter.to(device=target.device, dtype=target.dtype).eval()
-        columns_first(drafter)
-    return drafter
-
-
-def published_drafter(start: Start, target: Target, tokenizer: PreTrainedTokenizerBase) -> TrainableDrafter:
-    """A drafter in its authors' format, with what the target has to add (Medusa's final norm)."""
-    drafter = fresh_drafter(target, tokenizer, 0, start.method, **start.sizes(start.method))
-    start.refuse_incomplete(drafter)
-    start.give_to(drafter)
-    return drafter
+    return AutoDrafter.from_pretrained(name or shipped(DRAFTER_DIR), target, tokenizer)
 
 
 def load_pair(

@@ -75,11 +75,12 @@ def test_samples_are_those_of_plain_sampled_decoding(name, kind):
     """With the common stream, in a batch and alone: the same tokens, whatever was drafted."""
     target = Target.wrap(model_and_text(name)[0], kind)
     prompts, sampler = [list(prompt) for prompt in PROMPTS], Sampled([5, 6, 7], warpers(temperature=0.8, top_p=0.9))
-    texts = plain_generate(target, prompts, max_new_tokens=NEW_TOKENS, sampler=sampler).tokens
+    texts = plain_generate(target, prompts, max_new_tokens=NEW_TOKENS, eos=(), sampler=sampler).tokens
     assert texts != [list(text) for text in model_and_text(name)[1]]
+    options = {"max_new_tokens": NEW_TOKENS, "nodes": 8, "eos": (), "sampler": sampler}
     for drafter in drafters(target, [prompt + text for prompt, text in zip(prompts, texts, strict=True)]):
         for rows in (1, len(prompts)):
-            found = generate(target, drafter, prompts[:rows], max_new_tokens=NEW_TOKENS, nodes=8, sampler=sampler)
+            found = generate(target, drafter, prompts[:rows], **options)
             assert found.tokens == texts[:rows]
 
 

@@ -8,7 +8,7 @@ import typer
 from typer.testing import CliRunner
 
 from ctc_drafter.cli import app, main
-from ctc_drafter.decode.generate import DEFAULT_FLOOR, DEFAULT_NODES
+from ctc_drafter.decode.batch import DEFAULT_FLOOR, DEFAULT_NODES
 from tiny_models import save_pair, tiny_llama, tiny_tokenizer
 
 COMMANDS = ("demo", "generate", "profile", "eval", "bench", "report", "exactness", "distill", "train", "serve")

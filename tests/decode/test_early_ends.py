@@ -8,11 +8,10 @@ import pytest
 import torch
 
 import tiny_models
-from ctc_drafter.decode.batch import Method
+from ctc_drafter.decode.batch import DecodingConfig, Method
 from ctc_drafter.decode.generate import generate, generate_many, plain_generate
 from ctc_drafter.decode.hf import speculate
 from ctc_drafter.decode.prefill import prefill
-from ctc_drafter.decode.sampling import ARGMAX
 from ctc_drafter.drafters.base import DraftSession
 from ctc_drafter.drafters.registry import TRAINED, trained_method
 from ctc_drafter.serve.engine import Engine
@@ -88,7 +87,7 @@ def test_rows_of_a_server(name):
     """Rows that end with their first token before, between and behind others that join the same batch."""
     model = tiny_models.tiny_llama()
     served = Target.wrap(model)
-    engine = Engine({"draft": Method(served, fresh(served, name), 8, 0.0, ARGMAX)}, batch_size=3)
+    engine = Engine({"draft": Method(served, fresh(served, name), DecodingConfig(8, 0.0))}, batch_size=3)
     service = Service(engine, served, tiny_models.tiny_tokenizer(), "tiny", Limits())
     limits = [1, LENGTH, 1, 1, LENGTH, LENGTH, 1]
     told: queue.SimpleQueue = queue.SimpleQueue()
@@ -105,7 +104,7 @@ def test_rows_of_a_server(name):
             assert not isinstance(event, Failure)
             ended += isinstance(event, Finish)
     for job, limit in zip(jobs, limits, strict=True):
-        assert job.tokens == plain_generate(served, [job.prompt], max_new_tokens=limit).tokens[0]
+        assert job.tokens == plain_generate(served, [job.prompt], max_new_tokens=limit, eos=()).tokens[0]
 
 
 @pytest.mark.parametrize("name", TRAINED)

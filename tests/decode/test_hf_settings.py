@@ -186,7 +186,7 @@ MODEL, TOKENIZER = tiny_models.tiny_llama(), tiny_models.tiny_tokenizer()
 )
 def test_stop_strings_cut_after_the_first_token_that_completes_one(prompt, seed, begin, size, right, nodes):
     target = Target.wrap(MODEL)
-    sampled = {"sampler": Sampled([seed]), "max_new_tokens": NEW}
+    sampled = {"sampler": Sampled([seed]), "max_new_tokens": NEW, "eos": ()}
     full = plain_generate(target, [prompt], **sampled).tokens[0]
     stop = TOKENIZER.decode(full[begin : begin + size])
     assume(stop)

@@ -10,7 +10,7 @@ from transformers import LlamaForCausalLM, LogitsProcessorList
 
 from benchmarks.families import family_model
 from benchmarks.family_checks import stock_continuations
-from ctc_drafter.decode.batch import Batch, Method
+from ctc_drafter.decode.batch import Batch, DecodingConfig, Method
 from ctc_drafter.decode.generate import generate, generate_many, new_rows, plain_generate
 from ctc_drafter.decode.sampling import ARGMAX, Greedy, Sampled, warpers
 from ctc_drafter.decode.stats import Stopwatch
@@ -297,7 +297,7 @@ def test_a_step_that_fails_leaves_a_batch_as_it_was():
         texts = [prompt + text for prompt, text in zip(PROMPTS, expected, strict=True)]
         drafter = PoisonDrafter(texts, (4, 0, 2), token)
         fails = Failing()
-        batch = Batch(Method(target, drafter, 8, 0.0, fails), Stopwatch(target.device, False))
+        batch = Batch(Method(target, drafter, DecodingConfig(8, 0.0, fails)), Stopwatch(target.device, False))
         rows = new_rows(target, PROMPTS, LENGTH, ())
         with torch.inference_mode():
             for row, first in zip(rows, batch.admit(rows), strict=True):

@@ -2,10 +2,10 @@ import pytest
 import torch
 from transformers import DynamicCache, MistralConfig
 
-from ctc_drafter.decode.batch import Batch, Method
+from ctc_drafter.decode.batch import Batch, DecodingConfig, Method
 from ctc_drafter.decode.generate import generate, generate_many, plain_generate
 from ctc_drafter.decode.prefill import prefill
-from ctc_drafter.decode.sampling import ARGMAX, Sampled
+from ctc_drafter.decode.sampling import Sampled
 from ctc_drafter.decode.sequence import SequenceState
 from ctc_drafter.decode.stats import Stopwatch
 from ctc_drafter.drafters.layers import DraftKVCache
@@ -126,7 +126,7 @@ def test_a_row_that_memory_does_not_suffice_for_leaves_the_others_as_they_were(m
     text, long = [3, 1, 4, 1, 5], [2] * 280  # needs more slots than are there
     expected = plain_generate(target, [text], max_new_tokens=16).tokens[0]
     batch, row = (
-        Batch(Method(target, drafter, 6, 0.0, ARGMAX), Stopwatch(target.device, False)),
+        Batch(Method(target, drafter, DecodingConfig(6, 0.0)), Stopwatch(target.device, False)),
         SequenceState(0, text, 16),
     )
     row.tokens += batch.admit([row])

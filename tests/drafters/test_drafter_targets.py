@@ -207,7 +207,7 @@ def test_blocks_norm_and_embedding_are_those_of_the_text_part(kind: str) -> None
     assert len(blocks) == 3
     assert final_norm(target.model) is holder.norm
     drafter = fresh_drafter(target, tiny_tokenizer(), 0, frames=5, draft_length=4).eval()
-    found = generate(target, drafter, [PROMPT], max_new_tokens=NEW, nodes=6, min_probability=0.0).tokens
+    found = generate(target, drafter, [PROMPT], max_new_tokens=NEW, nodes=6, min_probability=0.0, eos=()).tokens
     assert found == [continued(target.model)]
 
 

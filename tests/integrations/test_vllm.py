@@ -96,7 +96,7 @@ def beta_of(counted):
 def our_beta(target, drafter, prompts):
     """Acceptance length of the same chain, decoded by ourselves."""
     length = drafter.config.draft_length
-    done = generate(target, Chained(drafter), prompts, max_new_tokens=TOKENS, nodes=length, min_probability=0.0)
+    done = generate(target, Chained(drafter), prompts, max_new_tokens=TOKENS, nodes=length, min_probability=0.0, eos=())
     accepted = [count for row in done.accepted for count in row]
     return 1 + sum(accepted) / len(accepted)
 

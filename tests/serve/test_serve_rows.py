@@ -10,7 +10,7 @@ import torch
 from transformers import LogitsProcessorList
 
 import tiny_models
-from ctc_drafter.decode.batch import Batch, Method
+from ctc_drafter.decode.batch import Batch, DecodingConfig, Method
 from ctc_drafter.decode.generate import generate, generate_many, plain_generate
 from ctc_drafter.decode.sampling import ARGMAX, Greedy, Sampled
 from ctc_drafter.evaluate.exactness import ScriptedDrafter
@@ -59,7 +59,7 @@ class Bad:
 
 
 def expected(target: Target) -> list[list[int]]:
-    return [plain_generate(target, [p], max_new_tokens=LENGTH).tokens[0] for p in PROMPTS]
+    return [plain_generate(target, [p], max_new_tokens=LENGTH, eos=()).tokens[0] for p in PROMPTS]
 
 
 def scripted(target: Target, depths=(4, 0, 2)) -> ScriptedDrafter:
@@ -71,7 +71,7 @@ def serve(
     target: Target, drafter, change=lambda _job: None, at_once: bool = True
 ) -> tuple[list[Completion], list[list]]:
     """All prompts decoded side by side, and each job's events; `change` has its way with the failing one."""
-    engine = Engine({"draft": Method(target, drafter, 8, 0.0, ARGMAX)}, batch_size=len(PROMPTS))
+    engine = Engine({"draft": Method(target, drafter, DecodingConfig(8, 0.0))}, batch_size=len(PROMPTS))
     service = Service(engine, target, tiny_models.tiny_tokenizer(), "tiny", Limits())
     told: queue.SimpleQueue = queue.SimpleQueue()
     jobs = []
@@ -231,7 +231,7 @@ def test_in_the_library_the_error_names_the_row(target, decode, at):
             return ARGMAX.sample_tree(tree, logits, rows)
 
     def run(error):
-        options = {"max_new_tokens": LENGTH, "sampler": OfRow(at, error)}
+        options = {"max_new_tokens": LENGTH, "eos": (), "sampler": OfRow(at, error)}
         if decode == "plain_generate":
             return plain_generate(target, PROMPTS, **options)
         if decode == "generate":

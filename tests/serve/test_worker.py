@@ -12,8 +12,7 @@ import pytest
 
 import tiny_models
 from ctc_drafter import cli, load
-from ctc_drafter.decode.batch import Batch, Method
-from ctc_drafter.decode.sampling import ARGMAX
+from ctc_drafter.decode.batch import Batch, DecodingConfig, Method
 from ctc_drafter.serve import server
 from ctc_drafter.serve.engine import Engine, Worker
 from ctc_drafter.serve.protocol import Sampling
@@ -62,7 +61,9 @@ def test_errors_reach_who_asked_and_the_worker_goes_on():
 def test_the_engine_decodes_where_its_model_was_loaded(monkeypatch):
     worker = Worker("engine")
     target = worker.do(lambda: Target.wrap(tiny_models.tiny_llama()))
-    engine = Engine({"plain": Method(target, tiny_models.tiny_drafter(target.model), 4, 0.0, ARGMAX)}, worker=worker)
+    engine = Engine(
+        {"plain": Method(target, tiny_models.tiny_drafter(target.model), DecodingConfig(4, 0.0))}, worker=worker
+    )
     where = []
     monkeypatch.setattr(engine, "_run", lambda: where.append(threading.current_thread()))
     with engine:

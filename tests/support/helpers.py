@@ -24,6 +24,7 @@ def tiny_config(**overrides) -> LlamaConfig:
         "num_key_value_heads": 2,
         "head_dim": 16,
         "max_position_embeddings": 128,
+        "eos_token_id": None,  # texts end at their limit, unless a test says otherwise
         "initializer_range": 0.2,  # large: random logits then differ enough for text to vary
     }
     return LlamaConfig(**{**sizes, **overrides})

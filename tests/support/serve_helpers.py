@@ -13,7 +13,7 @@ from openai import OpenAI
 
 import tiny_models
 from ctc_drafter.chat import TextStream, eos_ids
-from ctc_drafter.decode.batch import Method
+from ctc_drafter.decode.batch import DecodingConfig, Method
 from ctc_drafter.decode.generate import plain_generate
 from ctc_drafter.decode.sampling import ARGMAX, Sampled, warpers
 from ctc_drafter.drafters.base import Drafter, NoDrafter
@@ -45,14 +45,16 @@ def tiny_service(batch_size: int = 3, queue: int = 16, drafter: Drafter | None =
     """Not started. An untrained drafter unless another one is given."""
     model = tiny_models.tiny_llama()
     target, tokenizer = Target.wrap(model), tiny_models.tiny_tokenizer()
-    engine = make_engine(target, drafter or tiny_models.tiny_drafter(model), 8, 0.0, batch_size, queue)
+    engine = make_engine(
+        target, drafter or tiny_models.tiny_drafter(model), batch_size, queue, nodes=8, min_probability=0.0
+    )
     return Service(engine, target, tokenizer, NAME, Limits(**limits))
 
 
 def blocked_service(batch_size: int = 1, queue: int = 1, **limits: float) -> tuple[Service, Turnstile]:
     """One whose verifications wait for the turnstile; answers have one token, the prefill's, before it opens."""
     target, turnstile = Target.wrap(tiny_models.tiny_llama()), Turnstile()
-    engine = Engine({"draft": Method(target, turnstile, 1, 0.0, ARGMAX)}, batch_size, queue)
+    engine = Engine({"draft": Method(target, turnstile, DecodingConfig(1, 0.0))}, batch_size, queue)
     return Service(engine, target, tiny_models.tiny_tokenizer(), NAME, Limits(**limits)), turnstile
 
 

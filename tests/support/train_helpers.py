@@ -27,7 +27,7 @@ def written_rows(target: Target, count: int = 6, answer: int = 24, seed: int = 0
     """Greedy answers of unequal lengths to random prompts."""
     rng = random.Random(seed)
     prompts = [[rng.randrange(target.vocab_size) for _ in range(rng.randint(2, 9))] for _ in range(count)]
-    answers = plain_generate(target, prompts, max_new_tokens=answer).tokens
+    answers = plain_generate(target, prompts, max_new_tokens=answer, eos=()).tokens
     rows = []
     for index, (prompt, tokens) in enumerate(zip(prompts, answers, strict=True)):
         ids = torch.tensor(prompt + tokens[: answer - index], dtype=torch.int32)

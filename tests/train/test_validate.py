@@ -61,6 +61,7 @@ def test_steps_of_generate_are_the_offline_lengths(learnt, nodes: int) -> None:
         max_new_tokens=answer,
         nodes=nodes,
         min_probability=0.0,
+        eos=(),
         on_tokens=lambda _row, tokens: emitted.append(len(tokens)),
     )
     assert found.tokens == [text[len(prompt) :].tolist()]

@@ -50,7 +50,7 @@ def demo(
     from rich.console import Console
 
     from ctc_drafter.cli.demo import demo as run_demo
-    from ctc_drafter.decode.generate import DEFAULT_NODES
+    from ctc_drafter.decode.batch import DEFAULT_NODES
     from ctc_drafter.load import load_pair
 
     lm, tokenizer, draft = load_pair(target, drafter, dtype, device)
@@ -93,7 +93,7 @@ def generate(
 ) -> None:
     """Generates the target's answer to a prompt, or to every prompt of a file."""
     from ctc_drafter.cli.answer import Answerer, AnswerSettings, answer
-    from ctc_drafter.decode.generate import DEFAULT_NODES
+    from ctc_drafter.decode.batch import DEFAULT_NODES
     from ctc_drafter.evaluate.tasks import Prompt, read_prompts
     from ctc_drafter.files import check_place
     from ctc_drafter.load import compiled_for, load_drafter, load_target, pair
@@ -213,7 +213,7 @@ def serve(
     """Runs an OpenAI-compatible server, with a page that visualises drafts and accepted tokens."""
     import torch
 
-    from ctc_drafter.decode.generate import DEFAULT_FLOOR, DEFAULT_NODES
+    from ctc_drafter.decode.batch import DEFAULT_FLOOR, DEFAULT_NODES, DecodingConfig
     from ctc_drafter.decode.profile import budget_for
     from ctc_drafter.load import compiled_for, load_drafter, load_target, pair
     from ctc_drafter.serve.engine import Worker
@@ -225,7 +225,7 @@ def serve(
     if threads:
         torch.set_num_threads(threads)
     names = (target, None) if plain and target else pair(target, drafter)
-    chosen = (nodes or DEFAULT_NODES, DEFAULT_FLOOR if floor is None else floor)
+    size = nodes or DEFAULT_NODES
     public = name or (Path(target).resolve().name if target and Path(target).is_dir() else target)
     public = public or "ctc-drafter-quickstart"
     worker = Worker("engine")
@@ -234,9 +234,10 @@ def serve(
         lm, tokenizer = load_target(names[0], dtype, device)
         draft = None if plain else load_drafter(names[1], lm, tokenizer)
         if compiled:
-            lm = compiled_for(lm, draft, chosen[0], batch_size)
-        pays = budget_for(lm, draft, chosen[0], batch_size) if budget and draft is not None else None
-        engine = make_engine(lm, draft, *chosen, batch_size, queue, pays, worker)
+            lm = compiled_for(lm, draft, size, batch_size)
+        pays = budget_for(lm, draft, size, batch_size) if budget and draft is not None else None
+        config = DecodingConfig(size, DEFAULT_FLOOR if floor is None else floor, budget=pays)
+        engine = make_engine(lm, draft, batch_size, queue, config, worker)
         return Service(engine, lm, tokenizer, public, limits)
 
     try:

@@ -43,7 +43,7 @@ def profile(
     import torch
     from rich.console import Console
 
-    from ctc_drafter.decode.generate import DEFAULT_NODES
+    from ctc_drafter.decode.batch import DEFAULT_NODES
     from ctc_drafter.decode.profile import measured_again, profile_json, profile_table
     from ctc_drafter.files import check_place, write_json
     from ctc_drafter.load import compiled_for, load_pair
@@ -96,7 +96,7 @@ def evaluate(
     import torch
     from rich.console import Console
 
-    from ctc_drafter.decode.generate import DEFAULT_FLOOR, DEFAULT_NODES
+    from ctc_drafter.decode.batch import DEFAULT_FLOOR, DEFAULT_NODES
     from ctc_drafter.decode.profile import budget_for
     from ctc_drafter.drafters.registry import PROMPT_LOOKUP
     from ctc_drafter.evaluate.hf_generate import NAMES, parse_also
@@ -322,7 +322,7 @@ def exactness(
     from rich.console import Console
 
     from ctc_drafter.cli.demo import PROMPTS
-    from ctc_drafter.decode.generate import DEFAULT_NODES
+    from ctc_drafter.decode.batch import DEFAULT_NODES
     from ctc_drafter.evaluate.exactness import exactness as compare
     from ctc_drafter.evaluate.exactness import exactness_table
     from ctc_drafter.evaluate.tasks import Prompt, Task, read_tasks

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from numbers import Integral, Real
+from typing import Any, TypedDict
 
 import torch
 from transformers import Cache
 
 from ctc_drafter.decode.budget import Budget, Pace
 from ctc_drafter.decode.prefill import Prefill, prefill, reread
-from ctc_drafter.decode.sampling import RowErrors, Sampler, chosen, tokens_along
+from ctc_drafter.decode.sampling import ARGMAX, RowErrors, Sampler, chosen, tokens_along
 from ctc_drafter.decode.sequence import SequenceState
 from ctc_drafter.decode.stats import Stopwatch
 from ctc_drafter.decode.tree import build_tree, up_to, without_drafts
 from ctc_drafter.decode.verify import follow, no_numbers, verify
 from ctc_drafter.drafters.base import Drafter, DraftSession
 from ctc_drafter.target.cache import Extent, compact, erase, join
+from ctc_drafter.target.checks import check_placement
 from ctc_drafter.target.model import Target
 from ctc_drafter.types import Acceptance, Candidates, TokenTree, UserError, Verification
 
@@ -52,26 +55,75 @@ class Judged:
     broken: set[int]
 
 
-@dataclass(frozen=True)
-class Method:
-    """How rows are decoded: by which target and drafter, in which trees, and who chooses the tokens.
+DEFAULT_NODES = 16
+DEFAULT_FLOOR = 0.05
 
-    With a budget trees are as large as pays, up to its nodes; without one they have up to `nodes` nodes of probability
-    `min_probability` and more.
-    """
 
-    target: Target
-    drafter: Drafter
+class DecodingOptions(TypedDict, total=False):
+    """The fields of `DecodingConfig` as keyword arguments."""
+
     nodes: int
     min_probability: float
     sampler: Sampler
+    budget: Budget | None
+
+
+@dataclass(frozen=True)
+class DecodingConfig:
+    """How rows are decoded, whatever the target and the drafter: in which trees, and who chooses the tokens.
+
+    nodes: of a tree, at most. min_probability: prefixes less likely are not worth the time that a node adds to a
+    verification. sampler: greedy unless told otherwise, as by `Sampled(seeds, warpers(temperature=0.8))`. With a
+    budget, which was measured for one target and drafter, trees are as large as pays instead, up to its own nodes, and
+    plain steps are taken where none does. Raises `UserError` for values that cannot be.
+    """
+
+    nodes: int = DEFAULT_NODES
+    min_probability: float = DEFAULT_FLOOR
+    sampler: Sampler = ARGMAX
     budget: Budget | None = None
 
     def __post_init__(self) -> None:
-        if self.nodes < 1:
-            raise UserError(f"nodes is {self.nodes}; give at least 1, or use plain_generate")
-        if not 0 <= self.min_probability < 1:
-            raise UserError(f"floor is {self.min_probability}; give a probability, at least 0 and below 1")
+        nodes: Any = self.nodes
+        floor: Any = self.min_probability
+        if not isinstance(nodes, Integral) or isinstance(nodes, bool):
+            raise UserError(f"nodes is {nodes!r}; give a whole number")
+        if int(nodes) < 1:
+            raise UserError(f"nodes is {nodes}; give at least 1, or use plain_generate")
+        if not isinstance(floor, Real) or not 0 <= float(floor) < 1:
+            raise UserError(f"floor is {floor!r}; give a probability, at least 0 and below 1")
+        if isinstance(self.sampler, type) or not callable(getattr(self.sampler, "sample", None)):
+            name = self.sampler.__name__ if isinstance(self.sampler, type) else repr(self.sampler)
+            raise UserError(f"{name} is no sampler; give one, such as Sampled(seeds, warpers(temperature=0.8))")
+        if self.budget is not None and not isinstance(self.budget, Budget):
+            raise UserError(f"{self.budget!r} is no budget; give what budget_for(target, drafter, nodes, rows) returns")
+        if self.budget is not None and self.budget.nodes < 1:
+            raise UserError(f"the budget has {self.budget.nodes} nodes; give at least 1, or use plain_generate")
+
+    @classmethod
+    def of(cls, config: DecodingConfig | None, options: DecodingOptions) -> DecodingConfig:
+        """The config, or the defaults, with these options instead of its own."""
+        if not isinstance(config, cls | None):
+            raise UserError(f"{config!r} is no DecodingConfig; give one, or its fields as keyword arguments")
+        return replace(config or cls(), **options)
+
+    def without_sampler(self, instead: str) -> DecodingConfig:
+        """Raises `UserError` for a sampler where others choose the tokens."""
+        if self.sampler is not ARGMAX:
+            raise UserError(f"a sampler has no effect here; {instead}")
+        return self
+
+
+@dataclass(frozen=True)
+class Method:
+    """What rows are decoded by: the target, a drafter that fits it, and the settings of decoding."""
+
+    target: Target
+    drafter: Drafter
+    config: DecodingConfig = DecodingConfig()
+
+    def __post_init__(self) -> None:
+        check_placement(self.target.model, self.drafter)
         self.target.check_drafter(self.drafter)
 
 
@@ -85,7 +137,7 @@ class Batch:
 
     def __init__(self, method: Method, clock: Stopwatch):
         self.method, self.clock = method, clock
-        self.pace = Pace(method.budget) if method.budget else None
+        self.pace = Pace(method.config.budget) if method.config.budget else None
         self.rows: list[SequenceState] = []
 
     def admit(self, rows: Sequence[SequenceState]) -> list[int]:
@@ -98,7 +150,7 @@ class Batch:
         Where new rows cannot be prefilled, or memory does not suffice for them beside the others, the batch stays as it
         was, and the error is raised.
         """
-        target, drafter, sampler = self.method.target, self.method.drafter, self.method.sampler
+        target, drafter, sampler = self.method.target, self.method.drafter, self.method.config.sampler
         with self.clock("prefill"):
             first = rows[0].index if rows else 0
             state = prefill(target, [row.prompt for row in rows], drafter.feature_layers, first)
@@ -190,7 +242,9 @@ class Batch:
         with self.clock("accept"):
             broken = no_numbers(verification.logits)
             try:
-                acceptance = follow(tree, tokens_along(self.method.sampler, tree, verification.logits, self.rows))
+                acceptance = follow(
+                    tree, tokens_along(self.method.config.sampler, tree, verification.logits, self.rows)
+                )
             except Exception:
                 found = {place for place, is_broken in enumerate(broken.tolist()) if is_broken}
                 if not drafted or not found.difference(final):
@@ -201,7 +255,7 @@ class Batch:
         return Judged(tree, verification, acceptance, longest, found)
 
     def _draft(self) -> TokenTree:
-        nodes, min_probability = self.method.nodes, self.method.min_probability
+        nodes, min_probability = self.method.config.nodes, self.method.config.min_probability
         with self.clock("draft"):
             candidates = self.session.propose(self.root, nodes, min_probability)
         with self.clock("tree"):

@@ -6,14 +6,14 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import Unpack
 
 import torch
 from transformers import Cache, StoppingCriteriaList
 
-from ctc_drafter.decode.batch import Batch, Method
-from ctc_drafter.decode.budget import Budget
+from ctc_drafter.decode.batch import Batch, DecodingConfig, DecodingOptions, Method
 from ctc_drafter.decode.prefill import prefill, reread
-from ctc_drafter.decode.sampling import ARGMAX, Sampler, chosen
+from ctc_drafter.decode.sampling import Sampler, chosen
 from ctc_drafter.decode.sequence import OnTokens, OutputWriter, SequenceState
 from ctc_drafter.decode.stats import Stats, Stopwatch
 from ctc_drafter.drafters.base import Drafter
@@ -23,8 +23,6 @@ from ctc_drafter.types import UserError
 
 # The decoding loop, and plain decoding, which is its oracle.
 
-DEFAULT_NODES = 16
-DEFAULT_FLOOR = 0.05
 NO_CRITERIA = StoppingCriteriaList()
 OnLogits = Callable[[Sequence[SequenceState], torch.Tensor], None]
 
@@ -47,27 +45,24 @@ def generate(
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
-    nodes: int = DEFAULT_NODES,
-    min_probability: float = DEFAULT_FLOOR,
-    budget: Budget | None = None,
-    eos: Collection[int] = (),
-    sampler: Sampler = ARGMAX,
+    config: DecodingConfig | None = None,
+    eos: Collection[int] | None = None,
     criteria: StoppingCriteriaList = NO_CRITERIA,
     on_tokens: OnTokens | None = None,
     timed: bool = False,
+    **options: Unpack[DecodingOptions],
 ) -> Generation:
-    """The target's continuation of each prompt, drafted in trees of up to `nodes` nodes.
+    """The target's continuation of each prompt, drafted in trees and verified.
 
-    Prefixes less likely than `min_probability` are not worth the time that a node adds to a verification. With a
-    `budget` trees are as large as pays on this machine instead, and plain steps are taken where none does. Greedy, or
-    as `sampler` says: `Sampled(seeds, warpers(temperature=0.8))`. A row ends at an eos, at `max_new_tokens`, or where
-    `criteria` say so; like transformers' own `generate` it may go on beyond the context that the target is made for.
+    `config` is a `DecodingConfig`; its fields may be given by name instead: `nodes=32`, `budget=...`. A row ends at an
+    `eos`, by default those of the target's generation config, at `max_new_tokens`, or where `criteria` say so; like
+    transformers' own `generate` it may go on beyond the context that the target is made for.
 
     `on_tokens(row, tokens)` is called with what each verification emits. Rows may differ in length and finish
     at different times; a finished row leaves the batch.
     Raises `UserError` for prompts or settings that cannot be decoded.
     """
-    method = Method(target, drafter, nodes, min_probability, sampler, budget)
+    method = Method(target, drafter, DecodingConfig.of(config, options))
     return run(method, new_rows(target, prompts, max_new_tokens, eos), criteria, on_tokens, timed)
 
 
@@ -108,13 +103,18 @@ def plain_generate(
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
-    eos: Collection[int] = (),
-    sampler: Sampler = ARGMAX,
+    config: DecodingConfig | None = None,
+    sampler: Sampler | None = None,
+    eos: Collection[int] | None = None,
     criteria: StoppingCriteriaList = NO_CRITERIA,
     on_tokens: OnTokens | None = None,
     timed: bool = False,
 ) -> Generation:
-    """A token a step, with the same kernel, cache, choice and stopping rules as `generate`."""
+    """A token a step, with the same kernel, cache, choice and stopping rules as `generate`.
+
+    Of the config only the sampler counts; one given by name comes first.
+    """
+    sampler = DecodingConfig.of(config, {} if sampler is None else {"sampler": sampler}).sampler
     rows = new_rows(target, prompts, max_new_tokens, eos)
     begin, clock, stats = time.perf_counter(), Stopwatch(target.device, timed), Stats()
     with clock("prefill"):
@@ -158,14 +158,18 @@ def step(target: Target, cache: Cache, lengths: torch.Tensor, root: torch.Tensor
 
 
 def new_rows(
-    target: Target, prompts: Sequence[Sequence[int]], max_new_tokens: int, eos: Collection[int], first: int = 0
+    target: Target, prompts: Sequence[Sequence[int]], max_new_tokens: int, eos: Collection[int] | None, first: int = 0
 ) -> list[SequenceState]:
-    """Rows with room for `max_new_tokens`. Raises `UserError` where the target has no positions for them."""
+    """Rows with room for `max_new_tokens`, ending at `eos`, or where the target's answers end without one.
+
+    Raises `UserError` where the target has no positions for them.
+    """
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens is {max_new_tokens}; give at least 1")
-    rows = [
-        SequenceState(first + place, prompt, max_new_tokens, frozenset(eos)) for place, prompt in enumerate(prompts)
-    ]
+    if isinstance(eos, int):
+        raise UserError(f"eos is {eos}; give a list of tokens, such as [{eos}]")
+    ends = target.end_tokens if eos is None else frozenset(eos)
+    rows = [SequenceState(first + place, prompt, max_new_tokens, ends) for place, prompt in enumerate(prompts)]
     check_room(rows, target.limit)
     return rows
 
@@ -193,12 +197,11 @@ def generate_many(
     *,
     in_flight: int = 8,
     max_new_tokens: int,
-    nodes: int = DEFAULT_NODES,
-    min_probability: float = DEFAULT_FLOOR,
-    eos: Collection[int] = (),
-    sampler: Sampler = ARGMAX,
+    config: DecodingConfig | None = None,
+    eos: Collection[int] | None = None,
     criteria: StoppingCriteriaList = NO_CRITERIA,
     on_tokens: OnTokens | None = None,
+    **options: Unpack[DecodingOptions],
 ) -> Iterator[tuple[int, list[int]]]:
     """Yields (place of the prompt, its new tokens) as rows end; see `generate` for the settings.
 
@@ -207,7 +210,7 @@ def generate_many(
     """
     if in_flight < 1:
         raise UserError(f"in_flight is {in_flight}; give at least 1")
-    method = Method(target, drafter, nodes, min_probability, sampler)
+    method = Method(target, drafter, DecodingConfig.of(config, options))
     arriving = (new_rows(target, [prompt], max_new_tokens, eos, place)[0] for place, prompt in enumerate(prompts))
     writer = OutputWriter(Stats(), on_tokens, criteria, target.device)
     return flow(Batch(method, Stopwatch(target.device, False)), writer, arriving, in_flight)

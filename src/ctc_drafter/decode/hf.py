@@ -6,19 +6,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, MaxLengthCriteria, PreTrainedModel, StoppingCriteriaList
 from transformers.generation import BaseStreamer, GenerateDecoderOnlyOutput
 
-from ctc_drafter.decode.batch import Method
-from ctc_drafter.decode.generate import DEFAULT_FLOOR, DEFAULT_NODES, check_room, run
+from ctc_drafter.decode.batch import DecodingConfig, DecodingOptions, Method
+from ctc_drafter.decode.generate import check_room, run
 from ctc_drafter.decode.generate_settings import refuse_encoder, refuse_inputs, refuse_settings
 from ctc_drafter.decode.processors import end_tokens, fills_up, process, refuse_criteria, remaining
 from ctc_drafter.decode.sampling import ARGMAX, Greedy, Sampled, Sampler, walk
 from ctc_drafter.decode.sequence import OnTokens, SequenceState
 from ctc_drafter.drafters.base import Drafter
+from ctc_drafter.target.checks import refuse_unloaded
 from ctc_drafter.target.model import UNLIMITED_CONTEXT, Target
 from ctc_drafter.types import TokenTree, UserError
 
@@ -29,10 +30,10 @@ LARGEST_SEED = (1 << 63) - 1
 
 def speculate(
     drafter: Drafter,
-    nodes: int = DEFAULT_NODES,
-    min_probability: float = DEFAULT_FLOOR,
+    config: DecodingConfig | None = None,
     on_tokens: OnTokens | None = None,
     streamer: BaseStreamer | None = None,
+    **options: Unpack[DecodingOptions],
 ) -> Callable[..., torch.Tensor | GenerateDecoderOnlyOutput]:
     """A callable for `custom_generate`: greedy or sampled, any logits processors and stopping criteria.
 
@@ -40,11 +41,16 @@ def speculate(
     counted, has a seed of its own: from `generate(..., seeds=[...])`, else drawn from PyTorch's generator, so that
     `torch.manual_seed` repeats a run. Rows that stop early are filled up with the pad token.
 
+    Trees are as `config` says; its fields may be given by name instead, such as `nodes=32` or `budget=...`, but for
+    the sampler, which is `generate`'s.
+
     `on_tokens(row, tokens)` streams; so does a streamer of transformers, which is given here: `generate` keeps its own
     `streamer`, `assistant_model`, `tokenizer` and `synced_gpus` from callables, and nothing here can notice them. What
     cannot be honoured, and a drafter of another target, raises `UserError`; docs/generate.md has every parameter.
     """
     refuse_drafter(drafter)
+    config = DecodingConfig.of(config, options)
+    trees = config.without_sampler("call generate with do_sample=True and its settings, and seeds=[...]")
     wrap = lru_cache(maxsize=1)(Target.wrap)  # tries a model once, not in every call
 
     def decode(
@@ -70,7 +76,7 @@ def speculate(
         refuse_criteria(remaining(stopping_criteria, scored=False), input_ids)
         criteria = remaining(stopping_criteria, scored)
         target = wrap(model)
-        method = Method(target, drafter, nodes, min_probability, sampler)
+        method = Method(target, drafter, replace(trees, sampler=sampler))
         rows = rows_of(input_ids, mask, stopping_criteria, target)
         told = on_tokens if streamer is None else streaming(streamer, input_ids, on_tokens)
         rows = decode_rows(method, rows, criteria, told, record, fills_up(stopping_criteria))
@@ -94,10 +100,11 @@ def speculate(
 def refuse_drafter(drafter: Any) -> None:
     """Raises `UserError` for anything but a loaded drafter."""
     if isinstance(drafter, str | Path):
-        raise UserError(f"{drafter} is a name; load the drafter first: CTCDrafter.from_pretrained({str(drafter)!r})")
+        raise UserError(f"{drafter} is a name; load the drafter first: AutoDrafter.from_pretrained({str(drafter)!r})")
     if isinstance(drafter, type) or not callable(getattr(drafter, "begin", None)):
         name = drafter.__name__ if isinstance(drafter, type) else type(drafter).__name__
-        raise UserError(f"{name} is no drafter; give one that is loaded, such as CTCDrafter.from_pretrained(folder)")
+        raise UserError(f"{name} is no drafter; give one that is loaded, such as AutoDrafter.from_pretrained(folder)")
+    refuse_unloaded(drafter)
 
 
 def filler_of(pad: int | None, criteria: StoppingCriteriaList) -> int:
@@ -251,7 +258,7 @@ def emitted_logits(
     ]
     anew, texts = Record(), padded(rows, filler, width)
     if again:
-        run(replace(method, sampler=Dictated(texts)), again, on_logits=anew)
+        run(replace(method, config=replace(method.config, sampler=Dictated(texts))), again, on_logits=anew)
     found = {row.index: record.of(row) for row in rows} | {row.index: anew.of(row) for row in again}
     return tuple(torch.stack([found[row.index] for row in rows]).unbind(1))
 

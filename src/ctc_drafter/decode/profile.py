@@ -18,9 +18,8 @@ from rich import box
 from rich.table import Table
 from torch import nn
 
-from ctc_drafter.decode.batch import Batch, Method
+from ctc_drafter.decode.batch import Batch, DecodingConfig, Method
 from ctc_drafter.decode.budget import Budget, StepTimes
-from ctc_drafter.decode.sampling import ARGMAX
 from ctc_drafter.decode.sequence import SequenceState
 from ctc_drafter.decode.stats import Stopwatch
 from ctc_drafter.drafters.base import Drafter, NoDrafter
@@ -132,7 +131,7 @@ def measure_cell(
     target: Target, drafter: Drafter, rows: int, context: int, sizes: Sequence[int]
 ) -> tuple[float, float, tuple[float, ...]]:
     """ms of a plain step, of its drafting part, and of whole steps by size."""
-    drafted = [Method(target, drafter, size, 0.0, ARGMAX) for size in sizes]
+    drafted = [Method(target, drafter, DecodingConfig(size, 0.0)) for size in sizes]
     plain, *found = time_steps([plain_method(target), *drafted], rows, context)
     return plain.ms, statistics.median(each.stages["draft"] for each in found), tuple(each.ms for each in found)
 
@@ -154,7 +153,7 @@ class StepTime:
 
 def plain_method(target: Target) -> Method:
     """Plain decoding as a method: the same loop without a draft."""
-    return Method(target, NoDrafter(), 1, 0.0, ARGMAX)
+    return Method(target, NoDrafter(), DecodingConfig(1, 0.0))
 
 
 @torch.inference_mode()

@@ -1,4 +1,4 @@
-"""Drafters by name: class of a method or saved config, and untrained drafters for a target."""
+"""Drafters by name: class of a method or saved config, `AutoDrafter`, and untrained drafters for a target."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ctc_drafter.chat import fingerprint
 from ctc_drafter.drafters.base import Drafter
@@ -17,6 +17,7 @@ from ctc_drafter.drafters.ctc import CTCDrafter
 from ctc_drafter.drafters.lm_head import most_frequent
 from ctc_drafter.drafters.prompt_lookup import PromptLookup
 from ctc_drafter.drafters.trainable import TrainableDrafter
+from ctc_drafter.target.layout import columns_first
 from ctc_drafter.target.model import Target
 from ctc_drafter.types import UserError, first_line
 
@@ -91,7 +92,7 @@ def method_of(drafter: Drafter) -> str:
     return fitting[-1] if fitting else type(drafter).__name__  # the last one that fits sets most
 
 
-def open_drafter(name: str) -> Drafter:
+def open_drafter(name: str) -> TrainableDrafter | PromptLookup:
     """A saved drafter, of the class that its config names, or `prompt_lookup`. Raises `UserError` for others."""
     if name == PROMPT_LOOKUP and not Path(name).is_dir():
         return PromptLookup()
@@ -106,20 +107,82 @@ def open_drafter(name: str) -> Drafter:
     return fitting[0].drafter.from_pretrained(name)
 
 
+class AutoDrafter:
+    """Opens a drafter of any method: what `--drafter` of the command line opens."""
+
+    def __init__(self) -> None:
+        raise UserError("AutoDrafter is no drafter itself; use from_pretrained, which returns one")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        target: Target | PreTrainedModel | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> TrainableDrafter | PromptLookup:
+        """The drafter of a folder or hub id, ready to draft, or `prompt_lookup`.
+
+        With a target it is checked against it, and comes on its device and in its dtype; with a tokenizer, that of the
+        target, what its ids mean is checked too. DFlash's checkpoints and Medusa's heads, as their authors publish
+        them, need the target. Raises `UserError` for what is no drafter, or not this target's.
+        """
+        found = None if target is None else _as_target(target)
+        if str(name) != PROMPT_LOOKUP and _is_published(str(name)):
+            if found is None:
+                raise UserError(
+                    f"{name} is in its authors' format, and needs its target: "
+                    f"AutoDrafter.from_pretrained({str(name)!r}, target)"
+                )
+            drafter: TrainableDrafter | PromptLookup = _published(str(name), found, tokenizer)
+        else:
+            drafter = open_drafter(str(name))
+        if found is not None and isinstance(drafter, TrainableDrafter):
+            drafter.check_target(found.model.config, "" if tokenizer is None else fingerprint(tokenizer))
+            drafter.to(device=found.device, dtype=found.dtype)
+            columns_first(drafter)
+        return drafter.eval() if isinstance(drafter, TrainableDrafter) else drafter
+
+
+def _as_target(target: Target | PreTrainedModel) -> Target:
+    if isinstance(target, Target):
+        return target
+    if not isinstance(target, PreTrainedModel):
+        raise UserError(f"a {type(target).__name__} is no target; give a Target, or a model of transformers")
+    return Target(target)  # not tried out: only what its weights and configuration say is read
+
+
+def _is_published(name: str) -> bool:
+    from ctc_drafter.drafters.warm_start import is_published  # which knows the methods from here
+
+    return is_published(name)
+
+
+def _published(name: str, target: Target, tokenizer: PreTrainedTokenizerBase | None) -> TrainableDrafter:
+    """A drafter in its authors' format, with what the target has to add (Medusa's final norm)."""
+    from ctc_drafter.drafters.warm_start import read_start
+
+    start = read_start(name)
+    with torch.random.fork_rng([target.device] if target.device.type == "cuda" else []):
+        drafter = fresh_drafter(target, tokenizer, 0, start.method, **start.sizes(start.method))
+    start.refuse_incomplete(drafter)
+    start.give_to(drafter)
+    return drafter
+
+
 def fresh_drafter(
-    target: Target, tokenizer: PreTrainedTokenizerBase, seed: int, method: str = "ctc", **sizes: Any
+    target: Target, tokenizer: PreTrainedTokenizerBase | None, seed: int, method: str = "ctc", **sizes: Any
 ) -> TrainableDrafter:
     """An untrained drafter for this target; sizes that are None are the config's. It starts from the target's weights,
-    where it has like ones."""
+    where it has like ones. Without a tokenizer it fits any, and the mask token is the config's."""
     chosen = trained_method(method)
     torch.manual_seed(seed)
     given: dict[str, Any] = {name: size for name, size in sizes.items() if size is not None}
-    if "mask_token_id" in chosen.drafter.config_class.__dataclass_fields__:
+    if tokenizer is not None:
+        given.setdefault("target_fingerprint", fingerprint(tokenizer))
+    if tokenizer is not None and "mask_token_id" in chosen.drafter.config_class.__dataclass_fields__:
         fillers = (tokenizer.mask_token_id, tokenizer.unk_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
         given.setdefault("mask_token_id", next(token for token in fillers if token is not None))
-    drafter = chosen.drafter.for_target(
-        target.model.config, **{"target_fingerprint": fingerprint(tokenizer), **chosen.usual, **chosen.sizes, **given}
-    )
+    drafter = chosen.drafter.for_target(target.model.config, **chosen.usual | chosen.sizes | given)
     drafter.check_target(target.model.config)
     target.check_drafter(drafter)
     drafter.start_from(target.norm_scale, target.head)
@@ -132,9 +195,7 @@ def blank_drafter(method: str = "ctc", **sizes: Any) -> Callable[[PreTrainedConf
     given = chosen.usual | chosen.sizes | {name: size for name, size in sizes.items() if size is not None}
 
     def make(config: PreTrainedConfig) -> TrainableDrafter:
-        drafter = chosen.drafter.for_target(config, **given)
-        assert isinstance(drafter, TrainableDrafter)
-        return drafter
+        return chosen.drafter.for_target(config, **given)
 
     return make
 

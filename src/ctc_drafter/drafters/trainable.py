@@ -6,7 +6,7 @@ import difflib
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -221,7 +221,7 @@ class TrainableDrafter(PreTrainedModel):
             found = self._borrowed = (key, self.prepare(embed, head))
         return found[1]
 
-    def train(self, mode: bool = True) -> Any:
+    def train(self, mode: bool = True) -> Self:
         """As every module's. What was made of the weights goes: fused optimizers change them without a trace."""
         if mode:
             self._borrowed = None
@@ -237,7 +237,7 @@ class TrainableDrafter(PreTrainedModel):
         return sorted({min(1, depth - 1), depth // 2, max(depth - 2, 0)})
 
     @classmethod
-    def for_target(cls, target: PreTrainedConfig, **overrides: Any) -> Any:
+    def for_target(cls, target: PreTrainedConfig, **overrides: Any) -> Self:
         """A fresh, untrained drafter with the target's sizes; `overrides` are keys of its config."""
         text = target.get_text_config(decoder=True)
         hidden, heads = needed_size(text, "hidden_size"), needed_size(text, "num_attention_heads")
@@ -262,7 +262,7 @@ class TrainableDrafter(PreTrainedModel):
         """Takes over what is worth starting from: the target's final norm `[H]`, its LM head."""
 
     @classmethod
-    def from_pretrained(cls, name: Any, *args: Any, **kwargs: Any) -> Any:
+    def from_pretrained(cls, name: Any, *args: Any, **kwargs: Any) -> Self:
         """Loads a folder or hub id. Raises `UserError` for missing, corrupt or incomplete checkpoints."""
         try:
             kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # refused below, by name
@@ -277,7 +277,8 @@ class TrainableDrafter(PreTrainedModel):
         wrong += [f"{key} is not known" for key in sorted(report["unexpected_keys"])]
         if wrong:
             raise UserError(f"{name} is not a whole drafter: {wrong[0]}; download it again")
-        return drafter.eval()
+        found: Self = drafter.eval()
+        return found
 
     def check_target(self, target: PreTrainedConfig, fingerprint: str = "") -> None:
         """Raises `UserError` when the drafter was made for another target."""

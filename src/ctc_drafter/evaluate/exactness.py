@@ -21,7 +21,8 @@ from torch import nn
 from transformers import Cache, PreTrainedTokenizerBase
 
 from ctc_drafter.chat import decode, encode_conversation, eos_ids
-from ctc_drafter.decode.generate import DEFAULT_FLOOR, generate, plain_generate
+from ctc_drafter.decode.batch import DEFAULT_FLOOR
+from ctc_drafter.decode.generate import generate, plain_generate
 from ctc_drafter.drafters.base import Drafter, refuse_call
 from ctc_drafter.evaluate.tasks import Prompt, Task
 from ctc_drafter.provenance import environment

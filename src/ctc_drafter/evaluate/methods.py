@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ctc_drafter.chat import eos_ids
-from ctc_drafter.decode.budget import Budget
+from ctc_drafter.decode.batch import DecodingConfig
 from ctc_drafter.decode.generate import Generation, generate, plain_generate
 from ctc_drafter.decode.sampling import ARGMAX, Sampler
 from ctc_drafter.decode.sequence import SequenceState
@@ -86,12 +86,9 @@ class Decoding:
         method: str,
         drafter: Drafter,
         nodes: int | str,
-        size: int,
-        min_probability: float,
-        sampler: Sampler = ARGMAX,
-        budget: Budget | None = None,
+        config: DecodingConfig,
     ) -> Contender:
-        """Trees of up to `size` nodes, or of a budget's choice; results call them `nodes`."""
+        """Trees as the config says; results call them `nodes`."""
 
         def run(prompts: list[list[int]], timed: bool, calibration: Calibration | None) -> Generation:
             return generate(
@@ -99,11 +96,8 @@ class Decoding:
                 drafter,
                 prompts,
                 max_new_tokens=self.max_new_tokens,
-                nodes=size,
-                min_probability=min_probability,
-                budget=budget,
+                config=replace(config, sampler=Watched(calibration, config.sampler)) if calibration else config,
                 eos=self.eos,
-                sampler=Watched(calibration, sampler) if calibration else sampler,
                 timed=timed,
             )
 
@@ -112,25 +106,19 @@ class Decoding:
     def of_size(self, method: str, drafter: Drafter, nodes: int | str, sampler: Sampler = ARGMAX) -> Contender:
         """A chain of the drafter's network, or trees of so many nodes: without a floor, as far as it has as many."""
         if nodes == CHAIN:
-            return self.drafted(method, Chained(network_of(drafter)), CHAIN, POOL, 0.0, sampler)
-        return self.drafted(method, drafter, nodes, int(nodes), 0.0, sampler)
+            return self.drafted(method, Chained(network_of(drafter)), CHAIN, DecodingConfig(POOL, 0.0, sampler))
+        return self.drafted(method, drafter, nodes, DecodingConfig(int(nodes), 0.0, sampler))
 
 
 def decoding(target: Target, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> Decoding:
     return Decoding(target, frozenset(eos_ids(target.model, tokenizer)), max_new_tokens)
 
 
-def contenders_of(
-    decoding: Decoding, drafter: Drafter, nodes: int, min_probability: float, budget: Budget | None
-) -> list[Contender]:
-    """Plain decoding and the drafter's, under a budget as well if there is one."""
-    method = method_of(drafter)
-    found = [decoding.plain(), decoding.drafted(method, drafter, nodes, nodes, min_probability)]
-    return (
-        found
-        if budget is None
-        else [*found, decoding.drafted(method, drafter, BUDGET, nodes, min_probability, budget=budget)]
-    )
+def contenders_of(decoding: Decoding, drafter: Drafter, config: DecodingConfig) -> list[Contender]:
+    """Plain decoding and the drafter's without a budget, and under it if there is one."""
+    method, fixed = method_of(drafter), replace(config, budget=None)
+    found = [decoding.plain(), decoding.drafted(method, drafter, config.nodes, fixed)]
+    return found if config.budget is None else [*found, decoding.drafted(method, drafter, BUDGET, config)]
 
 
 # Chains: the best single path of a tree.

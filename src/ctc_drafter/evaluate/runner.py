@@ -5,9 +5,9 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from rich.console import Console
@@ -15,8 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import PreTrainedTokenizerBase
 
 from ctc_drafter.chat import decode, encode_conversation
-from ctc_drafter.decode.budget import Budget
-from ctc_drafter.decode.generate import DEFAULT_FLOOR, DEFAULT_NODES
+from ctc_drafter.decode.batch import DecodingConfig, DecodingOptions
 from ctc_drafter.drafters.base import Drafter
 from ctc_drafter.drafters.prompt_lookup import PromptLookup
 from ctc_drafter.drafters.registry import PROMPT_LOOKUP
@@ -166,30 +165,31 @@ def evaluate(
     limit: int | None = None,
     max_new_tokens: int = 128,
     batch_size: int = 1,
-    nodes: int = DEFAULT_NODES,
-    min_probability: float = DEFAULT_FLOOR,
-    budget: Budget | None = None,
+    config: DecodingConfig | None = None,
     also: Sequence[str] = (),
     seed: int = 0,
     meta: dict[str, Any] | None = None,
     save: Callable[[dict[str, Any]], None] | None = None,
     console: Console | None = None,
+    **options: Unpack[DecodingOptions],
 ) -> dict[str, Any]:
     """Measures plain and drafted decoding on `limit` prompts of each task.
 
-    All run in turn on each batch, the order alternating, after a warm-up; with a `budget` trees of its choice
-    too, `also` prompt lookup in trees of the same size, and transformers' own ways, see `hf_generate.py`.
+    Trees are as `config` says, or its fields by name. All run in turn on each batch, the order alternating, after a
+    warm-up; with a `budget` trees of its choice too, `also` prompt lookup in trees of the same size, and transformers'
+    own ways, see `hf_generate.py`.
     Returns `{"meta", "rows"}`, a row per method and task. `identical` of `compared` prompts have, over all turns, plain
     decoding's very tokens; `skipped` prompts do not fit the target's context. `meta` adds to the meta object. `save`
     gets the object after every batch. After Ctrl-C the object holds what was finished, and `meta["complete"]` is false.
     """
+    config = DecodingConfig.of(config, options).without_sampler("all ways are measured greedily")
     made = decoding(target, tokenizer, max_new_tokens)
-    contenders = contenders_of(made, drafter, nodes, min_probability, budget)
+    contenders = contenders_of(made, drafter, config)
     if PROMPT_LOOKUP in also:
-        contenders.append(made.drafted(PROMPT_LOOKUP, PromptLookup(), nodes, nodes, min_probability))
+        contenders.append(made.drafted(PROMPT_LOOKUP, PromptLookup(), config.nodes, replace(config, budget=None)))
     contenders += stock_contenders(made, [name for name in also if name != PROMPT_LOOKUP])
     bench = Bench(target, tokenizer, contenders, max_new_tokens, batch_size)
-    settings = {"seed": seed, "nodes": nodes, "floor": min_probability, "limit": limit}
+    settings = {"seed": seed, "nodes": config.nodes, "floor": config.min_probability, "limit": limit}
     result = {"meta": head(bench, settings) | (meta or {}), "rows": []}
     measure_all(bench, [task.some(limit) for task in tasks], result, save=save, console=console)
     return result

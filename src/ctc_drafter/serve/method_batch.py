@@ -38,7 +38,7 @@ class MethodBatch:
     """
 
     def __init__(self, method: Method):
-        self.method = replace(method, sampler=PerSequenceSampler(own_sampler))
+        self.method = replace(method, config=replace(method.config, sampler=PerSequenceSampler(own_sampler)))
         device = method.target.device
         self.clock = Stopwatch(device, timed=device.type == "cpu")  # a GPU would have to wait for every stage
         self.stats = Stats()

@@ -6,7 +6,9 @@ import contextlib
 import logging
 import socket
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Unpack
 
 import uvicorn
 from fastapi import FastAPI
@@ -14,11 +16,9 @@ from fastapi.responses import FileResponse, Response
 from fastapi.staticfiles import StaticFiles
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from ctc_drafter.decode.batch import Method
-from ctc_drafter.decode.budget import Budget
+from ctc_drafter.decode.batch import DecodingConfig, DecodingOptions, Method
 from ctc_drafter.decode.generate import generate
 from ctc_drafter.decode.profile import plain_method
-from ctc_drafter.decode.sampling import ARGMAX
 from ctc_drafter.drafters.base import Drafter
 from ctc_drafter.serve import middleware
 from ctc_drafter.serve.engine import Engine, Speedup, Worker, time_plain_steps
@@ -42,25 +42,22 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 def make_engine(
     target: Target,
     drafter: Drafter | None,
-    nodes: int,
-    min_probability: float,
     batch_size: int,
     queue: int,
-    budget: Budget | None = None,
+    config: DecodingConfig | None = None,
     worker: Worker | None = None,
+    **options: Unpack[DecodingOptions],
 ) -> Engine:
-    """Not started yet, and to be called on its worker.
+    """Not started yet, and to be called on its worker. Trees are as `config` says, or its fields by name; see
+    `generate`.
 
     Both lanes are tried first, so that the first request finds everything compiled.
     """
+    config = DecodingConfig.of(config, options).without_sampler("every request has its own")
     plain = plain_method(target)
-    lanes = (
-        {PLAIN: plain}
-        if drafter is None
-        else {"draft": Method(target, drafter, nodes, min_probability, ARGMAX, budget), PLAIN: plain}
-    )
+    lanes = {PLAIN: plain} if drafter is None else {"draft": Method(target, drafter, config), PLAIN: plain}
     if drafter is not None:
-        generate(target, drafter, [[0, 0]], max_new_tokens=8, nodes=nodes, min_probability=min_probability)
+        generate(target, drafter, [[0, 0]], max_new_tokens=8, config=replace(config, budget=None), eos=())
     return Engine(lanes, batch_size, queue, Speedup(time_plain_steps(target, batch_size)), worker)
 
 

@@ -158,3 +158,30 @@ def listed(names: Collection[str], what: str) -> str:
     if len(first) == 1:
         return f"{first[0]} is {what}"
     return f"{len(first)} tensors are {what} ({', '.join(first[:3])}{', ...' if len(first) > 3 else ''})"
+
+
+# A drafter beside its target: loaded, on the same device, in the same dtype.
+
+
+def refuse_unloaded(drafter: Any) -> None:
+    """Raises `UserError` for a drafter that was made on the meta device."""
+    if isinstance(drafter, nn.Module) and any(weight.is_meta for weight in drafter.parameters()):
+        raise UserError(
+            f"the {type(drafter).__name__} has no weights yet, only shapes (meta device); load it with from_pretrained"
+        )
+
+
+def check_placement(model: PreTrainedModel, drafter: Any) -> None:
+    """Raises `UserError` for a drafter whose weights are not where and what the model's are. Nothing is moved."""
+    if not isinstance(drafter, nn.Module):
+        return
+    refuse_unloaded(drafter)
+    kind = type(drafter).__name__
+    for weight in drafter.parameters():
+        if weight.device != model.device and model.device.type != "meta":  # offloaded models say meta
+            raise UserError(
+                f"the {kind} is on {weight.device}, the model on {model.device}; call drafter.to(model.device)"
+            )
+        if weight.is_floating_point() and weight.dtype != model.dtype:
+            names = [str(dtype).removeprefix("torch.") for dtype in (weight.dtype, model.dtype)]
+            raise UserError(f"the {kind} is in {names[0]}, the model in {names[1]}; call drafter.to(model.dtype)")

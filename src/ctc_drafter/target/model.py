@@ -98,6 +98,12 @@ class Target:
         return self.config.num_hidden_layers
 
     @property
+    def end_tokens(self) -> frozenset[int]:
+        """Tokens that end a text by the model's generation config; empty where it names none."""
+        listed = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
+        return frozenset(listed if isinstance(listed, list | tuple) else [] if listed is None else [int(listed)])
+
+    @property
     def context(self) -> int:
         """Tokens, prompt and answer together, that the model is made for. It may go on beyond, as in `generate`, up to
         `limit`."""

@@ -146,11 +146,9 @@ def _corpus(manifest: Mapping[str, Any]) -> tuple[Any, ...]:
 
 def _use(drafter: TrainableDrafter, made: Made) -> str:
     kind = type(drafter)
-    public = "ctc_drafter" if kind.__name__ == "CTCDrafter" else kind.__module__
     return f"""```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from ctc_drafter import speculate
-from {public} import {kind.__name__}
+from ctc_drafter import {kind.__name__}, speculate
 
 model = AutoModelForCausalLM.from_pretrained("{made.target}")
 tokenizer = AutoTokenizer.from_pretrained("{made.target}")
