@@ -64,7 +64,7 @@ def test_answers_are_plain_decodings(target, firsts, name):
         ends = {firsts[row] for row in rows}
         expected = oracle(target, ends)
         assert {place for place, row in enumerate(expected) if len(row) == 1} >= set(rows)
-        options = {"max_new_tokens": LENGTH, "eos": ends, "floor": 0.0}
+        options = {"max_new_tokens": LENGTH, "eos": ends, "min_probability": 0.0}
         assert generate(target, drafter, PROMPTS, **options).tokens == expected
         for most in (2, 3):
             assert dict(generate_many(target, drafter, PROMPTS, in_flight=most, **options)) == dict(enumerate(expected))
