@@ -1,5 +1,6 @@
 """Quiet, single-threaded tests: two cores are shared, and small tensors gain nothing from threads."""
 
+import gc
 import json
 import os
 from collections.abc import Generator
@@ -14,6 +15,13 @@ torch.set_num_threads(1)
 # The first example may wait for a compiler, and machines of continuous integration are uneven.
 settings.register_profile("patient", deadline=None)
 settings.load_profile("patient")
+
+
+def pytest_collection_finish() -> None:
+    """What is imported stays: without this each `gc.collect` of a training walks over all of it, for half a second."""
+    gc.collect()
+    gc.freeze()
+
 
 # What may be skipped in continuous integration (CI=1), since it runs elsewhere: `make test-quant`, `pytest -m gpu`.
 SKIPPED_IN_CI = ("tests/target/test_quantised.py", "tests/test_gpu.py")
