@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
-STAMP := $(VENV)/.installed
+CORE := $(VENV)/.installed
+DEV := $(VENV)/.installed-dev
 TORCH := $(shell grep '^torch==' constraints.txt)
 LIMIT ?= 40
 
@@ -13,17 +14,17 @@ LIMIT ?= 40
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-demo: $(STAMP) ## plain and CTC decoding of three prompts on the shipped model
-	$(BIN)/ctc-drafter demo
+demo: $(CORE) ## plain and CTC decoding of three prompts on the shipped model
+	@$(BIN)/ctc-drafter demo
 
-test: $(STAMP) ## fast tests
+test: $(DEV) ## fast tests
 	$(BIN)/python -m pytest -n 2
 
-test-slow: $(STAMP) ## tests that take minutes
+test-slow: $(DEV) ## tests that take minutes
 	$(BIN)/python -m pytest -m slow --timeout 3600
 
 # torchao in a folder of its own: transformers imports it wherever it is installed, which takes long.
-test-quant: $(STAMP) ## tests of int8 targets
+test-quant: $(DEV) ## tests of int8 targets
 	$(PIP) install -q --no-deps -c constraints.txt --target .quant --upgrade torchao
 	PYTHONPATH=.quant $(BIN)/python -m pytest tests/target/test_quantised.py
 
@@ -42,17 +43,17 @@ $(VLLM_STAMP): pyproject.toml constraints-vllm.txt
 	$(VLLM_PIP) uninstall -q -y torchvision torchaudio torchcodec
 	@touch $@
 
-check: $(STAMP) ## format, lint, types, import rule
+check: $(DEV) ## format, lint, types, import rule
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_import_rule.py
 
-quickstart: $(STAMP) ## train the shipped target and drafter anew: CORPUS=folder
+quickstart: $(DEV) ## train the shipped target and drafter anew: CORPUS=folder
 	@test -n "$(CORPUS)" || { echo "say where the corpus is: make quickstart CORPUS=folder" >&2; exit 2; }
 	$(BIN)/python -m recipes.quickstart.build "$(CORPUS)"
 
-bench: $(STAMP) ## evaluate the shipped model into results/ and the README: TASKS_PATH=folder [LIMIT=40]
+bench: $(DEV) ## evaluate the shipped model into results/ and the README: TASKS_PATH=folder [LIMIT=40]
 	@test -n "$(TASKS_PATH)" || { echo "say where the task files are: make bench TASKS_PATH=folder" >&2; exit 2; }
 	mkdir -p results
 	measure() { \
@@ -71,7 +72,7 @@ clean: ## remove caches and build folders; .venv and runs/ stay
 	rm -rf build dist src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find src tests benchmarks recipes -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(VENV): $(STAMP) ## set up or refresh the virtual environment
+$(VENV): $(DEV) ## set up or refresh the virtual environment
 
 $(BIN)/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
@@ -81,7 +82,13 @@ $(BIN)/pip:
 
 # torch first, so that the build that the machine offers is settled before anything depends on it.
 # setuptools comes with it, pinned, and builds the package: no second download in isolation.
-$(STAMP): pyproject.toml constraints.txt | $(BIN)/pip
-	$(PIP) install -c constraints.txt $(TORCH) setuptools
-	$(PIP) install -c constraints.txt --no-build-isolation -e '.[dev]'
+$(CORE): pyproject.toml constraints.txt | $(BIN)/pip
+	@echo "setting up $(VENV): PyTorch first, then the package; once, and it takes minutes"
+	@$(PIP) install -q --disable-pip-version-check -c constraints.txt $(TORCH) setuptools
+	@$(PIP) install -q --disable-pip-version-check -c constraints.txt --no-build-isolation -e .
+	@touch $@
+
+$(DEV): $(CORE)
+	@echo "adding to $(VENV): every extra, and the tools of development"
+	@$(PIP) install -q --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[dev]'
 	@touch $@

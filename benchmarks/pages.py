@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ctc_drafter.cli import bad_input
 from ctc_drafter.evaluate.hf_generate import HF, HF_LOOKUP
 from ctc_drafter.evaluate.results import BUDGET
 from ctc_drafter.files import markdown_table, number, read_json
@@ -86,24 +87,22 @@ def read_result(file: Path) -> dict[str, Any]:
     return found
 
 
-def run(app: typer.Typer) -> None:
-    """The application; bad input ends it with one line."""
+def run(app: Callable[[], None]) -> None:
+    """The application of a module, for `python -m`. Bad input and a missing extra end it with one line."""
     try:
         app()
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    except Exception as error:
+        message = bad_input(error)
+        if message is None:
+            raise
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(2)
 
 
 def run_alone(work: Callable[..., None]) -> None:
-    """A module's one command, for `python -m`. Bad input ends it with one line."""
-    import typer
-
+    """As `run`, for a module with one command."""
     keep_quiet()
-    try:
-        typer.run(work)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run(lambda: typer.run(work))
 
 
 if __name__ == "__main__":

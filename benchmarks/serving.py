@@ -26,7 +26,6 @@ from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 import typer
-from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.pages import run, write_figures
 from ctc_drafter.evaluate.tasks import Prompt, read_tasks
@@ -282,6 +281,8 @@ def ask_all(url: str, bodies: Sequence[dict[str, Any]], clients: int) -> tuple[l
 
 def totals(url: str) -> tuple[float, float]:
     """Tokens and verifications that the server has counted, in all its lanes."""
+    from prometheus_client.parser import text_string_to_metric_families
+
     with urlopen(f"{url}/metrics", timeout=PATIENCE) as reply:
         families = {family.name: family for family in text_string_to_metric_families(reply.read().decode())}
     names = ("ctc_drafter_tokens", "ctc_drafter_verifications")

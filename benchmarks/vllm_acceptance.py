@@ -25,7 +25,6 @@ from typing import Annotated, Any, NamedTuple
 from urllib.request import urlopen
 
 import typer
-from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.pages import run, write_figures
 from benchmarks.serving import PATIENCE, Reply, ask_all, bodies_of
@@ -113,6 +112,8 @@ def answers(url: str) -> bool:
 
 def counters(url: str) -> Counts:
     """What the server has counted so far; 0 for what it does not count."""
+    from prometheus_client.parser import text_string_to_metric_families
+
     with urlopen(f"{url}/metrics", timeout=PATIENCE) as reply:
         families = {family.name: family for family in text_string_to_metric_families(reply.read().decode())}
 

@@ -1,7 +1,11 @@
 """Quiet, single-threaded tests: two cores are shared, and small tensors gain nothing from threads."""
 
+import gc
 import json
+import os
+from collections.abc import Generator
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 import torch
@@ -11,6 +15,38 @@ torch.set_num_threads(1)
 # The first example may wait for a compiler, and machines of continuous integration are uneven.
 settings.register_profile("patient", deadline=None)
 settings.load_profile("patient")
+
+
+def pytest_collection_finish() -> None:
+    """What is imported stays: without this each `gc.collect` of a training walks over all of it, for half a second."""
+    gc.collect()
+    gc.freeze()
+
+
+# What may be skipped in continuous integration (CI=1), since it runs elsewhere: `make test-quant`, `pytest -m gpu`.
+SKIPPED_IN_CI = ("tests/target/test_quantised.py", "tests/test_gpu.py")
+
+Report = TypeVar("Report", pytest.TestReport, pytest.CollectReport)
+
+
+def refuse_skips(report: Report) -> Report:
+    """In continuous integration nothing is skipped unseen: a test that lacks its browser would never run again."""
+    unseen = report.skipped and not hasattr(report, "wasxfail") and not report.nodeid.startswith(SKIPPED_IN_CI)
+    if os.environ.get("CI") and unseen:
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        report.outcome = "failed"
+        report.longrepr = f"skipped, which CI=1 does not allow: {reason}"
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    return refuse_skips((yield))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    return refuse_skips((yield))
 
 
 @pytest.fixture

@@ -120,3 +120,27 @@ def first_line(error: BaseException) -> str:
 def lacks_memory(error: Exception) -> bool:
     """Whether this is how a device or the machine says that it has no memory left."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error)
+
+
+# Packages that only some commands need -> what they are for, the name to install, the extra of ours that has them.
+EXTRAS = {
+    "fastapi": ("serving", "fastapi", "serve"),
+    "starlette": ("serving", "fastapi", "serve"),
+    "uvicorn": ("serving", "uvicorn", "serve"),
+    "prometheus_client": ("serving", "prometheus-client", "serve"),
+    "openai": ("talking to a server", "openai", "serve"),
+    "accelerate": ("training", "accelerate", "train"),
+    "yaml": ("reading recipes", "pyyaml", "train"),
+    "datasets": ("downloading data", "datasets", "train"),
+    "matplotlib": ("drawing figures", "matplotlib", "bench"),
+    "torchao": ("an int8 target", "torchao", "quant"),
+}
+
+
+def missing_extra(error: BaseException) -> str | None:
+    """The line that names the extra to install, if this error says that one of its packages is missing; else None."""
+    name = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
+    if name not in EXTRAS:
+        return None
+    work, package, extra = EXTRAS[name]
+    return f"{work} needs {package}; pip install 'ctc-drafter[{extra}]'"

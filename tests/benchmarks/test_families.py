@@ -31,6 +31,8 @@ NAMES = [name for name, _, _ in FAMILIES]
 FIRST_REFUSED = NAMES.index("Falcon, alibi")
 ACCEPTED, REFUSED = NAMES[:FIRST_REFUSED], NAMES[FIRST_REFUSED:]
 KINDS = ["Llama", "Qwen2, sliding from the second layer", "Mistral, sliding", "Gemma 3", "OPT", "Mixtral"]
+# All of them are in the slow tests; a sweep over small ones of more families is in the fast (test_family_sweep.py).
+FEW_FAST = [pytest.param(name, marks=() if name in KINDS else pytest.mark.slow) for name in ACCEPTED]
 
 
 @cache
@@ -44,7 +46,7 @@ def model_and_text(name: str):
     return model, stock_continuations(model, PROMPTS, NEW_TOKENS)
 
 
-@pytest.mark.parametrize("name", ACCEPTED)
+@pytest.mark.parametrize("name", FEW_FAST)
 def test_never_always_and_sometimes_right_drafts_leave_the_text_of_generate(name):
     """Both caches, both kernels, batch 1 and 3, and an untrained CTC drafter as well."""
     found = known(name)
@@ -53,7 +55,7 @@ def test_never_always_and_sometimes_right_drafts_leave_the_text_of_generate(name
     assert [found.cells[cache, "eager"] for cache in CACHES] == ["exact"] * len(CACHES)
 
 
-@pytest.mark.parametrize("name", ACCEPTED)
+@pytest.mark.parametrize("name", FEW_FAST)
 def test_the_text_can_tell_right_from_wrong(name):
     _, texts = model_and_text(name)
     assert len({token for text in texts for token in text}) >= NEW_TOKENS // 2
@@ -70,7 +72,7 @@ def test_other_trees_leave_the_text_too(name, kind, nodes):
 
 
 @pytest.mark.parametrize("kind", CACHES)
-@pytest.mark.parametrize("name", ACCEPTED)
+@pytest.mark.parametrize("name", FEW_FAST)
 def test_samples_are_those_of_plain_sampled_decoding(name, kind):
     """With the common stream, in a batch and alone: the same tokens, whatever was drafted."""
     target = Target.wrap(model_and_text(name)[0], kind)
@@ -96,7 +98,7 @@ def test_the_command_needs_a_place(capsys):
     assert "families.md" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ACCEPTED)
+@pytest.mark.parametrize("name", FEW_FAST)
 @torch.inference_mode()
 def test_features_norm_embeddings_and_head_are_found(name):
     model, _ = model_and_text(name)

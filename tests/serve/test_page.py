@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.page_pictures import CHROMIUM, LOOKS
+from benchmarks.page_pictures import CHROMIUM, CHROMIUM_OPTIONS, LOOKS
 from serve_helpers import KEY, NAME, blocked_service, plain_texts, running, tiny_service
 
 PAGE = Path(__file__).parents[2] / "src" / "ctc_drafter" / "serve" / "page"
@@ -121,7 +121,7 @@ def browser():
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_OPTIONS)
         yield browser
         browser.close()
 
@@ -165,6 +165,7 @@ def expected_answer(server) -> str:
     return plain_texts(server.service, list(ids), 128)[0]
 
 
+@pytest.mark.slow
 @needs_chromium
 def test_it_sends_streams_and_compares(any_page, server):
     page = any_page
@@ -178,6 +179,7 @@ def test_it_sends_streams_and_compares(any_page, server):
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "nothing scrolls sideways"
 
 
+@pytest.mark.slow
 @needs_chromium
 def test_a_tree_opens_by_keyboard(any_page):
     page = any_page
@@ -204,6 +206,7 @@ def visible(text: str) -> str:
     return text.replace("\n", "⏎").replace("\t", "⇥").replace(" ", "␣")
 
 
+@pytest.mark.slow
 @needs_chromium
 def test_the_keyboard_reaches_everything_and_shows_where_it_is(page):
     ask(page)
@@ -241,6 +244,7 @@ def test_what_a_screen_reader_is_told(page):
     assert all(after <= before + 1 for before, after in pairwise(levels))
 
 
+@pytest.mark.slow
 @needs_chromium
 def test_a_stopped_answer_is_kept_and_a_new_chat_is_empty(browser):
     service, turnstile = blocked_service()
@@ -265,6 +269,7 @@ def test_a_stopped_answer_is_kept_and_a_new_chat_is_empty(browser):
     page.close()
 
 
+@pytest.mark.slow
 @needs_chromium
 def test_a_question_that_is_not_answered_is_given_back(page, server):
     page.route("**/v1/ctc/stream", lambda route: route.abort())
@@ -279,6 +284,7 @@ def test_a_question_that_is_not_answered_is_given_back(page, server):
     assert page.text_content(".answer .text") == expected_answer(server)
 
 
+@pytest.mark.slow
 @needs_chromium
 def test_it_survives_a_server_that_is_started_again(browser):
     page = browser.new_page()
@@ -297,6 +303,7 @@ def test_it_survives_a_server_that_is_started_again(browser):
     page.close()
 
 
+@pytest.mark.slow
 @needs_chromium
 def test_settings_that_are_wrong_are_shown(page):
     """A browser complains about a field, and stops, where the field can be seen."""
@@ -312,6 +319,7 @@ def test_settings_that_are_wrong_are_shown(page):
     assert len(page.query_selector_all("#turns > li")) == 1
 
 
+@pytest.mark.slow
 @needs_chromium
 @pytest.mark.parametrize("look", LOOKS)
 def test_the_tree_of_an_answer_that_is_being_written(browser, look):

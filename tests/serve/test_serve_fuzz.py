@@ -1,10 +1,7 @@
 """Requests made from the server's own schema, valid and not: none of them is a server error."""
 
 import pytest
-import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
-from schemathesis import GenerationMode
-from schemathesis.checks import not_a_server_error
 
 from ctc_drafter.serve.server import create_app
 from serve_helpers import tiny_service
@@ -15,6 +12,10 @@ POSTS = {"/v1/chat/completions", "/v1/completions", "/v1/ctc/stream"}
 
 def try_all(examples: int, **options) -> dict[str, list[int]]:
     """Tries so many requests of each kind at every operation; returns the statuses by path."""
+    import schemathesis  # here, since it takes seconds, in every process that collects this file
+    from schemathesis import GenerationMode
+    from schemathesis.checks import not_a_server_error
+
     service = tiny_service(max_new_tokens=2)
     statuses: dict[str, list[int]] = {}
     with service.engine:

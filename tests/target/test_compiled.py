@@ -36,12 +36,12 @@ def text(count: int) -> list[int]:
     return torch.randint(1, VOCABULARY, (count,), generator=torch.Generator().manual_seed(1)).tolist()
 
 
-def check(target: Target, made: CompiledTarget, prompts: list[list[int]], new: int) -> None:
+def check(target: Target, made: CompiledTarget, prompts: list[list[int]], new: int, nodes: int = 16) -> None:
     expected = plain_generate(target, prompts, max_new_tokens=new).tokens
     assert plain_generate(made, prompts, max_new_tokens=new).tokens == expected
     scripts = [p + t for p, t in zip(prompts, expected, strict=True)]
     for drafter in (ScriptedDrafter(scripts, (4, 0, 3)), tiny_drafter(target)):
-        assert generate(made, drafter, prompts, max_new_tokens=new).tokens == expected
+        assert generate(made, drafter, prompts, max_new_tokens=new, nodes=nodes).tokens == expected
 
 
 @pytest.mark.slow
@@ -50,10 +50,10 @@ def test_outputs_are_plain_decodings_and_a_graph_serves_all_lengths():
     target = tiny_target(max_position_embeddings=512, num_hidden_layers=2)
     drafter = tiny_drafter(target)
     made = compile_target(target, drafter.feature_layers, "eager")
-    made.prepare(16, 3)  # trees of the scripted drafter have 12 nodes
+    made.prepare(8, 3)
     known = set(made.graphs)
-    assert {(shape.rows, shape.tokens) for shape in known} == {(rows, n) for rows in (1, MANY) for n in SIZES[:4]}
-    check(target, made, [text(BLOCK - 6), *PROMPTS[:2]], 14)
+    assert {(shape.rows, shape.tokens) for shape in known} == {(rows, n) for rows in (1, MANY) for n in SIZES[:3]}
+    check(target, made, [text(BLOCK - 6), *PROMPTS[:2]], 14, nodes=8)
     assert set(made.graphs) == known
 
 

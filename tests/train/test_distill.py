@@ -88,7 +88,7 @@ def test_interrupted_and_repeated(
     assert contents(tmp_path) == unbroken
 
 
-@pytest.mark.timeout(300)  # a second interpreter, on a machine that may be busy
+@pytest.mark.slow  # a second interpreter; in this one, the tests above and below
 def test_sigkill_while_a_shard_is_written(tmp_path: Path, unbroken: dict[str, str]) -> None:
     script = (
         "import os, signal, sys, pathlib, test_distill as t\n"

@@ -45,7 +45,7 @@ def test_rows_have_the_targets_states(tmp_path: Path) -> None:
     assert batch["features"].shape == (2, len(rows[0]["input_ids"]), 128)
 
 
-@pytest.mark.parametrize("method", ["ctc", "dspark"])
+@pytest.mark.parametrize("method", ["ctc", pytest.param("dspark", marks=pytest.mark.slow)])
 def test_losses_equal_those_of_online_features(method: str, tmp_path: Path) -> None:
     losses = []
     for features in ("online", "cached"):

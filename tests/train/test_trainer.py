@@ -65,6 +65,7 @@ def test_log_and_saved_drafter(unbroken: tuple[Path, Trained]) -> None:
 
 
 @pytest.mark.timeout(300)  # a second interpreter, on a machine that may be busy
+@pytest.mark.slow  # a second interpreter; in this one: test_cut_off_while_a_checkpoint_is_written
 def test_sigkill_and_resume(tmp_path: Path, unbroken: tuple[Path, Trained]) -> None:
     script = (
         "import os, signal, sys, pathlib, torch, test_trainer as t\n"

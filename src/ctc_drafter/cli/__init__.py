@@ -253,9 +253,9 @@ def bad_input(error: Exception) -> str | None:
     """The one-line message of an error that the user can fix; None for a bug."""
     if hasattr(error, "format_message"):  # typer's own: unknown options, values out of range
         return str(error.format_message()).replace("\n", " ")
-    from ctc_drafter.types import UserError
+    from ctc_drafter.types import UserError, missing_extra
 
-    return " ".join(str(error).split()) if isinstance(error, UserError) else None
+    return " ".join(str(error).split()) if isinstance(error, UserError) else missing_extra(error)
 
 
 def main(arguments: list[str] | None = None) -> int:

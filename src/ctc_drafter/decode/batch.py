@@ -86,7 +86,7 @@ class DecodingConfig:
     def __post_init__(self) -> None:
         nodes: Any = self.nodes
         floor: Any = self.min_probability
-        if not isinstance(nodes, Integral) or isinstance(nodes, bool):
+        if isinstance(nodes, bool) or not isinstance(nodes, Integral):
             raise UserError(f"nodes is {nodes!r}; give a whole number")
         if int(nodes) < 1:
             raise UserError(f"nodes is {nodes}; give at least 1, or use plain_generate")
