@@ -49,7 +49,7 @@ class Card:
 
 @dataclass(frozen=True)
 class Work:
-    """What a forward reads and calculates: bytes, and additions and multiplications."""
+    """Work of a forward: bytes read, additions and multiplications."""
 
     bytes: float
     operations: float

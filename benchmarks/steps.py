@@ -53,7 +53,7 @@ CONTEXTS, BATCHES, VOCABULARIES = (512, 2048, 8192, 16384), (1, 4, 16, 32), (800
 
 
 def cpu_suite(models: Sequence[str], dtype: str, context: int) -> list[Cell]:
-    """One row, every model."""
+    """Cells of the CPU suite: one row, every model."""
     return [Cell(model, dtype, context=context) for model in models]
 
 

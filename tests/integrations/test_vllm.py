@@ -124,7 +124,7 @@ def test_the_folder_alone_gives_plain_text_and_our_acceptance(shipped, folders, 
     assert all(a != b for a, b in zip(found[2]["tokens"], found[1]["tokens"], strict=True))
 
 
-def test_it_does_not_start_where_ctc_would_be_bypassed(shipped, folders):
+def test_vllm_does_not_start_where_ctc_would_be_bypassed(shipped, folders):
     speculation = {
         "method": "dflash",
         "model": str(folders / "shipped"),

@@ -54,7 +54,7 @@ class Judged:
 
 @dataclass(frozen=True)
 class Method:
-    """How rows are decoded: by which target and drafter, in which trees, and who chooses the tokens.
+    """Settings of a batch: target, drafter, tree size, sampler, budget.
 
     With a budget trees are as large as pays, up to its nodes; without one they have up to `nodes` nodes of probability
     `min_probability` and more.

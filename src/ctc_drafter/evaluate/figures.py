@@ -272,7 +272,7 @@ class Estimate:
 
 
 class Bootstrap:
-    """Of one task, or of one category of it. The same seed gives the same intervals."""
+    """Bootstrap over the prompts of a task or category. The same seed gives the same intervals."""
 
     def __init__(self, results: Results, task: str, category: str | None = None, seed: int = 0):
         wanted = [

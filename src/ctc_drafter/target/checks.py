@@ -31,7 +31,7 @@ LONGEST_OFFSET = 8  # entries that a table of positions may have before position
 
 
 def refuse_config(config: PreTrainedConfig) -> None:
-    """What the configuration alone rules out. Raises `UserError` with the reason."""
+    """Refuses targets by configuration alone. Raises `UserError` with the reason."""
     if config.is_encoder_decoder:
         raise UserError(f"{config.model_type} is an encoder-decoder model; targets must be decoder-only causal LMs")
     text = config.get_text_config(decoder=True)

@@ -173,7 +173,7 @@ def crossing(target: Trial, threshold: int, short: States) -> float:
 
 
 def fits(model: PreTrainedModel, states: States, length: int) -> bool:
-    """Whether caches of so many tokens, for the tree and for both paths, are small beside the weights."""
+    """Whether caches of so many tokens, for the tree and for both paths, are small compared to the weights."""
     a_token = sum(part[:, :, :1].numel() * part.element_size() for pair in states.values() for part in pair)
     weights = sum(weight.nbytes for weight in model.parameters())
     return 4 * a_token * length <= min(max(weights // PART, LEAST), MOST)
@@ -203,7 +203,7 @@ def stretched(states: States, length: int, edge: bool) -> States:
 
 
 def fill(cache: Cache, states: States, rows: int) -> Cache:
-    """Puts them into an empty cache, `rows` times."""
+    """Fills an empty cache with keys and values, `rows` times."""
     for layer, (keys, values) in states.items():
         cache.update(keys.repeat(rows, 1, 1, 1), values.repeat(rows, 1, 1, 1), layer)
     return cache
