@@ -23,7 +23,7 @@ from ctc_drafter.serve.requests import ERROR, Completion, Failure, failure
 from ctc_drafter.target.model import Target
 from ctc_drafter.types import UserError
 
-# The loop that decodes: requests wait in a bounded queue, join a batch between its steps, and leave when done.
+# Decoding loop: requests wait in a bounded queue, join a batch between its steps, and leave when done.
 
 LOG = logging.getLogger(__name__)
 SHUTDOWN = Failure("shutdown", "the server is shutting down; try another one, or later")
@@ -217,7 +217,7 @@ class Engine:
                 job.deliver(why)
 
 
-# The thread on which everything happens that computes.
+# Single worker thread that owns the model.
 
 T = TypeVar("T")
 Task = tuple[Callable[[], Any], "Future[Any]"]

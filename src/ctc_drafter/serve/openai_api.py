@@ -134,7 +134,7 @@ def data(value: BaseModel) -> str:
     return f"data: {value.model_dump_json()}\n\n"
 
 
-# Answers as chat messages and as completions: whole ones, and pieces of a stream.
+# Responses as chat messages and as completions, whole or streamed.
 
 
 class ResponseBuilder(Protocol):

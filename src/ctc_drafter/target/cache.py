@@ -12,7 +12,7 @@ from transformers.cache_utils import CacheLayerMixin, StaticLayer
 
 from ctc_drafter.types import UserError
 
-# Puts new rows into a cache behind those that are there.
+# Appends new rows to a cache.
 
 
 def join(cache: Cache, new: Cache) -> None:
@@ -76,7 +76,7 @@ def stacked(states: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
     return torch.cat([pad(part, (0, 0, 0, slots - part.shape[2])) for part in (states, new)])
 
 
-# Keeps the accepted path in the target's cache, and nothing else.
+# Compaction: keeps only the accepted path in the target's cache.
 
 
 def compact(cache: Cache, lengths: torch.Tensor, first: int, path: torch.Tensor, counts: torch.Tensor) -> None:

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrai
 from ctc_drafter.target.rope import grows_with_length
 from ctc_drafter.types import UserError, first_line
 
-# What a target must offer: checks on configuration, signature, kernel and cache, none on a model's name.
+# Static checks of a target: on configuration, signature, kernel and cache, none on a model's name.
 #
 # They rule out what is known to be impossible; `self_test.py` then tries the rest.
 

@@ -172,7 +172,7 @@ def compiled(
     return graph
 
 
-# A target whose short forwards are compiled: plain steps and trees alike. Prompts go through as ever.
+# A target whose short forwards are compiled: plain steps and trees alike. Prompts are not compiled.
 
 SIZES = (1, 5, 9, 17, 33, 65)  # tokens of a graph: the root and 4, 8... nodes; smaller trees are filled up
 
