@@ -50,11 +50,11 @@ check: $(DEV) ## format, lint, types, import rule
 	$(BIN)/python -m pytest -q tests/test_import_rule.py
 
 quickstart: $(DEV) ## train the shipped target and drafter anew: CORPUS=folder
-	@test -n "$(CORPUS)" || { echo "say where the corpus is: make quickstart CORPUS=folder" >&2; exit 2; }
+	@test -n "$(CORPUS)" || { echo "give the corpus folder: make quickstart CORPUS=folder" >&2; exit 2; }
 	$(BIN)/python -m recipes.quickstart.build "$(CORPUS)"
 
 bench: $(DEV) ## evaluate the shipped model into results/ and the README: TASKS_PATH=folder [LIMIT=40]
-	@test -n "$(TASKS_PATH)" || { echo "say where the task files are: make bench TASKS_PATH=folder" >&2; exit 2; }
+	@test -n "$(TASKS_PATH)" || { echo "give the folder of task files: make bench TASKS_PATH=folder" >&2; exit 2; }
 	mkdir -p results
 	measure() { \
 	    name=$$1; shift; \

@@ -87,7 +87,7 @@ TOWER: dict[str, Any] = {
 
 
 def declared(kind: type[PreTrainedConfig]) -> dict[str, Any]:
-    """What a configuration class takes, with its defaults."""
+    """Fields of a configuration class, with defaults."""
     if dataclasses.is_dataclass(kind):
         return {entry.name: entry.default for entry in dataclasses.fields(kind)}
     return {name: entry.default for name, entry in inspect.signature(kind.__init__).parameters.items()}

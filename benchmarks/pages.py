@@ -42,8 +42,8 @@ def markdown_figures(results: Sequence[dict[str, Any]]) -> str:
 
 
 def main(
-    page: Annotated[Path, typer.Argument(help="The page with the markers.")],
-    files: Annotated[list[Path], typer.Argument(help="Results of eval.")],
+    page: Annotated[Path, typer.Argument(help="Markdown page with the markers.")],
+    files: Annotated[list[Path], typer.Argument(help="Results files of eval.")],
 ) -> None:
     """Writes the figures of results files into a page."""
     write_figures(page, files, markdown_figures)

@@ -49,7 +49,7 @@ class Card:
 
 @dataclass(frozen=True)
 class Work:
-    """What a forward reads and calculates: bytes, and additions and multiplications."""
+    """Work of a forward: bytes read, additions and multiplications."""
 
     bytes: float
     operations: float
@@ -170,7 +170,7 @@ def markdown_projection(found: Sequence[Projected]) -> str:
     return table(head, [[*key, *cells] for key, cells in lines.items()])
 
 
-def main(page: Annotated[Path, typer.Argument(help="The page with the markers.")]) -> None:
+def main(page: Annotated[Path, typer.Argument(help="Markdown page with the markers.")]) -> None:
     """Writes the projection into a page."""
     write_figures(page, [], lambda _: markdown_projection(list(all_projected())), "projection")
 

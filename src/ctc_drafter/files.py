@@ -36,7 +36,7 @@ def whole_or_nothing(path: Path) -> Iterator[Path]:
 
 
 def write_atomic(path: Path, lines: Iterable[str]) -> None:
-    """All lines or none."""
+    """Writes a text file atomically: all lines or none."""
     with whole_or_nothing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         file.writelines(line + "\n" for line in lines)
 

@@ -19,7 +19,7 @@ from ctc_drafter.types import UserError, first_line
 
 
 def pair(target: str | None, drafter: str | None) -> tuple[str | None, str | None]:
-    """Both names, or neither for the shipped model: a drafter serves one target only, `prompt_lookup` any."""
+    """Checks that both names are given, or neither: a drafter serves one target only, `prompt_lookup` any."""
     if (target is None) != (drafter is None) and drafter != PROMPT_LOOKUP:
         raise UserError("give --target and --drafter together, or neither for the shipped model")
     return target, drafter
@@ -66,7 +66,7 @@ def load_config(name: str | None) -> tuple[PreTrainedConfig, PreTrainedTokenizer
 
 
 def read_template(tokenizer: PreTrainedTokenizerBase, file: Path | None) -> None:
-    """Gives the tokenizer the chat template of a file, if there is one."""
+    """Sets the tokenizer's chat template from a file, if one is given."""
     if file is None:
         return
     try:

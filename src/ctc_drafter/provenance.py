@@ -115,7 +115,7 @@ def claim(
 
 
 def _filled(found: dict[str, Any], older: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
-    """With those of the older keys that it lacks and the wanted manifest has."""
+    """Manifest with defaults for keys that older versions did not write."""
     filled = {key: value for key, value in older.items() if key in wanted and key not in found} | found
     for key in older.keys() & found.keys() & wanted.keys():
         if all(isinstance(each.get(key), dict) for each in (found, older, wanted)):
@@ -181,7 +181,7 @@ def environment() -> dict[str, Any]:
 
 
 def source_hash() -> str:
-    """Of the package's code, whatever commit it is of, or none."""
+    """Hash of the package's source code, independent of git."""
     package = Path(__file__).parent
     files = sorted(package.rglob("*.py"))
     parts = [f"{file.relative_to(package)}\n{file.read_text(encoding='utf-8')}" for file in files]

@@ -36,7 +36,7 @@ class Candidates:
     free: bool = False
 
     def select(self, rows: torch.Tensor) -> Candidates:
-        """Of these rows alone, `int64 [R]` or `bool [B]`."""
+        """Candidates of these rows, `int64 [R]` or `bool [B]`."""
         return Candidates(self.tokens[rows], self.parents[rows], self.depths[rows], self.scores[rows], self.free)
 
     @classmethod
@@ -112,13 +112,13 @@ def padded(rows: Sequence[Sequence[Prefix]], device: torch.device) -> Candidates
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in a line; one that ends in a colon says nothing without the next."""
+    """First line of an error's message, with the next one where it ends in a colon."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return f"{lines[0]} {lines[1].strip()}" if lines[0].endswith(":") and len(lines) > 1 else lines[0]
 
 
 def lacks_memory(error: Exception) -> bool:
-    """Whether this is how a device or the machine says that it has no memory left."""
+    """Whether an error means out of memory, on a device or the host."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error)
 
 

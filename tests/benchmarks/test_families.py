@@ -65,7 +65,7 @@ def test_the_text_can_tell_right_from_wrong(name):
 @pytest.mark.parametrize("nodes", [1, 64])
 @pytest.mark.parametrize("kind", CACHES)
 @pytest.mark.parametrize("name", KINDS)
-def test_other_trees_leave_the_text_too(name, kind, nodes):
+def test_other_tree_sizes_leave_the_text_unchanged(name, kind, nodes):
     model, expected = model_and_text(name)
     assert exact(Target.wrap(model, kind), expected, nodes)
     assert not exact(Target.wrap(model, kind), [text[::-1] for text in expected], nodes)

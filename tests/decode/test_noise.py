@@ -47,7 +47,7 @@ def test_uniform_and_independent_of_the_neighbour(along):
         assert chi_square_p(torch.bincount(cells, minlength=size), expected) > 0.001
 
 
-def test_neither_zero_nor_one():
+def test_noise_is_neither_zero_nor_one():
     values = uniform(torch.arange(100), torch.arange(100), torch.arange(1000))
     assert 0 < values.min() < 1e-4
     assert 1 > values.max() > 1 - 1e-4

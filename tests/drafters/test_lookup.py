@@ -114,7 +114,7 @@ def test_nodes_and_floor_keep_the_best() -> None:
 
 @pytest.mark.parametrize("nodes", [1, 8, 64])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_it_never_changes_the_output(nodes: int, batch: int) -> None:
+def test_prompt_lookup_never_changes_the_output(nodes: int, batch: int) -> None:
     target = tiny_target()
     expected = plain_generate(target, PROMPTS[:batch], max_new_tokens=24).tokens
     assert generate(target, PromptLookup(), PROMPTS[:batch], max_new_tokens=24, nodes=nodes).tokens == expected

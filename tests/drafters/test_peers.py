@@ -46,7 +46,7 @@ def state_of(target, drafter, rows=PROMPTS):
 
 @pytest.mark.parametrize("name", PEERS)
 @pytest.mark.parametrize(("batch", "nodes"), [(1, 1), (1, 16), (3, 8)])
-def test_they_never_change_the_output(name: str, batch: int, nodes: int) -> None:
+def test_drafters_never_change_the_output(name: str, batch: int, nodes: int) -> None:
     target = tiny_target()
     expected = plain_generate(target, PROMPTS[:batch], max_new_tokens=16).tokens
     drafter = fresh(target, name)
@@ -57,7 +57,7 @@ def test_they_never_change_the_output(name: str, batch: int, nodes: int) -> None
 
 
 @pytest.mark.parametrize("name", PEERS)
-def test_nor_when_nothing_is_likely_enough_to_draft(name: str) -> None:
+def test_output_is_unchanged_when_no_prefix_is_likely_enough(name: str) -> None:
     target = tiny_target()
     expected = plain_generate(target, PROMPTS, max_new_tokens=5).tokens
     assert (

@@ -119,12 +119,12 @@ def test_the_folder_alone_gives_plain_text_and_our_acceptance(shipped, folders, 
     ours = our_beta(target, drafter.without_copies(), prompts)
     assert our_beta(target, without_carry(drafter.without_copies()), prompts) < 0.9 * ours
     assert beta_of(found[0]["counted"]) == pytest.approx(ours, rel=0.05)
-    # Sampling: vLLM's temperatures of drafted tokens are garbage on a CPU unless they are mended.
+    # Sampling: vLLM's temperatures of drafted tokens are garbage on a CPU unless patched.
     assert found[1]["tokens"] == plain[1]["tokens"]
     assert all(a != b for a, b in zip(found[2]["tokens"], found[1]["tokens"], strict=True))
 
 
-def test_it_does_not_start_where_ctc_would_be_bypassed(shipped, folders):
+def test_vllm_does_not_start_where_ctc_would_be_bypassed(shipped, folders):
     speculation = {
         "method": "dflash",
         "model": str(folders / "shipped"),

@@ -47,7 +47,7 @@ def test_text_can_be_read_on_every_ground():
         assert min(contrast(colours["edge"], colours[ground]) for ground in ("paper", "panel")) >= 3
 
 
-def test_nothing_comes_from_elsewhere():
+def test_page_loads_nothing_from_other_hosts():
     for file in PAGE.iterdir():
         assert re.findall(r"(?:https?:)?//[a-z]", file.read_text(encoding="utf-8").replace("// ", "")) == [], file.name
 
@@ -167,7 +167,7 @@ def expected_answer(server) -> str:
 
 @pytest.mark.slow
 @needs_chromium
-def test_it_sends_streams_and_compares(any_page, server):
+def test_page_sends_streams_and_compares(any_page, server):
     page = any_page
     page.check("#compare")
     ask(page)
@@ -286,7 +286,7 @@ def test_a_question_that_is_not_answered_is_given_back(page, server):
 
 @pytest.mark.slow
 @needs_chromium
-def test_it_survives_a_server_that_is_started_again(browser):
+def test_page_survives_a_server_restart(browser):
     page = browser.new_page()
     with running(tiny_service(), api_key=None) as first:
         page.goto(first.url)

@@ -131,7 +131,7 @@ def counted(model):
     return tokens
 
 
-def test_it_costs_four_short_forwards_and_leaves_no_trace():
+def test_self_test_costs_four_short_forwards_and_leaves_no_trace():
     model = tiny_target().model
     config, names, state = copy.deepcopy(model.config.to_dict()), set(vars(model)), torch.get_rng_state()
     tokens = counted(model)

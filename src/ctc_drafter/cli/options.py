@@ -81,7 +81,7 @@ SeedOption = Annotated[int, typer.Option("--seed", help="Random seed.")]
 
 
 def meta(target: str | None, drafter: str | None) -> dict[str, Any]:
-    """What a results file says of the command that wrote it."""
+    """Metadata of a results file: command line, target and drafter."""
     return {
         "command": shlex.join(["ctc-drafter", *sys.argv[1:]]),
         "target": target or "shipped",

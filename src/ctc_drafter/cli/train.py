@@ -378,7 +378,7 @@ def show_estimate(plan: Plan, flops: float | None, device: str) -> float:
 
 
 def show_recipe(recipe: Recipe, flops: float | None, bandwidth: float | None, device: str) -> None:
-    """As `show_estimate`, and what the answers cost; bandwidth: bytes per second, measured if not given."""
+    """As `show_estimate`, with the cost of the distillation; bandwidth: bytes per second, measured if not given."""
     from ctc_drafter.load import chosen_device
     from ctc_drafter.train.estimate import measured_bandwidth
     from ctc_drafter.train.recipe import distillation, plan_of

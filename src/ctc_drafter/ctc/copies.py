@@ -74,7 +74,7 @@ def newest_tokens(text: Text, recent: torch.Tensor, longest: int) -> torch.Tenso
 
 
 def copies_at(tokens: torch.Tensor, positions: torch.Tensor, draft_length: int, longest: int) -> torch.Tensor:
-    """What prefixes copy whose tokens are the text's own: `int64 [B, A, 1+U, 2]`, tokens and lengths of `Copies`.
+    """Copies of prefixes of the text itself, for training: `int64 [B, A, 1+U, 2]`, tokens and lengths of `Copies`.
 
     tokens `int64 [B, T]`; positions `int64 [B, A]` of the roots; prefix u of U = `draft_length` has the u next tokens.
     """

@@ -29,7 +29,7 @@ Bias = Callable[[torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class Frames:
-    """What one search needs of its frames.
+    """Frames as the search reads them.
 
     weights `[B, F, V]` and columns `[B, V, F]`: exp(token logits), scaled per frame so that nothing overflows.
     blank `[B, F]`: exp(blank logit), scaled alike. later `bool [F-1, F-1]`: true above the diagonal.

@@ -32,7 +32,7 @@ from ctc_drafter.types import Candidates
 
 
 class LowRankBias(NamedTuple):
-    """What a prefix adds to the logit of column v, for T tokens, V columns, rank r and width M:
+    """Low-rank bias that a prefix adds to the logit of column v, for T tokens, V columns, rank r and width M:
 
     `output[:, v] @ (scale * (table[last] + inner @ silu(earlier[previous] + later[last] + root)))`, without `earlier`
     right after the root. table `[T, r]`, earlier and later `[T, M]`, inner `[r, M]`, scale `[r]`: float32.

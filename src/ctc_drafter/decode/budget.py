@@ -109,7 +109,7 @@ class Pace:
         return self.budget.curve(rows, context).min_probability * max(self.gain, 1.0) / rows / TRUST[1]
 
     def size(self, candidates: Candidates, context: int) -> int:
-        """How many of the best prefixes to verify."""
+        """Tree size of this step: the number of best prefixes to verify."""
         self.drafted = self.drafted and not candidates.free
         curve = self.budget.curve(len(candidates.scores), context)
         best = candidates.scores.exp().sort(1, descending=True).values[:, : len(curve.whole) - 1]

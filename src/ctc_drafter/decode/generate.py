@@ -234,7 +234,7 @@ def flow(
 
 
 def leave(batch: Batch, places: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
-    """Keeps these places; the other rows are done."""
+    """Removes all rows but those at these places."""
     staying = set(places)
     done = [row for place, row in enumerate(batch.rows) if place not in staying]
     batch.keep(places)

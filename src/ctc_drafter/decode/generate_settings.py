@@ -23,7 +23,7 @@ Asked = Callable[[GenerationConfig, GenerationConfig], bool]
 
 
 class Status(Enum):
-    """What happens to a setting."""
+    """How a setting is handled."""
 
     HONOURED = "honoured"
     REFUSED = "refused"
@@ -307,7 +307,7 @@ def refuse_encoder(model: PreTrainedModel) -> None:
 
 
 def given(value: Any) -> bool:
-    """Whether there is anything in it."""
+    """Whether an input is given and not empty."""
     if isinstance(value, torch.Tensor):
         return value.numel() > 0
     if isinstance(value, dict):
@@ -324,7 +324,7 @@ def asks(model: PreTrainedModel, name: str, value: Any) -> bool:
 
 
 def refusal(model: PreTrainedModel, name: str, value: Any) -> UserError:
-    """Names what the user passed, of which `generate` may have made something else by now."""
+    """Error message that names the input the user passed, of which `generate` may have made something else by now."""
     if name == "mm_encoder_outputs":
         kind = next(key for key, part in value.items() if given(part))
         encoder = getattr(model.base_model, f"get_{kind}_features", None)

@@ -108,7 +108,7 @@ def refuse_drafter(drafter: Any) -> None:
 
 
 def filler_of(pad: int | None, criteria: StoppingCriteriaList) -> int:
-    """What rows that ended are filled up with: as in `generate`, the first of several end tokens if there is no pad."""
+    """Fill token of rows that ended: as in `generate`, the pad token, else the first end token."""
     return pad if pad is not None else next(iter(end_tokens(criteria)), 0)
 
 
@@ -264,7 +264,7 @@ def emitted_logits(
 
 
 def padded(rows: Sequence[SequenceState], filler: int, width: int) -> dict[int, list[int]]:
-    """What `generate` returns of each row, by its index."""
+    """Token ids as `generate` returns them, by row index."""
     return {row.index: row.tokens + [filler] * (width - len(row.tokens)) for row in rows}
 
 

@@ -17,7 +17,7 @@ CHUNK = 512  # tokens of a forward
 
 @dataclass(frozen=True)
 class Prefill:
-    """What is known once the prompts are in the cache.
+    """Result of the prefill.
 
     cache; lengths `int64 [B]`; tokens `int64 [B, T]`, right-padded; features `[B, T, K]`, None if none were requested
     for; logits `[B, V]` of the token after each prompt.

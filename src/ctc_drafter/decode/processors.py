@@ -128,7 +128,7 @@ def changing(thing: Any) -> UserError:
 
 
 def name_of(thing: Any) -> str:
-    """Of a function its own name, else that of the class."""
+    """Name of a function, else of the object's class."""
     return getattr(thing, "__name__", None) or type(thing).__name__
 
 
@@ -147,7 +147,7 @@ def fills_up(criteria: StoppingCriteriaList) -> bool:
 
 
 def remaining(criteria: StoppingCriteriaList, scored: bool) -> StoppingCriteriaList:
-    """Without those that rows know themselves. scored: whether `generate` would show the scores to them."""
+    """Criteria less those that rows handle themselves. scored: whether `generate` would show the scores to them."""
     kept = [each for each in criteria if type(each) not in (MaxLengthCriteria, EosTokenCriteria)]
     return StoppingCriteriaList([Unscored(each) for each in kept] if scored else kept)
 
@@ -217,7 +217,7 @@ Snapshot = list[tuple[Any, ...]]
 
 
 def snapshot(thing: Any) -> Snapshot:
-    """What `thing` holds at any depth, as plain values that can be compared with those of another moment."""
+    """Deep snapshot of `thing` as plain values that can be compared with those of another moment."""
     order: dict[int, int] = {}
     alive: list[Any] = []  # an id belongs to one object as long as that is alive
     waiting: deque[Any] = deque()
@@ -244,7 +244,7 @@ def snapshot(thing: Any) -> Snapshot:
 
 
 def parts(value: Any) -> list[Any]:
-    """What this object is made of, one level down."""
+    """Parts of an object, one level down."""
     if isinstance(value, torch.Tensor):
         return [digest(value)]
     if isinstance(value, np.ndarray):
@@ -302,7 +302,7 @@ def of_object(value: Any) -> list[Any]:
 
 
 def reduced(value: Any) -> list[Any]:
-    """What pickle would keep of an object that shows no attributes, such as an iterator."""
+    """State that pickle would keep of an object that shows no attributes, such as an iterator."""
     if type(value).__module__.partition(".")[0] == UNREADABLE:
         return []
     try:

@@ -17,7 +17,7 @@ from ctc_drafter.types import TokenTree, UserError
 
 
 class Sampler(Protocol):
-    """How the target turns logits into tokens."""
+    """Sampler protocol: the target's logits to tokens."""
 
     def validate(self, row: SequenceState, logits: torch.Tensor) -> None:
         """Raises `UserError` if it cannot serve rows like this one, logits `[1, V]`."""
@@ -141,7 +141,7 @@ def walk(
 
 
 def warpers(temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> LogitsProcessorList:
-    """What `generate` makes of these settings. Raises `UserError` for those that leave no distribution."""
+    """Logits warpers of `generate` for these settings. Raises `UserError` for those that leave no distribution."""
     if temperature <= 0:
         raise UserError(f"temperature is {temperature}; give more than 0, or decode greedily")
     if top_k < 0:
@@ -241,7 +241,7 @@ def shifted(words: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def row_seeds(seed: int, rows: Sequence[int]) -> list[int]:
-    """One seed for each row of a run that has a single one."""
+    """Seeds of the rows, derived from one seed."""
     return mix(mix(torch.tensor(signed(seed))) + (torch.tensor(rows, dtype=torch.long) + 1) * STEP).tolist()
 
 
@@ -251,7 +251,7 @@ T = TypeVar("T")
 
 
 class RowErrors(Exception):
-    """Some rows cannot go on, the others can. errors: what each of them raises, by its place in the batch."""
+    """Errors of single rows; the others can continue. errors: what each of them raises, by its place in the batch."""
 
     def __init__(self, errors: Mapping[int, Exception], rows: Sequence[SequenceState]):
         self.errors = dict(errors)

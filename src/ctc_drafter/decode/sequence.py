@@ -88,12 +88,12 @@ class SequenceState:
 
     @property
     def text(self) -> list[int]:
-        """All that processors and criteria may look at."""
+        """Prompt and emitted tokens, as processors and criteria see them."""
         return [*(self.prompt if self.given is None else self.given), *self.tokens]
 
     @property
     def read(self) -> list[int]:
-        """What the target has read, the newest token included."""
+        """Tokens that the target has read, the newest one included."""
         return [*self.prompt, *self.tokens]
 
     @property
@@ -102,5 +102,5 @@ class SequenceState:
         return len(self.tokens) >= self.limit or self.tokens[-1] in self.eos
 
     def ahead(self) -> SequenceState:
-        """The same row for a look ahead: what is appended to it leaves this one alone."""
+        """A copy for a look ahead: appending to it does not change this one."""
         return replace(self, tokens=list(self.tokens))

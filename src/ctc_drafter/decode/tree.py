@@ -65,7 +65,7 @@ def up_to(tree: TokenTree, lengths: torch.Tensor, switch: int) -> TokenTree:
 
 
 def without_drafts(tree: TokenTree, places: Collection[int]) -> TokenTree:
-    """The same tree, but for the rows at these places, which take a plain step: their nodes are copies of the root.
+    """The tree with plain steps for the rows at these places: their nodes are copies of the root.
 
     Such a node computes what the root computes, so whatever a plain step can bear these can; shapes stay.
     """

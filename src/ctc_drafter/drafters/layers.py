@@ -35,7 +35,7 @@ def cos_sin(positions: torch.Tensor, dim: int, theta: float, dtype: torch.dtype)
 
 
 def apply_rotary(states: torch.Tensor, by: CosSin) -> torch.Tensor:
-    """Turns states `[B, heads, T, dim]` by their positions, halves paired (the NeoX style)."""
+    """Applies rotary embedding to states `[B, heads, T, dim]`, halves paired (the NeoX style)."""
     first, second = states.chunk(2, -1)
     return states * by[0] + torch.cat([-second, first], -1) * by[1]
 

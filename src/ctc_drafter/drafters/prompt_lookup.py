@@ -71,7 +71,7 @@ class Text:
         self.size = end
 
     def matches(self, root: int) -> tuple[list[tuple[int, float]], int]:
-        """Where n-grams like the text's end go on, newest first, with their weights; and the longest one's size."""
+        """Continuations of earlier n-gram matches, newest first, with their weights; size of the longest match."""
         self.tokens[self.size] = root
         text = self.tokens[: self.size + 1]
         agrees, lengths = np.ones(self.size, np.bool_), np.zeros(self.size, np.int64)

@@ -54,11 +54,11 @@ class Start:
 
     @property
     def hash(self) -> str:
-        """Tells one start from another."""
+        """Hash that identifies the initial weights."""
         return tensors_hash(self.weights.items())
 
     def sizes(self, method: str) -> dict[str, Any]:
-        """What a fresh drafter of a method needs in its config, so that the weights fit."""
+        """Config keys of a fresh drafter that make the weights fit."""
         known = trained_method(method).drafter.config_class.__dataclass_fields__
         same = TRAINED[method].model_type == TRAINED[self.method].model_type
         kept = (known.keys() - {"target_fingerprint"}) if same else (known.keys() & SHARED)
@@ -130,7 +130,7 @@ def _config(name: str) -> dict[str, Any]:
 
 
 def _tensors(name: str, *files: str) -> dict[str, torch.Tensor]:
-    """Of the first of these files that is there."""
+    """Tensors of the first of these files that exists."""
     options = {"_raise_exceptions_for_missing_entries": False}
     try:
         found = next((path for file in files if (path := cached_file(name, file, **options))), None)

@@ -206,7 +206,7 @@ def exactness(
 
 
 def summary(name: str, cases: Sequence[Case], outputs: Sequence[Sequence[int]]) -> dict[str, Any]:
-    """One row of the result."""
+    """Summary row of one compared way."""
     found = [first_difference(case, output) for case, output in zip(cases, outputs, strict=True)]
     differences = [difference for difference in found if difference is not None]
     margins = [difference.margin for difference in differences if difference.margin is not None]

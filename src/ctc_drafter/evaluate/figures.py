@@ -177,7 +177,7 @@ def name_of(size: int | str) -> str:
     return "chains" if isinstance(size, str) else f"trees of {size} nodes"
 
 
-# How every figure of the report looks: readable without colour, by markers, hatches and direct labels.
+# Style of all figures: readable without colour, by markers, hatches and direct labels.
 
 # Okabe and Ito's palette, in an order whose greys differ; markers and dashes tell what colours cannot.
 COLOURS = ("#000000", "#D55E00", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#7F7F7F", "#8B4513", "#4B0082")
@@ -272,7 +272,7 @@ class Estimate:
 
 
 class Bootstrap:
-    """Of one task, or of one category of it. The same seed gives the same intervals."""
+    """Bootstrap over the prompts of a task or category. The same seed gives the same intervals."""
 
     def __init__(self, results: Results, task: str, category: str | None = None, seed: int = 0):
         wanted = [
@@ -332,7 +332,7 @@ def estimate(values: np.ndarray | None) -> Estimate | None:
     return Estimate(float(values[0]), float(low), float(high))
 
 
-# How a training went: loss and held-out β against its steps.
+# Learning curves: loss and held-out β by step.
 
 LOSSES = {"eval_loss": "held out", "loss": "training"}  # the first is drawn on top
 BETA = "eval_beta_"

@@ -113,7 +113,7 @@ def generated(
     config: GenerationConfig,
     assistant: PreTrainedModel | None = None,
 ) -> list[tuple[list[int], list[int]]]:
-    """Of each row the new tokens, up to an end, and what each step after the first token accepted."""
+    """New tokens of each row up to its end, and accepted tokens of each step after the first token."""
     width = max(map(len, prompts))
     filler = config.pad_token_id or 0
     padded = [[filler] * (width - len(prompt)) + prompt for prompt in prompts]
@@ -134,7 +134,7 @@ def generated(
 
 
 def cut(tokens: list[int], ends: Sequence[int]) -> list[int]:
-    """Without what pads a row behind its end."""
+    """Tokens of a row without padding."""
     last = next((place for place, token in enumerate(tokens) if token in ends), len(tokens) - 1)
     return tokens[: last + 1]
 

@@ -29,7 +29,7 @@ BINS = 20  # of equal width, from 0 to 1
 
 @dataclass
 class Calibration:
-    """Of every bin: nodes that were verified, the sum of their probabilities, and how many were accepted."""
+    """Calibration by bins of probability: verified nodes, sum of their probabilities, accepted nodes."""
 
     nodes: list[float] = field(default_factory=lambda: [0.0] * BINS)
     predicted: list[float] = field(default_factory=lambda: [0.0] * BINS)
@@ -69,7 +69,7 @@ class Contender:
 
 @dataclass(frozen=True)
 class Decoding:
-    """Makes contenders that share everything but the drafter and its trees."""
+    """Makes methods under test that share everything but the drafter and its trees."""
 
     target: Target
     eos: frozenset[int]

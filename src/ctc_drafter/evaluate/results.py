@@ -30,7 +30,7 @@ USUAL_SIZE = 16
 
 @dataclass(frozen=True)
 class Results:
-    """One file. name: its stem."""
+    """One results file. name: its stem."""
 
     name: str
     meta: dict[str, Any]
@@ -85,7 +85,7 @@ class Results:
 
     @property
     def place(self) -> str:
-        """Where the figures come from, for captions."""
+        """Source of the figures, for captions: file, commit, hardware."""
         meta, hardware = self.meta, self.meta["hardware"]
         machine = hardware["gpu"] or f"{hardware['cpu']}, {meta['threads']} thread{'s' * (meta['threads'] > 1)}"
         unfinished = "" if meta["complete"] else ", unfinished run"
@@ -140,7 +140,7 @@ class Record:
 
 
 def histogram(counts: Iterable[int]) -> list[int]:
-    """How often 0, 1, 2... occur."""
+    """Counts of the values 0, 1, 2..."""
     found = Counter(counts)
     return [found[value] for value in range(max(found, default=-1) + 1)]
 
@@ -205,7 +205,7 @@ class Journal:
             write_atomic(path, map(json.dumps, lines or [settings]))  # without a line that was cut off
 
     def add(self, records: Sequence[Record]) -> None:
-        """Keeps what belongs together, all of it or nothing."""
+        """Appends records that belong together, all or none."""
         self.records += records
         self._write({"records": [asdict(record) for record in records]})
 

@@ -54,7 +54,7 @@ class Tally:
 
 @dataclass(frozen=True)
 class Bench:
-    """What stays the same over a whole evaluation. The first contender is plain decoding.
+    """Fixed parts of an evaluation. The first contender is plain decoding.
 
     watched: prompts of each task that run once more to count what trees promised.
     """
@@ -118,7 +118,7 @@ class Bench:
         return [self.encode(conversation) for conversation, _ in zip(fitting, range(count), strict=False)]
 
     def look_closer(self, task: Task, contender: Contender) -> dict[str, Any]:
-        """What costs time to know, from further runs that enter no other figure: `stages_ms`, `calibration`."""
+        """Figures from extra, untimed runs: `stages_ms`, `calibration`."""
         found: dict[str, Any] = {"task": task.name, "method": contender.method, "nodes": contender.nodes}
         count = TIMED * self.batch_size
         if prompts := self.first_turns(task.some(count).prompts, count):
@@ -196,7 +196,7 @@ def evaluate(
 
 
 def head(bench: Bench, settings: dict[str, Any]) -> dict[str, Any]:
-    """What a results file says of its run."""
+    """Metadata of a results file."""
     target = bench.target
     return {
         **environment(),

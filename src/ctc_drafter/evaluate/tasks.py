@@ -70,7 +70,7 @@ def read_task(folder: Path | None, name: str) -> Task:
 
 
 def task_files(folder: Path | None) -> list[str]:
-    """Names of what can be measured there."""
+    """Names of the tasks in a folder."""
     return sorted(path.stem for path in folder.glob("*.jsonl")) if folder else list(SOURCES)
 
 

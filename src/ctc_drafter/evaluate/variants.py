@@ -140,7 +140,7 @@ def train_one(
 
 
 def ready(drafter: TrainableDrafter, target: Target) -> TrainableDrafter:
-    """As `load_drafter` hands it out."""
+    """The drafter as `load_drafter` returns it."""
     drafter.to(device=target.device, dtype=target.dtype).eval()
     columns_first(drafter)
     return drafter
@@ -153,7 +153,7 @@ def with_lookup(entries: Mapping[str, Entry]) -> dict[str, Entry]:
 
 
 def selected(recipes: Mapping[str, Recipe], only: Sequence[str]) -> dict[str, Recipe]:
-    """Those that are named. Raises `UserError` for unknown names."""
+    """Recipes with these names. Raises `UserError` for unknown names."""
     unknown = [name for name in only if name not in recipes]
     if unknown:
         raise UserError(f"--only {unknown[0]} is not known; known are {', '.join(recipes)}")
@@ -233,7 +233,7 @@ def variants() -> tuple[Variant, ...]:
 
 
 def chosen_variants(only: tuple[str, ...]) -> tuple[Variant, ...]:
-    """Those with these labels, all of them without. Raises `UserError` for unknown ones."""
+    """Variants with these labels, all if none are given. Raises `UserError` for unknown ones."""
     known = {variant.label: variant for variant in variants()}
     unknown = [label for label in only if label not in known]
     if unknown:

@@ -89,7 +89,7 @@ def speculators_config(drafter: CTCDrafter, target: PreTrainedConfig, name: str,
 
 
 def embedding_scale(target: PreTrainedConfig) -> float:
-    """What the target's embedding module multiplies by, as Gemma's does. Engines do so outside of the module."""
+    """Factor that the target's embedding module applies, as Gemma's does. Engines do so outside of the module."""
     with torch.device("meta"):
         embed = AutoModelForCausalLM.from_config(target.get_text_config(decoder=True)).get_input_embeddings()
     if type(embed) is torch.nn.Embedding:

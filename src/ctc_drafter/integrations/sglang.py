@@ -69,7 +69,7 @@ class CTCSampler:
 
 
 def build_sampler(original: Callable[..., Any], worker: Any) -> Any:
-    """Around `DFlashWorkerV2._maybe_build_draft_sampler`, which runs once before the graphs are captured."""
+    """Wrapper of `DFlashWorkerV2._maybe_build_draft_sampler`, which runs once before the graphs are captured."""
     if not isinstance(worker.draft_model, DFlashCTCDraftModel):
         return original(worker)
     from sglang.srt.runtime_context import get_exec
@@ -78,7 +78,7 @@ def build_sampler(original: Callable[..., Any], worker: Any) -> Any:
 
 
 def sample_eagerly(original: Callable[..., Any], worker: Any, **options: Any) -> torch.Tensor:
-    """Around `DFlashWorkerV2._greedy_sample_from_vocab_parallel_head`, for batches that no graph fits."""
+    """Wrapper of `DFlashWorkerV2._greedy_sample_from_vocab_parallel_head`, for batches that no graph fits."""
     model = worker.draft_model
     if not isinstance(model, DFlashCTCDraftModel):
         chosen: torch.Tensor = original(worker, **options)

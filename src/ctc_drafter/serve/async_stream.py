@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 @dataclass
 class Answer:
-    """One choice, when it is complete."""
+    """One complete choice."""
 
     finish: Finish
     text: str = ""
@@ -53,7 +53,7 @@ class RequestStream:
             job.cancelled = True
 
     async def events(self) -> AsyncIterator[tuple[int, StepOutput | Finish]]:
-        """What happens to which job, until all have finished. Raises `APIError` when one fails."""
+        """Events of all jobs with their index, until all have finished. Raises `APIError` when one fails."""
         going = len(self.jobs)
         while going:
             place, event = await self._queue.get()

@@ -23,7 +23,7 @@ from ctc_drafter.serve.requests import ERROR, Completion, Failure, failure
 from ctc_drafter.target.model import Target
 from ctc_drafter.types import UserError
 
-# The loop that decodes: requests wait in a bounded queue, join a batch between its steps, and leave when done.
+# Decoding loop: requests wait in a bounded queue, join a batch between its steps, and leave when done.
 
 LOG = logging.getLogger(__name__)
 SHUTDOWN = Failure("shutdown", "the server is shutting down; try another one, or later")
@@ -92,7 +92,7 @@ class Engine:
         self._running.add_done_callback(self._told)
 
     def drain(self, grace: float) -> None:
-        """Takes no more requests and turns away those that wait; running rows have `grace` seconds left."""
+        """Refuses new requests and those that wait; running rows have `grace` seconds left."""
         with self._wake:
             if self._stop_at is None or time.monotonic() + grace < self._stop_at:
                 self._stop_at = time.monotonic() + grace
@@ -217,14 +217,14 @@ class Engine:
                 job.deliver(why)
 
 
-# The thread on which everything happens that computes.
+# Single worker thread that owns the model.
 
 T = TypeVar("T")
 Task = tuple[Callable[[], Any], "Future[Any]"]
 
 
 class Worker:
-    """Does one task after the other on a daemon thread, until it is closed.
+    """Single worker thread (daemon) that owns the model: runs tasks one after the other until closed.
 
     Models are loaded, compiled and run on the same one. OpenMP (libgomp) keeps workers for each thread that computes,
     and once those of two threads outnumber the cores it lets none of them wait awake: plain decoding of a small model
@@ -239,7 +239,7 @@ class Worker:
         self.thread.start()
 
     def begin(self, task: Callable[[], T]) -> Future[T]:
-        """Does it when those before it are done; its future has what it returned or raised."""
+        """Queues a task; its future has the result or the exception."""
         if self._closed:
             raise RuntimeError("the worker is closed")
         future: Future[T] = Future()
@@ -247,7 +247,7 @@ class Worker:
         return future
 
     def do(self, task: Callable[[], T]) -> T:
-        """Waits for what it returns; raises what it raised."""
+        """Runs a task and waits for its result; raises its exception."""
         return self.begin(task).result()
 
     def close(self) -> None:

@@ -126,7 +126,7 @@ class MethodBatch:
         self._keep([place for place, job in enumerate(self.jobs) if not job.cancelled])
 
     def clear(self) -> list[Completion]:
-        """Lets all rows go, and returns them."""
+        """Removes all rows, and returns them."""
         gone, self.jobs = self.jobs, []
         self.batch = Batch(self.method, self.clock)
         return gone
@@ -169,7 +169,7 @@ class MethodBatch:
 
 
 def logprobs_of(logits: torch.Tensor, tokens: torch.Tensor, top: int | None) -> list[Logprobs]:
-    """Of each token `int64 [M]` under logits `[M, V]`, with the `top` likeliest; nothing if top is None."""
+    """Log-probabilities of tokens `int64 [M]` under logits `[M, V]`, with the `top` most probable; empty without."""
     if top is None:
         return []
     logs = logits.float().log_softmax(-1)

@@ -107,7 +107,7 @@ def install(app: FastAPI) -> None:
         app.add_exception_handler(known, handle)
 
 
-# What every request passes first: the API key, limits of size and time, the count.
+# ASGI middleware: API key, limits of size and time, request count.
 
 PROTECTED = "/v1/"
 

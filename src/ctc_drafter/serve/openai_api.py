@@ -61,7 +61,7 @@ def openai_router(service: Service) -> APIRouter:
 
     @router.get("/models/{model:path}")
     async def model(model: str) -> Model:
-        """What `/v1/models` says of it."""
+        """The model as an entry of `/v1/models`."""
         service.check_model(model)
         return Model(id=service.name, created=service.created)
 
@@ -134,7 +134,7 @@ def data(value: BaseModel) -> str:
     return f"data: {value.model_dump_json()}\n\n"
 
 
-# Answers as chat messages and as completions: whole ones, and pieces of a stream.
+# Responses as chat messages and as completions, whole or streamed.
 
 
 class ResponseBuilder(Protocol):
@@ -161,7 +161,7 @@ class TokenText:
         return Alternative(token=text, logprob=logprob, bytes=None if REPLACEMENT in text else list(text.encode()))
 
     def by_text(self, top: Sequence[tuple[int, float]]) -> dict[str, float]:
-        """Of tokens with the same text, such as parts of characters, the likeliest stays."""
+        """Drops duplicates: of tokens with the same text, such as parts of characters, the most probable stays."""
         return {self.text(token): value for token, value in reversed(top)}
 
     def chat(self, tokens: Sequence[TokenOutput]) -> ChatLogprobs | None:

@@ -6,12 +6,12 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-# What requests may say: the part of OpenAI's API that is served. Anything else is refused by name.
+# Request models: the part of OpenAI's API that is served. Anything else is refused by name.
 
 MOST_CHOICES = 16
 MOST_LIKELY = 20  # alternatives of a token, as OpenAI has it
 
-# Fields of OpenAI's that clients send by habit, and values under which they ask for nothing.
+# Fields of OpenAI's API that clients send by habit, with the values that have no effect.
 ANYTHING: Any = object()
 ASKS_NOTHING: dict[str, Any] = {
     "frequency_penalty": (0,),
@@ -169,7 +169,7 @@ class TraceRequest(Sampling):
     plain: bool = False
 
 
-# Answers in OpenAI's shapes.
+# Response models.
 
 FinishReason = Literal["stop", "length"]
 

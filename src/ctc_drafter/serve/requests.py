@@ -53,7 +53,7 @@ class Node:
 
 @dataclass(frozen=True)
 class StepOutput:
-    """What one verification gave a row, or its prefill, which drafts nothing.
+    """Event of one step: the tokens that a verification, or the prefill, gave a row.
 
     text: what may be shown now. tokens: those whose text has been shown. accepted: drafted tokens that the target
     accepted. bonus: whether the last token is the target's own. seconds: since the row was admitted.
@@ -122,7 +122,7 @@ class AnswerText:
         return self._show(self.stream.push([token]))
 
     def close(self) -> str:
-        """What was held back, once no token follows."""
+        """The text held back, once no token follows."""
         last = self._show(self.stream.close())
         if self.stopped:
             return last

@@ -159,7 +159,7 @@ def create_app(service: Service, api_key: str | None = None) -> FastAPI:
 
     @app.get("/health", responses={503: {"model": Health}})
     async def health(response: Response) -> Health:
-        """Whether requests are taken."""
+        """Health check: whether requests are accepted."""
         load = service.engine.load()
         response.status_code = 200 if load.open else 503
         return Health(status="ok" if load.open else "stopping", running=load.running, waiting=load.waiting)

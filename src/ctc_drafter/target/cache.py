@@ -12,7 +12,7 @@ from transformers.cache_utils import CacheLayerMixin, StaticLayer
 
 from ctc_drafter.types import UserError
 
-# Puts new rows into a cache behind those that are there.
+# Appends new rows to a cache.
 
 
 def join(cache: Cache, new: Cache) -> None:
@@ -29,7 +29,7 @@ def join(cache: Cache, new: Cache) -> None:
 
 @dataclass(frozen=True)
 class Extent:
-    """What a cache holds. rows; slots: of each layer; used: of each layer that counts its slots in a tensor."""
+    """Size of a cache. rows; slots: of each layer; used: of each layer that counts its slots in a tensor."""
 
     rows: int
     slots: tuple[int, ...]
@@ -42,7 +42,7 @@ class Extent:
         return cls(held[0].keys.shape[0], tuple(layer.keys.shape[2] for layer in held), tuple(used))
 
     def cut(self, cache: Cache) -> None:
-        """Takes out what has come since, such as the rows of a `join` that memory did not suffice for."""
+        """Removes everything added since, such as the rows of a `join` that ran out of memory."""
         held = [layer for layer in cache.layers if layer.keys is not None]
         for layer, slots, used in zip(held, self.slots, self.used, strict=True):
             if layer.keys.shape[0] == self.rows:  # the join did not come as far
@@ -76,7 +76,7 @@ def stacked(states: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
     return torch.cat([pad(part, (0, 0, 0, slots - part.shape[2])) for part in (states, new)])
 
 
-# Keeps the accepted path in the target's cache, and nothing else.
+# Compaction: keeps only the accepted path in the target's cache.
 
 
 def compact(cache: Cache, lengths: torch.Tensor, first: int, path: torch.Tensor, counts: torch.Tensor) -> None:
@@ -111,7 +111,7 @@ def truncate(layer: CacheLayerMixin, slots: int) -> None:
 
 
 def erase(cache: Cache, slots: int) -> None:
-    """Takes out all that lies behind the first `slots` slots, as if it had never been computed.
+    """Erases everything behind the first `slots` slots, as if it had never been computed.
 
     Static layers hand out their free slots, too, and a mask gives them weight 0; 0 times NaN is NaN, hence the zeros.
     """

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrai
 from ctc_drafter.target.rope import grows_with_length
 from ctc_drafter.types import UserError, first_line
 
-# What a target must offer: checks on configuration, signature, kernel and cache, none on a model's name.
+# Static checks of a target: on configuration, signature, kernel and cache, none on a model's name.
 #
 # They rule out what is known to be impossible; `self_test.py` then tries the rest.
 
@@ -31,7 +31,7 @@ LONGEST_OFFSET = 8  # entries that a table of positions may have before position
 
 
 def refuse_config(config: PreTrainedConfig) -> None:
-    """What the configuration alone rules out. Raises `UserError` with the reason."""
+    """Refuses targets by configuration alone. Raises `UserError` with the reason."""
     if config.is_encoder_decoder:
         raise UserError(f"{config.model_type} is an encoder-decoder model; targets must be decoder-only causal LMs")
     text = config.get_text_config(decoder=True)

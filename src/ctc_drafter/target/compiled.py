@@ -43,7 +43,7 @@ def sizes_are_fixed(device: torch.device) -> bool:
 
 @dataclass(frozen=True)
 class Shape:
-    """What one graph is good for.
+    """Shape of the inputs of one graph.
 
     rows: 1, or `MANY` for any other number where sizes may stay open. tokens: of each row. layers: blocks whose
     features are wanted. kinds: layer types that have a mask of their own, none where all share one. slots: of the
@@ -78,7 +78,7 @@ class Slots(CacheLayerMixin):
         self.is_initialized = True
 
     def lazy_initialization(self, *_: Any) -> None:
-        """There already."""
+        """Nothing to do: the tensors exist."""
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_args: Any, **_kwargs: Any
@@ -172,7 +172,7 @@ def compiled(
     return graph
 
 
-# A target whose short forwards are compiled: plain steps and trees alike. Prompts go through as ever.
+# A target whose short forwards are compiled: plain steps and trees alike. Prompts are not compiled.
 
 SIZES = (1, 5, 9, 17, 33, 65)  # tokens of a graph: the root and 4, 8... nodes; smaller trees are filled up
 
@@ -280,7 +280,7 @@ def states_of(cache: Cache) -> list[torch.Tensor]:
 
 
 def compile_target(target: Target, layers: Sequence[int] = (), backend: str = BACKEND) -> CompiledTarget:
-    """The same model with graphs; two are made at once, and tried on a small tree. `layers` as in `CompiledTarget`.
+    """Compiles a target's short forwards; two graphs now, tried on a small tree. `layers` as in `CompiledTarget`.
 
     Raises `UserError` when the model cannot be compiled, or when this machine has no compiler.
     """

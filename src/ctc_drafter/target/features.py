@@ -76,7 +76,7 @@ def final_norm(model: PreTrainedModel) -> nn.Module | None:
 
 @torch.no_grad()
 def norm_scale(norm: nn.Module, size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """What a root-mean-square or layer norm multiplies its normalised input by, `[size]`.
+    """Scale of a root-mean-square or layer norm, `[size]`.
 
     Some families store the weight minus one, so the norm itself is asked: signs that alternate have mean 0 and
     root mean square 1, and the difference of both orders drops a bias.
@@ -121,7 +121,7 @@ def captured(model: PreTrainedModel, layers: Sequence[int]) -> Iterator[dict[int
 
 
 def state_of(output: Any) -> torch.Tensor:
-    """What a block hands on, `[B, T, H]`: the mean of its streams, where it keeps several, `[S, B, T, H]` (AltUp)."""
+    """Hidden states of a block, `[B, T, H]`: the mean of its streams, where it has several, `[S, B, T, H]` (AltUp)."""
     state = output[0] if isinstance(output, tuple) else output
     return state.mean(0) if state.dim() == 4 else state
 

@@ -81,7 +81,7 @@ class Target:
 
     @property
     def norm_scale(self) -> torch.Tensor | None:
-        """What the final norm multiplies by, `[H]`; None where no norm was found."""
+        """Scale of the final norm, `[H]`; None where no norm was found."""
         norm = final_norm(self.model)
         return None if norm is None else norm_scale(norm, self.hidden_size, self.dtype, self.device)
 

@@ -30,8 +30,8 @@ SHORT = 12  # tokens before the tree
 # Of the logits' spread. Tiny correct targets are at 2e-6, 3e-3 and 2e-2 in float32, float16 and bfloat16, wrong
 # ones at .04 to 2.
 TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-# Rounded activations (int8) make the smallest differences large: so many times what the model's own cache changes
-# in its logits is allowed to quantised targets, but nothing as wild as dropout.
+# Rounded activations (int8) make the smallest differences large. Quantised targets may differ by NOISE times what the
+# model's own cache changes in its logits, but by LARGEST at most: dropout changes more.
 NOISE = 8
 LARGEST = 0.2
 # Settings that may change what is computed from some length on, and names of the like that count something else.
@@ -173,7 +173,7 @@ def crossing(target: Trial, threshold: int, short: States) -> float:
 
 
 def fits(model: PreTrainedModel, states: States, length: int) -> bool:
-    """Whether caches of so many tokens, for the tree and for both paths, are small beside the weights."""
+    """Whether caches of so many tokens, for the tree and for both paths, are small compared to the weights."""
     a_token = sum(part[:, :, :1].numel() * part.element_size() for pair in states.values() for part in pair)
     weights = sum(weight.nbytes for weight in model.parameters())
     return 4 * a_token * length <= min(max(weights // PART, LEAST), MOST)
@@ -203,7 +203,7 @@ def stretched(states: States, length: int, edge: bool) -> States:
 
 
 def fill(cache: Cache, states: States, rows: int) -> Cache:
-    """Puts them into an empty cache, `rows` times."""
+    """Fills an empty cache with keys and values, `rows` times."""
     for layer, (keys, values) in states.items():
         cache.update(keys.repeat(rows, 1, 1, 1), values.repeat(rows, 1, 1, 1), layer)
     return cache

@@ -90,7 +90,7 @@ class DistilledDataset(Dataset[dict[str, Any]]):
         return sum(int(row.ids[-1]) not in ends for row in self.rows) / len(self.rows) if ends and self.rows else 0.0
 
     def answer_counts(self, vocab_size: int) -> torch.Tensor:
-        """How often each token stands in the answers, `int64 [vocab_size]`. Raises `UserError` for other tokens."""
+        """Token counts of the answers, `int64 [vocab_size]`. Raises `UserError` for other tokens."""
         self.check_vocabulary(vocab_size)
         counts = torch.zeros(vocab_size, dtype=torch.long)
         for row in self.rows:
@@ -185,7 +185,7 @@ def _shard_text(shard: Path) -> str:
 
 
 def _common_manifest(folders: Sequence[Path]) -> dict[str, Any] | None:
-    """What the folders' manifests say together; all must name the same target, tokenizer and template."""
+    """Common manifest of the folders; all must name the same target, tokenizer and template."""
     first: dict[str, Any] | None = None
     for folder in folders:
         manifest = read_manifest(folder / MANIFEST)

@@ -196,12 +196,12 @@ class Shards:
         return self.prompts[index * self.size : (index + 1) * self.size]
 
     def count(self, answer: list[int], cut: bool) -> None:
-        """Takes note of an answer, for the progress and the summary."""
+        """Counts an answer, for progress and summary."""
         self.rows, self.tokens, self.cut = self.rows + 1, self.tokens + len(answer), self.cut + cut
         self._show()
 
     def leave_out(self, reason: str) -> None:
-        """Takes note of a prompt without a usable answer."""
+        """Counts a prompt without a usable answer."""
         self.left_out[reason] += 1
         self._show()
 
@@ -239,7 +239,7 @@ def fitting(prompts: Sequence[Prompt], max_new_tokens: int, context: int) -> lis
 
 
 def origin(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> dict[str, Any]:
-    """What a manifest says of the target's configuration, the tokenizer and the prompts."""
+    """Manifest entries of the target's configuration, the tokenizer and the prompts."""
     return {
         "revision": getattr(config, "_commit_hash", None) or "",  # the hub's; folders have none
         "config": config_hash(config),
@@ -257,7 +257,7 @@ def _line(prompt: Prompt, answer: list[int]) -> str:
 
 
 def _open_folder(out: Path, manifest: dict[str, Any]) -> None:
-    """Makes the folder this run's, and removes what a killed one left half written."""
+    """Claims the folder for this run, and removes half-written files of a killed one."""
     out.mkdir(parents=True, exist_ok=True)
     if not (out / MANIFEST).exists() and any(out.glob("shard-*")):
         raise UserError(f"{out} holds shards but no {MANIFEST}; use another output folder")

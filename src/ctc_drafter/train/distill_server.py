@@ -25,7 +25,7 @@ ASK_FOR_IDS = {"return_token_ids": True}  # vLLM's name, ours too
 
 @dataclass(frozen=True)
 class Server:
-    """Where to ask. concurrency: requests at a time; retries: of one that fails, with longer and longer pauses."""
+    """Server to distil from. concurrency: requests at a time; retries: per request, with exponential backoff."""
 
     url: str
     model: str
@@ -98,7 +98,7 @@ def _client(server: Server) -> AsyncOpenAI:
 
 
 async def _probe(server: Server, prompt: Prompt) -> bool:
-    """Whether the server gives token ids; one that refuses the question is asked without it."""
+    """Tests whether the server returns token ids."""
     from openai import APIStatusError, OpenAIError
 
     request: dict[str, Any] = {"model": server.model, "prompt": prompt.ids, "max_tokens": 1, "temperature": 0}
@@ -127,7 +127,7 @@ def _unusable(server: Server, error: Exception) -> UserError:
 
 
 async def _fill(shards: Shards, asked: Asked) -> None:
-    """Asks for all missing answers, so many at a time, and writes a shard when its last one is there."""
+    """Requests all missing answers concurrently, and writes a shard when it is complete."""
     places = ((index, place) for index in shards.missing for place in range(len(shards.of(index))))
     answers: dict[int, list[list[int] | None]] = {}
     left: dict[int, int] = {}
@@ -213,11 +213,11 @@ def encode_behind(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], tex
 
 
 def texts_of(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], ids: list[int]) -> Iterator[str]:
-    """What ids say alone, and behind the prompt: some tokenizers drop a space at the beginning."""
+    """Text of ids alone, and behind the prompt: some tokenizers drop a space at the beginning."""
     yield decode(tokenizer, ids)
     yield decode(tokenizer, [*prompt[-8:], *ids])[len(decode(tokenizer, prompt[-8:])) :]
 
 
 def same_text(shown: str, text: str) -> bool:
-    """Without the unfinished character that an answer cut short may end in."""
+    """Compares texts up to an unfinished character at the end of a truncated answer."""
     return shown.rstrip(REPLACEMENT) == text.rstrip(REPLACEMENT)

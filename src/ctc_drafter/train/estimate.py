@@ -88,7 +88,7 @@ class Estimate:
 
     @property
     def memory(self) -> int:
-        """Of one process, at its peak."""
+        """Peak memory of one process."""
         return self.weights + self.drafter + max(self.forward, self.step)
 
 
@@ -137,7 +137,7 @@ def _memory(plan: Plan, model: PreTrainedModel, drafter: TrainableDrafter) -> tu
 
 
 def _operations(plan: Plan, model: PreTrainedModel, drafter: TrainableDrafter) -> float:
-    """Of one forward pass and its backward."""
+    """Operations of one forward and backward pass."""
     with FlopCounterMode(display=False) as counter:
         _step(plan, model, drafter, *_features(plan, model, drafter, plan.text.usual))
     drafter.zero_grad()
@@ -275,7 +275,7 @@ class Answers:
 
 @dataclass(frozen=True)
 class DistillCost:
-    """Of all answers: operations of reading the prompts and of writing, bytes of weights and caches read in writing."""
+    """Cost of all answers: operations of prefill and of decoding, bytes of weights and caches read in decoding."""
 
     reading_flops: float
     writing_flops: float

@@ -56,7 +56,7 @@ class FeatureFiles:
 
     @property
     def bytes(self) -> int:
-        """Of all files."""
+        """Size of all files."""
         return sum(self.lengths) * self.token_bytes
 
     @property

@@ -167,7 +167,7 @@ PUBLISHED = ("config.json", "model.safetensors", "README.md", "train.json", "tra
 
 
 def check_hub(repository: str) -> None:
-    """Asks who is logged in, before hours of training. Raises `UserError` if nobody is, or for a bad name."""
+    """Checks the hub login, before hours of training. Raises `UserError` if nobody is, or for a bad name."""
     if repository.count("/") != 1 or not all(repository.split("/")):
         raise UserError(f"{repository} is no repository of the hub; write owner/name")
     with _hub_errors(repository):

@@ -24,7 +24,7 @@ def patch_cpu_sampling() -> None:
 
 
 def kernel_works() -> bool:
-    """Whether the stand-in writes what it is asked to write."""
+    """Whether vLLM's CPU replacement of the kernel writes to the tensor it is given."""
     from vllm.utils import cpu_triton_utils
 
     output = torch.zeros(3)

@@ -143,7 +143,7 @@ def newest_of_proposer(
     num_rejected_tokens_gpu: torch.Tensor | None,
     **_: Any,
 ) -> None:
-    """Of `DFlashProposer.set_inputs_first_pass`, which vLLM calls with keywords."""
+    """Newest context states from `DFlashProposer.set_inputs_first_pass`, which vLLM calls with keywords."""
     last = cad.query_start_loc[1:] - 1
     if num_rejected_tokens_gpu is not None:
         last = last - num_rejected_tokens_gpu
@@ -153,7 +153,7 @@ def newest_of_proposer(
 def newest_of_speculator(
     model: DFlashCTCForCausalLM, speculator: Any, input_batch: Any, num_rejected: torch.Tensor
 ) -> None:
-    """Of `DFlashSpeculator.prepare_context_anchor`."""
+    """Newest context states from `DFlashSpeculator.prepare_context_anchor`."""
     rows = input_batch.num_reqs
     last = input_batch.query_start_loc[1 : rows + 1] - 1 - num_rejected[:rows]
     model.take_newest(speculator.hidden_states[last.clamp(min=0).long()])
