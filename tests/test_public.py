@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,11 @@ def test_every_drafter_and_its_config_are_public() -> None:
 
 def test_the_version_is_the_installed_one() -> None:
     assert ctc_drafter.__version__ == importlib.metadata.version("ctc-drafter")
+
+
+def test_type_checkers_know_what_comes_back() -> None:
+    for name in ("from_pretrained", "for_target"):
+        assert typing.get_type_hints(getattr(ctc_drafter.CTCDrafter, name))["return"] is typing.Self
 
 
 def test_names_that_are_not_there() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral, Real
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 from transformers import Cache
@@ -84,12 +84,14 @@ class DecodingConfig:
     budget: Budget | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.nodes, Integral) or isinstance(self.nodes, bool):
-            raise UserError(f"nodes is {self.nodes!r}; give a whole number")
-        if self.nodes < 1:
-            raise UserError(f"nodes is {self.nodes}; give at least 1, or use plain_generate")
-        if not isinstance(self.min_probability, Real) or not 0 <= self.min_probability < 1:
-            raise UserError(f"floor is {self.min_probability!r}; give a probability, at least 0 and below 1")
+        nodes: Any = self.nodes
+        floor: Any = self.min_probability
+        if isinstance(nodes, bool) or not isinstance(nodes, Integral):
+            raise UserError(f"nodes is {nodes!r}; give a whole number")
+        if int(nodes) < 1:
+            raise UserError(f"nodes is {nodes}; give at least 1, or use plain_generate")
+        if not isinstance(floor, Real) or not 0 <= float(floor) < 1:
+            raise UserError(f"floor is {floor!r}; give a probability, at least 0 and below 1")
         if isinstance(self.sampler, type) or not callable(getattr(self.sampler, "sample", None)):
             name = self.sampler.__name__ if isinstance(self.sampler, type) else repr(self.sampler)
             raise UserError(f"{name} is no sampler; give one, such as Sampled(seeds, warpers(temperature=0.8))")
