@@ -98,7 +98,8 @@ def test_other_architectures(family, kernel, cache):
     texts = [prompt + text for prompt, text in zip(PROMPTS, expected, strict=True)]
     drafter = PoisonDrafter(texts, (2, 0, 4), token, vocab_size=model.config.vocab_size)
     target = wrapped(model, cache)
-    assert generate(target, drafter, PROMPTS, max_new_tokens=LENGTH, min_probability=0.0).tokens == expected
+    found = generate(target, drafter, PROMPTS, max_new_tokens=LENGTH, min_probability=0.0, eos=())
+    assert found.tokens == expected
 
 
 @pytest.mark.parametrize("cache", CACHES)
