@@ -93,6 +93,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "downsample_rate": "1/2",
         "vision_config": {"hidden_size": 64},
     },
+    # As declared, attention hardly counts beside the embedding, and positions would not show in a text.
+    "granite_docling_text": {"attention_multiplier": 8**-0.5, "residual_multiplier": 1.0},
     "granitemoehybrid": MAMBA | {"layer_types": ["mamba", "attention", "mamba"]},
     "hunyuan_vl_text": MROPE,
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 4},

@@ -149,6 +149,7 @@ def test_unreadable_files(tmp_path: Path) -> None:
             read_results([tmp_path / name])
 
 
+@pytest.mark.slow  # it draws every figure of every results file
 def test_the_page_is_up_to_date() -> None:
     files, written = sorted((ROOT / "results").glob("bench-*.json")), ROOT / "docs" / "results.md"
     if not files:
