@@ -1,4 +1,4 @@
-"""Our own stream, for the page: what every verification emitted, and the tree that it checked."""
+"""Route of our own event stream: what each verification emitted, and the tree that it checked."""
 
 from __future__ import annotations
 
@@ -84,4 +84,4 @@ def end(exchange: RequestStream, finish: Finish) -> TraceEnd:
 
 
 def named(event: str, value: BaseModel) -> str:
-    return f"event: {event}\ndata: {value.model_dump_json()}\n\n"
+    return f"event: {event}\ndata: {value.model_dump_json(exclude_unset=True)}\n\n"
