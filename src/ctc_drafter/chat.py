@@ -86,6 +86,8 @@ class TextStream:
 
     def _release(self, text: str, end: int) -> str:
         new = text[len(decode(self.tokenizer, self.window[: self.shown])) :]
+        if not new:  # special tokens are no neighbour of a leading space: those before them stay
+            return ""
         self.window, self.shown = self.window[self.shown :], end - self.shown
         return new
 
