@@ -1,1 +1,1 @@
-"""An HTTP server: OpenAI's API, and a page that shows decoding at work."""
+"""HTTP server: OpenAI's API, and a page that shows decoding step by step."""

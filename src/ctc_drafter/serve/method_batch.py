@@ -1,4 +1,4 @@
-"""A batch whose rows join and leave between steps, and tell their clients what they wrote."""
+"""Batch of one decoding method: rows join and leave between steps, and tell their clients what they wrote."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Figures for Prometheus. What the engine counts is read when somebody asks."""
+"""Prometheus metrics of requests and of the engine, read when somebody asks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/v1/ctc/strea
 
 
 class EngineCollector(Collector):
-    """Reads the totals of an engine's lanes."""
+    """Reads the totals of an engine's methods."""
 
     def __init__(self, engine: Engine):
         self.engine = engine
@@ -35,14 +35,14 @@ class EngineCollector(Collector):
         text = "Verifications that accepted at least so many drafted tokens."
         depths = CounterMetricFamily(PREFIX + "accepted", text, labels=["lane", "depth"])
         stages = CounterMetricFamily(PREFIX + "stage_seconds", "Time by stage.", labels=["lane", "stage"])
-        for name, lane in self.engine.lanes.items():
-            tokens.add_metric([name], lane.stats.tokens)
-            steps.add_metric([name], lane.stats.steps)
-            beta.add_metric([name], lane.stats.beta)
-            histogram = list(lane.stats.accept_histogram)
+        for name, batch in self.engine.batches.items():
+            tokens.add_metric([name], batch.stats.tokens)
+            steps.add_metric([name], batch.stats.steps)
+            beta.add_metric([name], batch.stats.beta)
+            histogram = list(batch.stats.accept_histogram)
             for depth in range(1, len(histogram)):
                 depths.add_metric([name, str(depth)], sum(histogram[depth:]))
-            for stage, milliseconds in dict(lane.clock.total_ms).items():
+            for stage, milliseconds in dict(batch.clock.total_ms).items():
                 stages.add_metric([name, stage], milliseconds / 1e3)
         yield from (tokens, steps, beta, depths, stages)
 

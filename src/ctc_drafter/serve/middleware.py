@@ -1,4 +1,4 @@
-"""Errors in OpenAI's shape; API key, time limit and count of every request."""
+"""ASGI middleware (API key, limits of size and time, count of requests) and errors in OpenAI's shape."""
 
 from __future__ import annotations
 

@@ -100,13 +100,13 @@ def encode_all(service: Service, prompts: Sequence[str | list[int]]) -> list[lis
 async def answer(
     service: Service, body: Streamed, request: Request, jobs: list[Completion], builder: ResponseBuilder
 ) -> Response:
-    events = RequestStream(service.engine, jobs)
+    request_stream = RequestStream(service.engine, jobs)
     if body.stream:
-        return EventStream(events, stream(events, builder, body))
+        return EventStream(request_stream, stream(request_stream, builder, body))
     try:
-        answers = await unless_gone(request, events.collect())
+        answers = await unless_gone(request, request_stream.collect())
     finally:
-        events.cancel()
+        request_stream.cancel()
 
     def written() -> str:
         return builder.whole(answers, usage_of(jobs, body.n)).model_dump_json(exclude_unset=True)
@@ -114,17 +114,17 @@ async def answer(
     return Response(await run_in_threadpool(written), media_type="application/json")  # thousands of log-probabilities
 
 
-async def stream(events: RequestStream, builder: ResponseBuilder, body: Streamed) -> AsyncIterator[str]:
+async def stream(request_stream: RequestStream, builder: ResponseBuilder, body: Streamed) -> AsyncIterator[str]:
     """Lines of server-sent events. An error ends the stream as OpenAI's client expects it."""
-    for chunk in builder.opening(len(events.jobs)):
+    for chunk in builder.opening(len(request_stream.jobs)):
         yield data(chunk)
     try:
-        async for place, event in events.events():
+        async for place, event in request_stream.events():
             reason = event.reason if isinstance(event, Finish) else None
             if event.text or event.tokens or reason:
                 yield data(builder.piece(place, event.text, event.tokens, reason))
         if body.wants_usage:
-            yield data(builder.closing(usage_of(events.jobs, body.n)))
+            yield data(builder.closing(usage_of(request_stream.jobs, body.n)))
     except APIError as error:
         yield data(error.body)
     yield DONE

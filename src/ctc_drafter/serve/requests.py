@@ -1,4 +1,4 @@
-"""One completion in progress, its events, and the text of it that may be shown."""
+"""One completion in progress, its events, and stop strings in its text."""
 
 from __future__ import annotations
 
@@ -145,13 +145,13 @@ class AnswerText:
 class Completion(SequenceState):
     """A row, with: `index` the choice's number in its request, by which seeds go.
 
-    lane: the batch it is decoded in. shown: its text. deliver: told every event, from the engine's thread.
-    top: likeliest tokens to report with each token's own log-probability, None for neither. trace: whether bursts
+    method: name of the one that decodes it. shown: its text. deliver: told every event, from the engine's thread.
+    top: likeliest tokens to report with each token's own log-probability, None for neither. trace: whether outputs
     carry trees. deadline: by `time.monotonic`. cancelled: set from any thread when nobody waits any more.
     """
 
     sampler: Sampler = ARGMAX
-    lane: str = ""
+    method: str = ""
     shown: AnswerText = field(kw_only=True)
     deliver: Callable[[Event], None] = lambda _event: None
     top: int | None = None

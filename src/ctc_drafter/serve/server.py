@@ -51,17 +51,17 @@ def make_engine(
 ) -> Engine:
     """Not started yet, and to be called on its worker.
 
-    Both lanes are tried first, so that the first request finds everything compiled.
+    Both methods are tried first, so that the first request finds everything compiled.
     """
     plain = plain_method(target)
-    lanes = (
+    methods = (
         {PLAIN: plain}
         if drafter is None
         else {"draft": Method(target, drafter, nodes, min_probability, ARGMAX, budget), PLAIN: plain}
     )
     if drafter is not None:
         generate(target, drafter, [[0, 0]], max_new_tokens=8, nodes=nodes, min_probability=min_probability)
-    return Engine(lanes, batch_size, queue, Speedup(time_plain_steps(target, batch_size)), worker)
+    return Engine(methods, batch_size, queue, Speedup(time_plain_steps(target, batch_size)), worker)
 
 
 class Server(uvicorn.Server):

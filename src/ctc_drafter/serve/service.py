@@ -1,4 +1,4 @@
-"""From requests to jobs: prompts as tokens, settings as samplers, within the server's limits."""
+"""Turns requests into completions: prompts as tokens, settings as samplers, within the server's limits."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ class Service:
         n: int = 1,
         stop: Sequence[str] = (),
         top: int | None = None,
-        lane: str | None = None,
+        method: str | None = None,
         trace: bool = False,
     ) -> list[Completion]:
         """n choices for each prompt, in order."""
@@ -121,7 +121,7 @@ class Service:
                 min(limit or self.limits.max_new_tokens, self.limits.max_new_tokens, self.target.context - len(ids)),
                 eos,
                 sampler=sampler,
-                lane=lane or next(iter(self.engine.lanes)),
+                method=method or next(iter(self.engine.batches)),
                 shown=AnswerText(self.tokenizer, stop),
                 top=top,
                 trace=trace,
