@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import shutil
 import statistics
@@ -22,10 +21,11 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
-from urllib.error import HTTPError
-from urllib.request import Request, urlopen
+from urllib.request import urlopen
 
 import typer
+from openai import APIStatusError, OpenAI
+from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.pages import run, write_figures
 from ctc_drafter.evaluate.tasks import Prompt, read_tasks
@@ -257,19 +257,17 @@ def served(*options: str) -> Iterator[str]:
             process.terminate()
 
 
-def ask(url: str, body: dict[str, Any]) -> Reply:
+def ask(client: OpenAI, body: dict[str, Any]) -> Reply:
     """One chat completion, not streamed. Raises `UserError` when the server refuses it."""
-    data = json.dumps(body).encode()
-    request = Request(f"{url}/v1/chat/completions", data, {"Content-Type": "application/json"})
     begin = time.perf_counter()
     try:
-        with urlopen(request, timeout=PATIENCE) as reply:
-            answer = json.loads(reply.read())
-    except HTTPError as error:
-        message = json.loads(error.read())["error"]["message"]
+        answer = client.chat.completions.create(**body)
+    except APIStatusError as error:
+        message = error.body["message"] if isinstance(error.body, dict) and "message" in error.body else error.message
         raise UserError(f"the server refused a prompt: {message}") from error
     seconds = time.perf_counter() - begin
-    return Reply(answer["choices"][0]["message"]["content"], answer["usage"]["completion_tokens"], seconds)
+    assert answer.usage is not None
+    return Reply(answer.choices[0].message.content or "", answer.usage.completion_tokens, seconds)
 
 
 def ask_all(url: str, bodies: Sequence[dict[str, Any]], clients: int) -> tuple[list[Reply], float]:
@@ -277,15 +275,16 @@ def ask_all(url: str, bodies: Sequence[dict[str, Any]], clients: int) -> tuple[l
 
     Returns the replies in the order of the bodies, and the seconds that all of them took together.
     """
-    begin = time.perf_counter()
-    with ThreadPoolExecutor(clients) as pool:
-        replies = list(pool.map(lambda body: ask(url, body), bodies))
-    return replies, time.perf_counter() - begin
+    with OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=PATIENCE) as client:
+        model = client.models.list().data[0].id
+        begin = time.perf_counter()
+        with ThreadPoolExecutor(clients) as pool:
+            replies = list(pool.map(lambda body: ask(client, {"model": model} | body), bodies))
+        return replies, time.perf_counter() - begin
 
 
 def totals(url: str) -> tuple[float, float]:
     """Tokens and verifications that the server has counted, in all its lanes."""
-    from prometheus_client.parser import text_string_to_metric_families
 
     with urlopen(f"{url}/metrics", timeout=PATIENCE) as reply:
         families = {family.name: family for family in text_string_to_metric_families(reply.read().decode())}

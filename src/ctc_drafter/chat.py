@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from jinja2 import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ctc_drafter.types import UserError
+from ctc_drafter.types import UserError, first_line
 
 REPLACEMENT = "\ufffd"
 MOST_HELD = 3  # tokens of an unfinished character: UTF-8 takes four bytes at most
@@ -22,18 +22,36 @@ def encode_conversation(
 
     `answers[k]` follows `turns[k]`; there is one turn more than answers. The chat template is applied, with
     its generation prompt, if the tokenizer has one and `raw` is false; else the texts stand below each other.
-    Raises `UserError` for an empty turn and for text that is not Unicode.
+    Raises `UserError` for an empty turn, for text that is not Unicode, and where the template refuses the turns.
     """
     if not turns or any(not turn.strip() for turn in turns):
         raise UserError("the prompt is empty; give some text to continue")
-    if any("\ud800" <= character <= "\udfff" for turn in turns for character in turn):
+    if not all(map(is_unicode, turns)):
         raise UserError("the prompt is not valid Unicode text; give it as UTF-8")
     texts = [text for pair in zip(turns, answers, strict=False) for text in pair] + [turns[-1]]
-    if raw or not tokenizer.chat_template:
+    if raw:
         return list(tokenizer("\n".join(texts)).input_ids)
     roles = ("user", "assistant")
     messages = [{"role": roles[i % 2], "content": text} for i, text in enumerate(texts)]
+    try:
+        return apply_template(tokenizer, messages)
+    except TemplateError as error:
+        raise UserError(f"the chat template refuses the conversation: {first_line(error)}") from error
+
+
+def apply_template(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[int]:
+    """Ids of a conversation that ends where its answer begins; without a chat template, of its texts, one a line.
+
+    Raises `jinja2.TemplateError` where the template refuses it.
+    """
+    if not tokenizer.chat_template:
+        return list(tokenizer("\n".join(message["content"] for message in messages)).input_ids)
     return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+
+
+def is_unicode(text: str) -> bool:
+    """Whether it can be encoded: half an emoji, a lone surrogate, cannot."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
@@ -86,6 +104,8 @@ class TextStream:
 
     def _release(self, text: str, end: int) -> str:
         new = text[len(decode(self.tokenizer, self.window[: self.shown])) :]
+        if not new:  # special tokens are no neighbour of a leading space: those before them stay
+            return ""
         self.window, self.shown = self.window[self.shown :], end - self.shown
         return new
 
@@ -93,9 +113,7 @@ class TextStream:
 def encode_messages(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[int]:
     """Ids of a conversation that waits for its answer; empty if template or tokenizer refuse it."""
     try:
-        if not tokenizer.chat_template:
-            return list(tokenizer("\n".join(message["content"] for message in messages)).input_ids)
-        return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+        return apply_template(tokenizer, messages)
     except (TemplateError, TypeError, ValueError):
         return []
 

@@ -10,7 +10,7 @@ from benchmarks import serving
 from benchmarks.pages import insert_figures
 from benchmarks.serving import Measured, Reply, ask, ask_all, markdown_serving, measure_all, rows_of, totals
 from ctc_drafter.types import UserError
-from serve_helpers import plain_texts, running, tiny_service
+from serve_helpers import NAME, plain_texts, running, tiny_service
 from tiny_models import save_pair
 
 ROOT = Path(__file__).parents[2]
@@ -69,7 +69,7 @@ def test_clients_get_plain_decodings_answers_and_count_what_the_server_counts():
         assert 0 < after[1] - before[1] <= after[0] - before[0]
         assert max(reply.seconds for reply in replies) <= seconds <= sum(reply.seconds for reply in replies)
         with pytest.raises(UserError, match="the server refused a prompt: "):
-            ask(server.url, {"messages": []})
+            ask(server.client(), {"model": NAME, "messages": []})
 
 
 @pytest.mark.slow

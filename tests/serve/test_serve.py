@@ -188,11 +188,11 @@ def test_models_health_and_metrics(server, client):
         chat(client, model="another")
     assert client._client.get(f"{server.url}/health").json()["status"] == "ok"
     chat(client)
-    lane = server.service.engine.lanes["draft"]
+    batch = server.service.engine.batches["draft"]
     text = client._client.get(f"{server.url}/metrics").text
     figures = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
-    assert float(figures['ctc_drafter_tokens_total{lane="draft"}']) == lane.stats.tokens > 0
-    assert float(figures['ctc_drafter_beta{lane="draft"}']) == pytest.approx(lane.stats.beta)
+    assert float(figures['ctc_drafter_tokens_total{lane="draft"}']) == batch.stats.tokens > 0
+    assert float(figures['ctc_drafter_beta{lane="draft"}']) == pytest.approx(batch.stats.beta)
     assert float(figures['ctc_drafter_stage_seconds_total{lane="draft",stage="verify"}']) > 0
     assert float(figures["ctc_drafter_gamma_estimate"]) > 0
     assert float(figures['ctc_drafter_requests_total{path="/v1/chat/completions",status="200"}']) > 0

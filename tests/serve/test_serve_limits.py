@@ -119,11 +119,11 @@ def test_rows_leave_when_their_client_does():
             turnstile.open(1)
             wait_until(lambda: service.engine.load().running == 2)
         stream.close()
-        tokens = service.engine.lanes["draft"].stats.tokens
-        wait_until(lambda: all(job.cancelled for job in service.engine.lanes["draft"].jobs))
+        tokens = service.engine.batches["draft"].stats.tokens
+        wait_until(lambda: all(job.cancelled for job in service.engine.batches["draft"].jobs))
         turnstile.open(2)
         wait_until(lambda: service.engine.load().running == 0)
-        assert service.engine.lanes["draft"].stats.tokens <= tokens + 4, "they were cut, not finished"
+        assert service.engine.batches["draft"].stats.tokens <= tokens + 4, "they were cut, not finished"
 
 
 def test_answers_that_take_too_long_end():
@@ -166,24 +166,24 @@ def test_shutdown_ends_streams_properly_when_there_is_no_time():
 
 def test_a_failing_step_fails_its_answers_and_no_others(caplog):
     service, turnstile = blocked_service()
-    step, lane = service.engine.lanes["draft"].step, service.engine.lanes["draft"]
+    step, batch = service.engine.batches["draft"].step, service.engine.batches["draft"]
     with running(service) as at:
         turnstile.open()
-        lane.step = lambda: 1 // 0
+        batch.step = lambda: 1 // 0
         assert post(at).status_code == 500
-        lane.step = step
+        batch.step = step
         assert post(at).json()["choices"][0]["text"] == plain_texts(service, BODY["prompt"], 12)[0]
     assert "ZeroDivisionError" in caplog.text
 
 
 def test_a_batch_that_cannot_let_a_row_go_fails_and_the_server_goes_on(caplog):
     service, turnstile = blocked_service()
-    lane = service.engine.lanes["draft"]
+    batch = service.engine.batches["draft"]
     with running(service) as at:
         turnstile.open()
-        drop, lane.drop = lane.drop, lambda: 1 // 0
+        drop, batch.drop = batch.drop, lambda: 1 // 0
         assert post(at).status_code == 500
-        lane.drop = drop
+        batch.drop = drop
         assert post(at).json()["choices"][0]["text"] == plain_texts(service, BODY["prompt"], 12)[0]
     assert "ZeroDivisionError" in caplog.text
 
@@ -191,15 +191,15 @@ def test_a_batch_that_cannot_let_a_row_go_fails_and_the_server_goes_on(caplog):
 def test_jobs_that_are_being_prefilled_count_and_may_be_turned_away(monkeypatch):
     """Of two that join together the second one waits for the first one's prefill, and hears of a shutdown."""
     service, turnstile = blocked_service(batch_size=2, queue=2, grace=20)
-    lane, prefills, go = service.engine.lanes["draft"], [], threading.Event()
-    admit = lane.admit
+    batch, prefills, go = service.engine.batches["draft"], [], threading.Event()
+    admit = batch.admit
 
     def slow(job):
         prefills.append(job)
         assert go.wait(20)
         admit(job)
 
-    monkeypatch.setattr(lane, "admit", slow)
+    monkeypatch.setattr(batch, "admit", slow)
     with running(service) as at:
         replies, threads = [], []
         turnstile.open()

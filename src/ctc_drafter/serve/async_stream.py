@@ -64,11 +64,11 @@ class RequestStream:
 
     async def collect(self) -> list[Answer]:
         """All answers, complete."""
-        bursts: list[list[StepOutput | Finish]] = [[] for _ in self.jobs]
+        outputs: list[list[StepOutput | Finish]] = [[] for _ in self.jobs]
         async for place, event in self.events():
-            bursts[place].append(event)
+            outputs[place].append(event)
         answers = []
-        for events in bursts:
+        for events in outputs:
             finish = events[-1]
             assert isinstance(finish, Finish)
             tokens = [token for event in events for token in event.tokens]
@@ -77,19 +77,19 @@ class RequestStream:
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events about an exchange, which is cancelled when the client goes away."""
+    """Server-sent events of a request, which is cancelled when the client goes away."""
 
     media_type = "text/event-stream"
 
-    def __init__(self, exchange: RequestStream, lines: AsyncIterator[str]):
+    def __init__(self, request_stream: RequestStream, lines: AsyncIterator[str]):
         super().__init__(lines, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
-        self.exchange = exchange
+        self.request_stream = request_stream
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self.exchange.cancel()
+            self.request_stream.cancel()
 
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:

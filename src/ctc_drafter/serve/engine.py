@@ -54,13 +54,13 @@ class Load:
 class Engine:
     """Decodes jobs on a thread of its own, at most `batch_size` at a time, with up to `queue` more waiting.
 
-    lanes: the methods by name; the first one is the default. worker: the one that loaded what they run; a new one
+    methods: by name; the first one is the default. worker: the one that loaded what they run; a new one
     without, and closed with the engine either way. Use it as a context, or call `start` and `close`.
     """
 
     def __init__(
         self,
-        lanes: Mapping[str, Method],
+        methods: Mapping[str, Method],
         batch_size: int = 8,
         queue: int = 64,
         speedup: Speedup | None = None,
@@ -69,7 +69,7 @@ class Engine:
         for name, value in {"batch size": batch_size, "queue": queue}.items():
             if value < 1:
                 raise UserError(f"the {name} is {value}; give at least 1")
-        self.lanes = {name: MethodBatch(method) for name, method in lanes.items()}
+        self.batches = {name: MethodBatch(method) for name, method in methods.items()}
         self.batch_size, self.queue, self.speedup = batch_size, queue, speedup
         self._waiting: deque[Completion] = deque()
         self._joining: deque[Completion] = deque()  # taken from the queue, and not in a batch yet
@@ -109,7 +109,7 @@ class Engine:
         return self._running is not None and not self._running.done() and self._stop_at is None
 
     def load(self) -> Load:
-        running = len(self._joining) + sum(len(lane.jobs) for lane in self.lanes.values())
+        running = len(self._joining) + sum(len(batch.jobs) for batch in self.batches.values())
         return Load(running, len(self._waiting), self.alive)
 
     @property
@@ -147,8 +147,8 @@ class Engine:
                 if self._wanted(self._joining[0]):
                     self._admit(self._joining[0])
                 self._joining.popleft()
-            for lane in self.lanes.values():
-                self._step(lane)
+            for batch in self.batches.values():
+                self._step(batch)
             self._busy_seconds += time.perf_counter() - begin
 
     def _told(self, running: Future[None]) -> None:
@@ -157,7 +157,7 @@ class Engine:
             return
         LOG.critical("the engine stopped", exc_info=error)
         with self._wake:  # a submission from now on finds it dead
-            jobs = [*self._waiting, *self._joining, *(job for lane in self.lanes.values() for job in lane.jobs)]
+            jobs = [*self._waiting, *self._joining, *(job for batch in self.batches.values() for job in batch.jobs)]
         for job in jobs:
             job.deliver(ERROR)
 
@@ -187,33 +187,33 @@ class Engine:
 
     def _admit(self, job: Completion) -> None:
         try:
-            self.lanes[job.lane].admit(job)
+            self.batches[job.method].admit(job)
             self._served += 1
         except Exception as error:
             LOG.exception("a prompt of %d tokens could not be decoded", len(job.prompt))
             job.cancelled = True  # should it have come as far as the batch
             job.deliver(failure(error))
 
-    def _step(self, lane: MethodBatch) -> None:
+    def _step(self, batch: MethodBatch) -> None:
         try:
-            for job in lane.jobs:
+            for job in batch.jobs:
                 self._late(job)
-            lane.drop()
-            if not lane.jobs:
+            batch.drop()
+            if not batch.jobs:
                 return
-            rows, begin = len(lane.jobs), time.perf_counter()
-            tokens = lane.step()
+            rows, begin = len(batch.jobs), time.perf_counter()
+            tokens = batch.step()
         except Exception:
-            LOG.exception("a step of %d rows failed", len(lane.jobs))
-            for job in lane.clear():
+            LOG.exception("a step of %d rows failed", len(batch.jobs))
+            for job in batch.clear():
                 job.deliver(ERROR)
             return
-        if self.speedup is not None and lane is next(iter(self.lanes.values())):
+        if self.speedup is not None and batch is next(iter(self.batches.values())):
             self.speedup.count(rows, tokens, time.perf_counter() - begin)
 
     def _end(self, why: Failure) -> None:
-        for lane in self.lanes.values():
-            for job in lane.clear():
+        for batch in self.batches.values():
+            for job in batch.clear():
                 job.deliver(why)
 
 

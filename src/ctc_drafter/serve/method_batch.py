@@ -53,10 +53,10 @@ class MethodBatch:
         self.jobs.append(job)
         try:
             job.stats.prefill_seconds = time.perf_counter() - job.begin
-            likelihoods = logprobs_of(logits, roots, job.top)
+            logprobs = logprobs_of(logits, roots, job.top)
             job.stats.tokens += 1
             self.stats.tokens += 1
-            text = job.write(int(roots[0]), likelihoods[0] if likelihoods else None)
+            text = job.write(int(roots[0]), logprobs[0] if logprobs else None)
             job.deliver(StepOutput(text, job.released(), bonus=True, seconds=time.perf_counter() - job.begin))
         except Exception as error:
             self._fail(job, error)
@@ -133,14 +133,14 @@ class MethodBatch:
 
     def _write(self, job: Completion, tokens: Sequence[int], step: Step, place: int) -> None:
         path = step.acceptance.path[place, : len(tokens)]
-        likelihoods: list[Logprobs] = []
+        logprobs: list[Logprobs] = []
         if job.top is not None:
             # -1 stands for a token that no row is asked for, behind the end of this one; it is not taken.
             written = torch.tensor(tokens, device=path.device).clamp_min(0)
-            likelihoods = logprobs_of(step.logits[place, path], written, job.top)
+            logprobs = logprobs_of(step.logits[place, path], written, job.top)
         text, taken = "", 0
         for token in tokens:
-            text += job.write(token, likelihoods[taken] if likelihoods else None)
+            text += job.write(token, logprobs[taken] if logprobs else None)
             taken += 1
             if job.over:
                 break

@@ -35,14 +35,14 @@ class EngineCollector(Collector):
         text = "Verifications that accepted at least so many drafted tokens."
         depths = CounterMetricFamily(PREFIX + "accepted", text, labels=["lane", "depth"])
         stages = CounterMetricFamily(PREFIX + "stage_seconds", "Time by stage.", labels=["lane", "stage"])
-        for name, lane in self.engine.lanes.items():
-            tokens.add_metric([name], lane.stats.tokens)
-            steps.add_metric([name], lane.stats.steps)
-            beta.add_metric([name], lane.stats.beta)
-            histogram = list(lane.stats.accept_histogram)
+        for name, batch in self.engine.batches.items():
+            tokens.add_metric([name], batch.stats.tokens)
+            steps.add_metric([name], batch.stats.steps)
+            beta.add_metric([name], batch.stats.beta)
+            histogram = list(batch.stats.accept_histogram)
             for depth in range(1, len(histogram)):
                 depths.add_metric([name, str(depth)], sum(histogram[depth:]))
-            for stage, milliseconds in dict(lane.clock.total_ms).items():
+            for stage, milliseconds in dict(batch.clock.total_ms).items():
                 stages.add_metric([name, stage], milliseconds / 1e3)
         yield from (tokens, steps, beta, depths, stages)
 

@@ -6,10 +6,21 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
+from openai.types import CompletionUsage, Model, completion_choice
+from openai.types.chat import (
+    ChatCompletion,
+    ChatCompletionChunk,
+    ChatCompletionMessage,
+    ChatCompletionTokenLogprob,
+    chat_completion,
+    chat_completion_chunk,
+)
+from openai.types.chat.chat_completion_chunk import ChoiceDelta
+from openai.types.chat.chat_completion_token_logprob import TopLogprob
 from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 from transformers import PreTrainedTokenizerBase
@@ -18,31 +29,17 @@ from ctc_drafter.chat import REPLACEMENT
 from ctc_drafter.serve.async_stream import Answer, EventStream, RequestStream, unless_gone
 from ctc_drafter.serve.middleware import APIError
 from ctc_drafter.serve.protocol import (
-    Alternative,
-    ChatChoice,
-    ChatChunk,
-    ChatChunkChoice,
-    ChatLogprobs,
-    ChatMessage,
-    ChatReply,
     ChatRequest,
-    CompletionChoice,
-    CompletionLogprobs,
+    ChoiceWithTokens,
     CompletionReply,
     CompletionRequest,
-    Delta,
     ErrorReply,
     FinishReason,
-    Model,
     ModelList,
     Streamed,
-    TokenLogprob,
-    Usage,
 )
 from ctc_drafter.serve.requests import Completion, Finish, TokenOutput
 from ctc_drafter.serve.service import Service
-
-# OpenAI's API: chat completions, completions, models.
 
 SHORT = 16  # tokens of a completion that does not say, as OpenAI has it
 DONE = "data: [DONE]\n\n"
@@ -54,25 +51,25 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 def openai_router(service: Service) -> APIRouter:
     router = APIRouter(prefix="/v1", responses=ERRORS)
 
-    @router.get("/models")
+    @router.get("/models", response_model_exclude_unset=True)
     async def models() -> ModelList:
         """The one model that is served."""
-        return ModelList(data=[Model(id=service.name, created=service.created)])
+        return ModelList(object="list", data=[about_model(service)])
 
-    @router.get("/models/{model:path}")
+    @router.get("/models/{model:path}", response_model_exclude_unset=True)
     async def model(model: str) -> Model:
         """The model as an entry of `/v1/models`."""
         service.check_model(model)
-        return Model(id=service.name, created=service.created)
+        return about_model(service)
 
-    @router.post("/chat/completions", response_model=ChatReply)
+    @router.post("/chat/completions", response_model=ChatCompletion)
     async def chat(body: ChatRequest, request: Request) -> Response:
         """The answer to a conversation; with `stream`, as server-sent events."""
         service.check_model(body.model)
         prompt = await run_in_threadpool(service.encode_chat, body.messages)
         jobs = service.jobs([prompt], body, body.limit, n=body.n, stop=body.stops, top=body.likeliest)
-        form = ChatForm(service.name, TokenText(service.tokenizer, body.logprobs))
-        return await answer(service, body, request, jobs, form)
+        builder = ChatBuilder(service.name, TokenText(service.tokenizer, body.logprobs), body.wants_usage)
+        return await answer(service, body, request, jobs, builder)
 
     @router.post("/completions", response_model=CompletionReply)
     async def completion(body: CompletionRequest, request: Request) -> Response:
@@ -82,12 +79,15 @@ def openai_router(service: Service) -> APIRouter:
         prompts = await run_in_threadpool(encode_all, service, body.prompts)
         limit = body.max_tokens or SHORT
         jobs = service.jobs(prompts, body, limit, n=body.n, stop=body.stops, top=body.logprobs)
-        form = CompletionForm(
-            service.name, TokenText(service.tokenizer, body.logprobs is not None), body.return_token_ids
-        )
-        return await answer(service, body, request, jobs, form)
+        token_text = TokenText(service.tokenizer, body.logprobs is not None)
+        builder = CompletionBuilder(service.name, token_text, body.wants_usage, body.return_token_ids)
+        return await answer(service, body, request, jobs, builder)
 
     return router
+
+
+def about_model(service: Service) -> Model:
+    return Model(id=service.name, object="model", created=service.created, owned_by="ctc-drafter")
 
 
 def encode_all(service: Service, prompts: Sequence[str | list[int]]) -> list[list[int]]:
@@ -98,40 +98,40 @@ def encode_all(service: Service, prompts: Sequence[str | list[int]]) -> list[lis
 
 
 async def answer(
-    service: Service, body: Streamed, request: Request, jobs: list[Completion], form: ResponseBuilder
+    service: Service, body: Streamed, request: Request, jobs: list[Completion], builder: ResponseBuilder
 ) -> Response:
-    exchange = RequestStream(service.engine, jobs)
+    request_stream = RequestStream(service.engine, jobs)
     if body.stream:
-        return EventStream(exchange, stream(exchange, form, body))
+        return EventStream(request_stream, stream(request_stream, builder, body))
     try:
-        answers = await unless_gone(request, exchange.collect())
+        answers = await unless_gone(request, request_stream.collect())
     finally:
-        exchange.cancel()
+        request_stream.cancel()
 
     def written() -> str:
-        return form.whole(answers, usage_of(jobs, body.n)).model_dump_json()
+        return builder.whole(answers, usage_of(jobs, body.n)).model_dump_json(exclude_unset=True)
 
-    return Response(await run_in_threadpool(written), media_type="application/json")  # thousands of likelihoods
+    return Response(await run_in_threadpool(written), media_type="application/json")  # thousands of log-probabilities
 
 
-async def stream(exchange: RequestStream, form: ResponseBuilder, body: Streamed) -> AsyncIterator[str]:
+async def stream(request_stream: RequestStream, builder: ResponseBuilder, body: Streamed) -> AsyncIterator[str]:
     """Lines of server-sent events. An error ends the stream as OpenAI's client expects it."""
-    for chunk in form.opening(len(exchange.jobs)):
+    for chunk in builder.opening(len(request_stream.jobs)):
         yield data(chunk)
     try:
-        async for place, event in exchange.events():
+        async for place, event in request_stream.events():
             reason = event.reason if isinstance(event, Finish) else None
             if event.text or event.tokens or reason:
-                yield data(form.piece(place, event.text, event.tokens, reason))
+                yield data(builder.piece(place, event.text, event.tokens, reason))
         if body.wants_usage:
-            yield data(form.closing(usage_of(exchange.jobs, body.n)))
+            yield data(builder.closing(usage_of(request_stream.jobs, body.n)))
     except APIError as error:
         yield data(error.body)
     yield DONE
 
 
 def data(value: BaseModel) -> str:
-    return f"data: {value.model_dump_json()}\n\n"
+    return f"data: {value.model_dump_json(exclude_unset=True)}\n\n"
 
 
 # Responses as chat messages and as completions, whole or streamed.
@@ -140,10 +140,10 @@ def data(value: BaseModel) -> str:
 class ResponseBuilder(Protocol):
     """Builds the responses of one request, whole or streamed."""
 
-    def whole(self, answers: Sequence[Answer], usage: Usage) -> BaseModel: ...
+    def whole(self, answers: Sequence[Answer], usage: CompletionUsage) -> BaseModel: ...
     def opening(self, count: int) -> list[BaseModel]: ...
     def piece(self, place: int, text: str, tokens: Sequence[TokenOutput], reason: FinishReason | None) -> BaseModel: ...
-    def closing(self, usage: Usage) -> BaseModel: ...
+    def closing(self, usage: CompletionUsage) -> BaseModel: ...
 
 
 @dataclass(frozen=True)
@@ -156,97 +156,117 @@ class TokenText:
     def text(self, token: int) -> str:
         return str(self.tokenizer.decode([token], clean_up_tokenization_spaces=False))
 
-    def alternative(self, token: int, logprob: float) -> Alternative:
+    def top(self, token: int, logprob: float) -> TopLogprob:
         text = self.text(token)
-        return Alternative(token=text, logprob=logprob, bytes=None if REPLACEMENT in text else list(text.encode()))
+        return TopLogprob(token=text, logprob=logprob, bytes=None if REPLACEMENT in text else list(text.encode()))
 
     def by_text(self, top: Sequence[tuple[int, float]]) -> dict[str, float]:
         """Drops duplicates: of tokens with the same text, such as parts of characters, the most probable stays."""
         return {self.text(token): value for token, value in reversed(top)}
 
-    def chat(self, tokens: Sequence[TokenOutput]) -> ChatLogprobs | None:
+    def chat(self, tokens: Sequence[TokenOutput]) -> chat_completion.ChoiceLogprobs | None:
         if not self.asked:
             return None
         content = []
-        for written in tokens:
-            assert written.likelihood is not None
-            own = self.alternative(written.token, written.likelihood.written)
-            top = [self.alternative(*pair) for pair in written.likelihood.top]
-            content.append(TokenLogprob(**own.model_dump(), top_logprobs=top))
-        return ChatLogprobs(content=content)
+        for output in tokens:
+            assert output.logprobs is not None
+            own = self.top(output.token, output.logprobs.written)
+            top = [self.top(*pair) for pair in output.logprobs.top]
+            content.append(ChatCompletionTokenLogprob(**own.model_dump(), top_logprobs=top))
+        return chat_completion.ChoiceLogprobs(content=content, refusal=None)
 
-    def completion(self, tokens: Sequence[TokenOutput]) -> CompletionLogprobs | None:
+    def completion(self, tokens: Sequence[TokenOutput]) -> completion_choice.Logprobs | None:
         if not self.asked:
             return None
-        known = [(written, written.likelihood) for written in tokens if written.likelihood is not None]
-        return CompletionLogprobs(
-            tokens=[self.text(written.token) for written, _ in known],
-            token_logprobs=[likelihood.written for _, likelihood in known],
-            top_logprobs=[self.by_text(likelihood.top) for _, likelihood in known],
-            text_offset=[written.offset for written, _ in known],
+        known = [(output, output.logprobs) for output in tokens if output.logprobs is not None]
+        return completion_choice.Logprobs(
+            tokens=[self.text(output.token) for output, _ in known],
+            token_logprobs=[logprobs.written for _, logprobs in known],
+            top_logprobs=[self.by_text(logprobs.top) for _, logprobs in known],
+            text_offset=[output.offset for output, _ in known],
         )
 
 
 @dataclass(frozen=True)
-class ChatForm:
+class ChatBuilder:
+    """usage: whether a stream tells it at its end; the chunks before then have null, as OpenAI has it."""
+
     model: str
-    wording: TokenText
+    token_text: TokenText
+    usage: bool
     id: str = field(default_factory=lambda: f"chatcmpl-{secrets.token_hex(12)}")
     created: int = field(default_factory=lambda: int(time.time()))
 
-    def whole(self, answers: Sequence[Answer], usage: Usage) -> ChatReply:
+    def whole(self, answers: Sequence[Answer], usage: CompletionUsage) -> ChatCompletion:
         choices = [
-            ChatChoice(
+            chat_completion.Choice(
                 index=place,
-                message=ChatMessage(content=answer.text),
-                logprobs=self.wording.chat(answer.tokens),
+                message=ChatCompletionMessage(role="assistant", content=answer.text, refusal=None),
+                logprobs=self.token_text.chat(answer.tokens),
                 finish_reason=answer.finish.reason,
             )
             for place, answer in enumerate(answers)
         ]
-        return ChatReply(id=self.id, created=self.created, model=self.model, choices=choices, usage=usage)
+        kind: Literal["chat.completion"] = "chat.completion"
+        return ChatCompletion(
+            id=self.id, object=kind, created=self.created, model=self.model, choices=choices, usage=usage
+        )
 
     def opening(self, count: int) -> list[BaseModel]:
-        start = Delta(role="assistant", content="")
-        return [self._chunk([ChatChunkChoice(index=place, delta=start)]) for place in range(count)]
+        start = ChoiceDelta(role="assistant", content="")
+        return [self._chunk([chunk_choice(place, start, None, None)]) for place in range(count)]
 
     def piece(self, place: int, text: str, tokens: Sequence[TokenOutput], reason: FinishReason | None) -> BaseModel:
-        delta = Delta(content=text) if text or reason is None else Delta()
-        logprobs = self.wording.chat(tokens)
-        return self._chunk([ChatChunkChoice(index=place, delta=delta, logprobs=logprobs, finish_reason=reason)])
+        delta = ChoiceDelta(content=text) if text or reason is None else ChoiceDelta()
+        return self._chunk([chunk_choice(place, delta, self.token_text.chat(tokens), reason)])
 
-    def closing(self, usage: Usage) -> BaseModel:
+    def closing(self, usage: CompletionUsage) -> BaseModel:
         return self._chunk([], usage)
 
-    def _chunk(self, choices: list[ChatChunkChoice], usage: Usage | None = None) -> ChatChunk:
-        return ChatChunk(id=self.id, created=self.created, model=self.model, choices=choices, usage=usage)
+    def _chunk(self, choices: list[chat_completion_chunk.Choice], usage: CompletionUsage | None = None) -> BaseModel:
+        told: dict[str, Any] = {"usage": usage} if self.usage else {}
+        kind: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+        return ChatCompletionChunk(
+            id=self.id, object=kind, created=self.created, model=self.model, choices=choices, **told
+        )
+
+
+def chunk_choice(
+    place: int, delta: ChoiceDelta, logprobs: chat_completion.ChoiceLogprobs | None, reason: FinishReason | None
+) -> chat_completion_chunk.Choice:
+    told = chat_completion_chunk.ChoiceLogprobs(**dict(logprobs)) if logprobs else None
+    return chat_completion_chunk.Choice(index=place, delta=delta, logprobs=told, finish_reason=reason)
 
 
 @dataclass(frozen=True)
-class CompletionForm:
-    """ids: whether token ids are given as well."""
+class CompletionBuilder:
+    """usage: whether a stream tells it at its end. ids: whether token ids are given as well."""
 
     model: str
-    wording: TokenText
+    token_text: TokenText
+    usage: bool
     ids: bool = False
     id: str = field(default_factory=lambda: f"cmpl-{secrets.token_hex(12)}")
     created: int = field(default_factory=lambda: int(time.time()))
 
-    def whole(self, answers: Sequence[Answer], usage: Usage) -> CompletionReply:
+    def whole(self, answers: Sequence[Answer], usage: CompletionUsage) -> CompletionReply:
         choices = [
             self._choice(place, answer.text, answer.tokens, answer.finish.reason, answer.finish.ids)
             for place, answer in enumerate(answers)
         ]
-        return self._reply(choices, usage)
+        return self._reply(choices, usage=usage)
 
     def opening(self, count: int) -> list[BaseModel]:
         return []
 
     def piece(self, place: int, text: str, tokens: Sequence[TokenOutput], reason: FinishReason | None) -> BaseModel:
-        return self._reply([self._choice(place, text, tokens, reason)])
+        return self._reply([self._choice(place, text, tokens, reason)], **self._usage(None))
 
-    def closing(self, usage: Usage) -> BaseModel:
-        return self._reply([], usage)
+    def closing(self, usage: CompletionUsage) -> BaseModel:
+        return self._reply([], **self._usage(usage))
+
+    def _usage(self, usage: CompletionUsage | None) -> dict[str, Any]:
+        return {"usage": usage} if self.usage else {}
 
     def _choice(
         self,
@@ -255,16 +275,19 @@ class CompletionForm:
         tokens: Sequence[TokenOutput],
         reason: FinishReason | None,
         ids: Sequence[int] = (),
-    ) -> CompletionChoice:
-        logprobs, given = self.wording.completion(tokens), list(ids) if self.ids else None
-        return CompletionChoice(index=place, text=text, token_ids=given, logprobs=logprobs, finish_reason=reason)
+    ) -> ChoiceWithTokens:
+        given: dict[str, Any] = {"token_ids": list(ids)} if self.ids else {}
+        logprobs = self.token_text.completion(tokens)
+        return ChoiceWithTokens(index=place, text=text, logprobs=logprobs, finish_reason=reason, **given)
 
-    def _reply(self, choices: list[CompletionChoice], usage: Usage | None = None) -> CompletionReply:
-        return CompletionReply(id=self.id, created=self.created, model=self.model, choices=choices, usage=usage)
+    def _reply(self, choices: list[ChoiceWithTokens], **usage: Any) -> CompletionReply:
+        return CompletionReply(
+            id=self.id, object="text_completion", created=self.created, model=self.model, choices=choices, **usage
+        )
 
 
-def usage_of(jobs: Sequence[Completion], choices: int) -> Usage:
+def usage_of(jobs: Sequence[Completion], choices: int) -> CompletionUsage:
     """Tokens of all jobs; `choices` of them share a prompt, which is counted once."""
     prompt = sum(len(job.prompt) for job in jobs[::choices])
     written = sum(len(job.tokens) for job in jobs)
-    return Usage(prompt_tokens=prompt, completion_tokens=written, total_tokens=prompt + written)
+    return CompletionUsage(prompt_tokens=prompt, completion_tokens=written, total_tokens=prompt + written)

@@ -1,9 +1,11 @@
-"""Request and response models of the OpenAI API."""
+"""Request and response models of OpenAI's API and of our own stream."""
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeVar
 
+import openai.types
+from openai.types import CompletionChoice, CompletionUsage
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 # Request models: the part of OpenAI's API that is served. Anything else is refused by name.
@@ -169,7 +171,7 @@ class TraceRequest(Sampling):
     plain: bool = False
 
 
-# Response models.
+# Answers in OpenAI's shapes: the types of its client, and what they lack. What is not set is left out.
 
 FinishReason = Literal["stop", "length"]
 
@@ -185,110 +187,23 @@ class ErrorReply(BaseModel):
     error: ErrorBody
 
 
-class Usage(BaseModel):
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
+class ChoiceWithTokens(CompletionChoice):
+    """finish_reason: None in all pieces of a stream but the last, which OpenAI's own type leaves out. token_ids: all
+    that were written, the end token too, where the request asks for them; vLLM's name."""
 
-
-class Alternative(BaseModel):
-    """bytes: the UTF-8 of the token; None where it is a part of a character."""
-
-    token: str
-    logprob: float
-    bytes: list[int] | None
-
-
-class TokenLogprob(Alternative):
-    top_logprobs: list[Alternative]
-
-
-class ChatLogprobs(BaseModel):
-    content: list[TokenLogprob]
-    refusal: None = None
-
-
-class CompletionLogprobs(BaseModel):
-    tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]] | None
-    text_offset: list[int]
-
-
-class ChatMessage(BaseModel):
-    role: Literal["assistant"] = "assistant"
-    content: str
-    refusal: None = None
-
-
-class ChatChoice(BaseModel):
-    index: int
-    message: ChatMessage
-    logprobs: ChatLogprobs | None = None
-    finish_reason: FinishReason
-
-
-class ChatReply(BaseModel):
-    id: str
-    object: Literal["chat.completion"] = "chat.completion"
-    created: int
-    model: str
-    choices: list[ChatChoice]
-    usage: Usage
-
-
-class Delta(BaseModel):
-    role: Literal["assistant"] | None = None
-    content: str | None = None
-
-
-class ChatChunkChoice(BaseModel):
-    index: int
-    delta: Delta
-    logprobs: ChatLogprobs | None = None
-    finish_reason: FinishReason | None = None
-
-
-class ChatChunk(BaseModel):
-    id: str
-    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
-    created: int
-    model: str
-    choices: list[ChatChunkChoice]
-    usage: Usage | None = None
-
-
-class CompletionChoice(BaseModel):
-    """token_ids: all that were written, the end token too, where the request asks for them; vLLM's name."""
-
-    index: int
-    text: str
+    finish_reason: FinishReason | None  # type: ignore[assignment]
     token_ids: list[int] | None = None
-    logprobs: CompletionLogprobs | None = None
-    finish_reason: FinishReason | None
 
 
-class CompletionReply(BaseModel):
+class CompletionReply(openai.types.Completion):
     """A whole answer, or a piece of a stream."""
 
-    id: str
-    object: Literal["text_completion"] = "text_completion"
-    created: int
-    model: str
-    choices: list[CompletionChoice]
-    usage: Usage | None = None
-
-
-class Model(BaseModel):
-    id: str
-    object: Literal["model"] = "model"
-    created: int
-    owned_by: str = "ctc-drafter"
+    choices: list[ChoiceWithTokens]  # type: ignore[assignment]
 
 
 class ModelList(BaseModel):
     object: Literal["list"] = "list"
-    data: list[Model]
+    data: list[openai.types.Model]
 
 
 class Health(BaseModel):
@@ -333,7 +248,7 @@ class TraceEnd(BaseModel):
 
     finish_reason: FinishReason
     tail: str
-    usage: Usage
+    usage: CompletionUsage
     verifications: int
     beta: float
     seconds: float

@@ -1,4 +1,4 @@
-"""One completion in progress: its events, its text, stop strings."""
+"""One completion in progress, its events, and stop strings in its text."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class TokenOutput:
     text: str
     offset: int
     end: int
-    likelihood: Logprobs | None
+    logprobs: Logprobs | None
 
 
 @dataclass(frozen=True)
@@ -145,13 +145,13 @@ class AnswerText:
 class Completion(SequenceState):
     """A row, with: `index` the choice's number in its request, by which seeds go.
 
-    lane: the batch it is decoded in. shown: its text. deliver: told every event, from the engine's thread.
-    top: most probable tokens to report with each token's log-probability, None for neither. trace: whether bursts
+    method: name of the one that decodes it. shown: its text. deliver: told every event, from the engine's thread.
+    top: likeliest tokens to report with each token's own log-probability, None for neither. trace: whether outputs
     carry trees. deadline: by `time.monotonic`. cancelled: set from any thread when nobody waits any more.
     """
 
     sampler: Sampler = ARGMAX
-    lane: str = ""
+    method: str = ""
     shown: AnswerText = field(kw_only=True)
     deliver: Callable[[Event], None] = lambda _event: None
     top: int | None = None
@@ -166,13 +166,13 @@ class Completion(SequenceState):
     def over(self) -> bool:
         return self.shown.stopped or self.ended
 
-    def write(self, token: int, likelihood: Logprobs | None) -> str:
+    def write(self, token: int, logprobs: Logprobs | None) -> str:
         """Appends a token; returns what may be shown now."""
         self.tokens.append(token)
         offset = self.shown.length
         text = self.shown.push(token)
         if self.top is not None or self.trace:
-            self.unshown.append(TokenOutput(token, text, offset, self.shown.length, likelihood))
+            self.unshown.append(TokenOutput(token, text, offset, self.shown.length, logprobs))
         return text
 
     def released(self) -> tuple[TokenOutput, ...]:

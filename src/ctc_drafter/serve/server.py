@@ -51,14 +51,14 @@ def make_engine(
     """Not started yet, and to be called on its worker. Trees are as `config` says, or its fields by name; see
     `generate`.
 
-    Both lanes are tried first, so that the first request finds everything compiled.
+    Both methods are tried first, so that the first request finds everything compiled.
     """
     config = DecodingConfig.of(config, options).without_sampler("every request has its own")
     plain = plain_method(target)
-    lanes = {PLAIN: plain} if drafter is None else {"draft": Method(target, drafter, config), PLAIN: plain}
+    methods = {PLAIN: plain} if drafter is None else {"draft": Method(target, drafter, config), PLAIN: plain}
     if drafter is not None:
         generate(target, drafter, [[0, 0]], max_new_tokens=8, config=replace(config, budget=None), eos=())
-    return Engine(lanes, batch_size, queue, Speedup(time_plain_steps(target, batch_size)), worker)
+    return Engine(methods, batch_size, queue, Speedup(time_plain_steps(target, batch_size)), worker)
 
 
 class Server(uvicorn.Server):

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
-from ctc_drafter.chat import eos_ids
+from ctc_drafter.chat import apply_template, eos_ids, is_unicode
 from ctc_drafter.decode.prefill import check_prompts
 from ctc_drafter.decode.sampling import ARGMAX, Sampled, Sampler, warpers
 from ctc_drafter.serve.engine import Engine
@@ -65,17 +65,15 @@ class Service:
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a conversation that ends where the answer begins. Raises `APIError`."""
         check_text(message.text for message in messages)
-        if not self.tokenizer.chat_template:
-            return self.encode_text("\n".join(message.text for message in messages))
         roles = {"developer": "system"}
         turns = [{"role": roles.get(each.role, each.role), "content": each.text} for each in messages]
         try:
-            ids = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+            ids = apply_template(self.tokenizer, turns)
         except jinja2.TemplateError as error:
             raise APIError(
                 400, f"the model's chat template refuses these messages: {error}", param="messages"
             ) from None
-        return self.check_prompt(list(ids))
+        return self.check_prompt(ids)
 
     def encode_text(self, text: str, place: int = 0) -> list[int]:
         check_text([text])
@@ -108,7 +106,7 @@ class Service:
         n: int = 1,
         stop: Sequence[str] = (),
         top: int | None = None,
-        lane: str | None = None,
+        method: str | None = None,
         trace: bool = False,
     ) -> list[Completion]:
         """n choices for each prompt, in order."""
@@ -123,7 +121,7 @@ class Service:
                 min(limit or self.limits.max_new_tokens, self.limits.max_new_tokens, self.target.context - len(ids)),
                 eos,
                 sampler=sampler,
-                lane=lane or next(iter(self.engine.lanes)),
+                method=method or next(iter(self.engine.batches)),
                 shown=AnswerText(self.tokenizer, stop),
                 top=top,
                 trace=trace,
@@ -145,5 +143,5 @@ def sampler_of(request: Sampling) -> Sampler:
 
 def check_text(texts: Iterable[str]) -> None:
     for text in texts:
-        if any("\ud800" <= character <= "\udfff" for character in text):
+        if not is_unicode(text):
             raise APIError(400, "the text is not valid Unicode; a surrogate stands alone")

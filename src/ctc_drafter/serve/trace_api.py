@@ -16,7 +16,7 @@ from ctc_drafter.serve.protocol import TraceEnd, TraceNode, TracePiece, TraceReq
 from ctc_drafter.serve.requests import Finish, StepOutput
 from ctc_drafter.serve.service import Service
 
-PLAIN = "plain"  # the lane without a drafter
+PLAIN = "plain"  # the method without a drafter
 
 
 def trace_router(service: Service) -> APIRouter:
@@ -28,54 +28,54 @@ def trace_router(service: Service) -> APIRouter:
         `end`, or `error` in OpenAI's shape."""
         service.check_model(body.model)
         prompt = await run_in_threadpool(service.encode_chat, body.messages)
-        lane = PLAIN if body.plain else None
-        jobs = service.jobs([prompt], body, body.max_tokens, lane=lane, trace=True)
-        exchange = RequestStream(service.engine, jobs)
-        return EventStream(exchange, lines(exchange, TokenText(service.tokenizer, False)))
+        method = PLAIN if body.plain else None
+        jobs = service.jobs([prompt], body, body.max_tokens, method=method, trace=True)
+        request_stream = RequestStream(service.engine, jobs)
+        return EventStream(request_stream, lines(request_stream, TokenText(service.tokenizer, False)))
 
     return router
 
 
-async def lines(exchange: RequestStream, wording: TokenText) -> AsyncIterator[str]:
+async def lines(request_stream: RequestStream, token_text: TokenText) -> AsyncIterator[str]:
     number = 0
     try:
-        async for _, event in exchange.events():
+        async for _, event in request_stream.events():
             if isinstance(event, StepOutput):
-                yield named("step", step(number, event, wording))
+                yield named("step", step(number, event, token_text))
                 number += 1
             else:
-                yield named("end", end(exchange, event))
+                yield named("end", end(request_stream, event))
     except APIError as error:
         yield named("error", error.body)
 
 
-def step(number: int, burst: StepOutput, wording: TokenText) -> TraceStep:
+def step(number: int, output: StepOutput, token_text: TokenText) -> TraceStep:
     return TraceStep(
         number=number,
-        seconds=burst.seconds,
-        pieces=[TracePiece(token=written.token, text=written.text) for written in burst.tokens],
-        accepted=burst.accepted,
-        bonus=burst.bonus,
+        seconds=output.seconds,
+        pieces=[TracePiece(token=piece.token, text=piece.text) for piece in output.tokens],
+        accepted=output.accepted,
+        bonus=output.bonus,
         tree=[
             TraceNode(
                 token=node.token,
-                text=wording.text(node.token),
+                text=token_text.text(node.token),
                 parent=node.parent,
                 depth=node.depth,
                 probability=node.probability,
                 accepted=node.accepted,
             )
-            for node in burst.tree
+            for node in output.tree
         ],
     )
 
 
-def end(exchange: RequestStream, finish: Finish) -> TraceEnd:
+def end(request_stream: RequestStream, finish: Finish) -> TraceEnd:
     stats = finish.stats
     return TraceEnd(
         finish_reason=finish.reason,
         tail=finish.text,
-        usage=usage_of(exchange.jobs, 1),
+        usage=usage_of(request_stream.jobs, 1),
         verifications=stats.steps,
         beta=stats.beta,
         seconds=stats.seconds,
@@ -84,4 +84,4 @@ def end(exchange: RequestStream, finish: Finish) -> TraceEnd:
 
 
 def named(event: str, value: BaseModel) -> str:
-    return f"event: {event}\ndata: {value.model_dump_json()}\n\n"
+    return f"event: {event}\ndata: {value.model_dump_json(exclude_unset=True)}\n\n"
