@@ -58,8 +58,6 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "bamba": MAMBA | {"attn_layer_indices": [1]},
     "blt": {"encoder_hash_byte_group_vocab": 50},
     "chameleon": PICTURE_TOKEN,
-    # Its own scales leave next to nothing of attention in a model so small.
-    "granite_docling_text": {"attention_multiplier": 0.35, "embedding_multiplier": 1.0, "residual_multiplier": 1.0},
     "cohere_compass_text": {
         "layer_types": ["full_attention", "sliding_attention", "full_attention"],
         "rope_parameters": {kind: ROPE | {"mrope_section": [2, 1, 1]} for kind in KINDS},
