@@ -12,7 +12,8 @@ from ctc_drafter.ctc.search_cpu import LowRankBias, best_prefixes
 from ctc_drafter.decode.prefill import prefill
 from ctc_drafter.drafters.ctc import CTCDrafter
 from ctc_drafter.drafters.predictor import Predictor
-from ctc_drafter.train.objective import dropped
+from ctc_drafter.drafters.trainable import LossInputs, LossOptions
+from ctc_drafter.train.objective import anchor_copies, dropped
 from ctc_drafter.types import UserError
 from ctc_oracle import prefix_probs, sequence_probs
 from helpers import VOCABULARY, tiny_config, tiny_target
@@ -161,11 +162,11 @@ def test_the_loss_knows_the_probabilities_that_a_session_finds(some):
     candidates = session.propose(root, 12)
     tokens = torch.cat([state.tokens, root[None]], 1)
     features = torch.cat([state.features, state.features[:, :1]], 1)
-    blocks = drafter.blocks(features, tokens, torch.tensor([[len(prompt)]]), target.embed)[0]
+    blocks = drafter.draft_states(features, tokens, torch.tensor([[len(prompt)]]), target.embed)[0]
     copied = 0
     for path, probability in probabilities(candidates).items():
         text = torch.tensor([[*prompt, 9, *path, *[0] * (4 - len(path))]])
-        copies = drafter.copies(text, torch.tensor([[len(prompt)]]))[0]
+        copies = anchor_copies(drafter.config, text, torch.tensor([[len(prompt)]]))[0]
         copied += path[-1] == int(copies[0, len(path) - 1, 0])
         prefixes = torch.tensor([[9, *path]])
         lattice = drafter.lattice(blocks, prefixes, target.embed, target.head, copies[:, : 1 + len(path)])
@@ -202,10 +203,11 @@ def test_the_loss_teaches_when_to_trust_copies():
     target = tiny_target()
     drafter = copying_drafter(target)
     tokens = torch.tensor([[5, 9, 11, 21, 7, 9, 11, 21, 3, 5, 9, 11]])
-    blocks, copies = torch.randn(1, 6, 64), drafter.copies(tokens, torch.tensor([[5]]))[0]
+    blocks, copies = torch.randn(1, 6, 64), anchor_copies(drafter.config, tokens, torch.tensor([[5]]))[0]
     prefixes, valid = tokens[:, 5:10], torch.ones(1, 4, dtype=torch.bool)
-    arguments = (blocks, prefixes, valid, target.embed, target.head, drafter.objective("prefix", 0.8), None, copies)
-    drafter.losses(*arguments).sum().backward()
+    inputs = LossInputs(blocks, prefixes, valid, copies=copies)
+    arguments = (inputs, target.embed, target.head, LossOptions("prefix", 0.8))
+    drafter.loss(*arguments).sum().backward()
     trust, step = drafter.predictor.copying.bias, 0.05
     assert set(copies[0, :4, 1].tolist()) >= {1, 2, 3}
     for length in range(4):
@@ -213,7 +215,7 @@ def test_the_loss_teaches_when_to_trust_copies():
         for sign in (1, -1):
             with torch.no_grad():
                 trust[length] += sign * step
-                around.append(float(drafter.losses(*arguments)))
+                around.append(float(drafter.loss(*arguments)))
                 trust[length] -= sign * step
         assert float(trust.grad[length]) == pytest.approx((around[0] - around[1]) / (2 * step), rel=0.02, abs=1e-4)
     assert (trust.grad[:3].abs() > 1e-3).any()
@@ -225,10 +227,12 @@ def test_dropped_copies_are_none_at_all():
     drafter = copying_drafter(target)
     tokens = torch.tensor([[5, 9, 11, 21, 7, 9, 11, 21, 3, 5, 9, 11]])
     blocks, positions = torch.randn(1, 6, 64), torch.tensor([5])
-    copies = drafter.copies(tokens, positions[None])[0]
+    copies = anchor_copies(drafter.config, tokens, positions[None])[0]
     prefixes, valid = tokens[:, 5:10], torch.ones(1, 4, dtype=torch.bool)
     found = [
-        each.losses(blocks, prefixes, valid, target.embed, target.head, each.objective("prefix", 0.8), None, mine)
+        each.loss(
+            LossInputs(blocks, prefixes, valid, copies=mine), target.embed, target.head, LossOptions("prefix", 0.8)
+        )
         for each, mine in ((drafter, dropped(copies, positions, 1.0)), (drafter.without_copies(), None))
     ]
     torch.testing.assert_close(*found)

@@ -41,7 +41,7 @@ def test_a_session_drafts_what_training_saw(layers, carry):
     session.extend(state.tokens.gather(1, index), features, cuts)
 
     anchors = (start + cuts).unsqueeze(1)
-    blocks = drafter.blocks(state.features, state.tokens, anchors, target.embed)
+    blocks = drafter.draft_states(state.features, state.tokens, anchors, target.embed)
     root = state.tokens.gather(1, anchors).squeeze(1)
     expected = drafter.candidates(blocks[:, 0], root, session.head, nodes=8)
     found = session.propose(root, 8)
@@ -61,12 +61,12 @@ def test_later_tokens_do_not_reach_a_block(carry):
     tokens = torch.tensor([ROWS[0]])
     features = target.hidden_features(tokens, drafter.feature_layers)
     anchors = torch.tensor([[4]])
-    before = drafter.blocks(features, tokens, anchors, target.embed)
+    before = drafter.draft_states(features, tokens, anchors, target.embed)
     spoilt, other = features.clone(), tokens.clone()
     spoilt[:, 4:], other[:, 5:] = 7.0, 0
-    torch.testing.assert_close(drafter.blocks(spoilt, other, anchors, target.embed), before)
+    torch.testing.assert_close(drafter.draft_states(spoilt, other, anchors, target.embed), before)
     spoilt[:, 3] = 7.0
-    assert not torch.allclose(drafter.blocks(spoilt, other, anchors, target.embed), before)
+    assert not torch.allclose(drafter.draft_states(spoilt, other, anchors, target.embed), before)
 
 
 @pytest.mark.parametrize("width", [0, 256], ids=["table alone", "with the MLP"])
@@ -79,7 +79,7 @@ def test_the_search_scores_what_the_loss_trains(width):
     drafter = tiny_drafter(target, predictor_width=width)
     tokens = torch.tensor([ROWS[0]])
     features = target.hidden_features(tokens, drafter.feature_layers)
-    blocks = drafter.blocks(features, tokens, torch.tensor([[4]]), target.embed)[:, 0]
+    blocks = drafter.draft_states(features, tokens, torch.tensor([[4]]), target.embed)[:, 0]
     exact = replace(drafter.borrow(target.embed, target.head), head=target.head)
     found = drafter.candidates(blocks, tokens[:, 4], exact, nodes=6)
     for node in range(found.tokens.shape[1]):

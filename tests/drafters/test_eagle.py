@@ -65,7 +65,7 @@ def test_training_sees_what_a_rollout_sees() -> None:
     tokens = torch.tensor([TEXT, [2, 7, 1, 8, 2, 8, 1, 0, 0, 0, 0, 0]])
     features = target.hidden_features(tokens, drafter.feature_layers)
     anchors = torch.tensor([[0, 4, 5, 8], [1, 2, 3, 3]])
-    blocks = drafter.blocks(features, tokens, anchors, target.embed)
+    blocks = drafter.draft_states(features, tokens, anchors, target.embed)
     assert blocks.shape == (2, 4, LENGTH, 64)
     for row, column in [(0, 0), (0, 1), (0, 2), (0, 3), (1, 0), (1, 2)]:
         place = int(anchors[row, column])
@@ -123,14 +123,14 @@ def test_features_at_and_after_an_anchor_do_not_reach_it() -> None:
     drafter = fresh(target)
     tokens, anchors = torch.tensor([TEXT]), torch.tensor([[4, 6]])
     features = target.hidden_features(tokens, drafter.feature_layers)
-    before = drafter.blocks(features, tokens, anchors, target.embed)
+    before = drafter.draft_states(features, tokens, anchors, target.embed)
     spoilt, other = features.clone(), tokens.clone()
     spoilt[:, 4:] = 7.0
-    changed = drafter.blocks(spoilt, tokens, anchors, target.embed)
+    changed = drafter.draft_states(spoilt, tokens, anchors, target.embed)
     torch.testing.assert_close(changed[:, 0], before[:, 0])
     assert not torch.allclose(changed[:, 1], before[:, 1])
     other[:, 6:] = 0  # y2 and later of the first anchor: only what comes after y2 may change
-    changed = drafter.blocks(features, other, anchors, target.embed)
+    changed = drafter.draft_states(features, other, anchors, target.embed)
     torch.testing.assert_close(changed[:, 0, :2], before[:, 0, :2])
     assert not torch.allclose(changed[:, 0, 2], before[:, 0, 2])
 
@@ -140,7 +140,7 @@ def test_the_loss_of_a_late_depth_reaches_the_features() -> None:
     drafter = fresh(target)
     tokens = torch.tensor([TEXT])
     features = target.hidden_features(tokens, drafter.feature_layers)
-    drafter.blocks(features, tokens, torch.tensor([[4]]), target.embed)[0, 0, -1].sum().backward()
+    drafter.draft_states(features, tokens, torch.tensor([[4]]), target.embed)[0, 0, -1].sum().backward()
     for name, weight in drafter.named_parameters():
         assert weight.grad is not None, name
         assert weight.grad.isfinite().all()

@@ -122,12 +122,12 @@ def test_later_tokens_do_not_reach_a_block(name: str) -> None:
     tokens = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
     features = target.hidden_features(tokens, drafter.feature_layers)
     anchors = torch.tensor([[4]])
-    before = drafter.blocks(features, tokens, anchors, target.embed)
+    before = drafter.draft_states(features, tokens, anchors, target.embed)
     spoilt, other = features.clone(), tokens.clone()
     spoilt[:, 4:], other[:, 5:] = 7.0, 0
-    torch.testing.assert_close(drafter.blocks(spoilt, other, anchors, target.embed), before)
+    torch.testing.assert_close(drafter.draft_states(spoilt, other, anchors, target.embed), before)
     spoilt[:, 3] = 7.0
-    assert not torch.allclose(drafter.blocks(spoilt, other, anchors, target.embed), before)
+    assert not torch.allclose(drafter.draft_states(spoilt, other, anchors, target.embed), before)
 
 
 def brute_force(name: str, target, drafter, root: int, state, blocks) -> dict[tuple[int, ...], float]:
@@ -167,7 +167,7 @@ def test_scores_are_the_product_of_the_tokens_probabilities(name: str) -> None:
     drafter = fresh(target, name)
     tokens = torch.tensor([[3, 1, 4, 1, 5, 9]])
     features = target.hidden_features(tokens, drafter.feature_layers)
-    blocks = drafter.blocks(features, tokens, torch.tensor([[4]]), target.embed)[:, 0]
+    blocks = drafter.draft_states(features, tokens, torch.tensor([[4]]), target.embed)[:, 0]
     expected = brute_force(name, target, drafter, 5, None, blocks)
     prefixes = [prefix for prefix in expected if len(prefix) == LENGTH]
     rows = torch.tensor([[5, *prefix] for prefix in prefixes])
@@ -195,7 +195,7 @@ def test_heads_read_the_targets_last_hidden_state_and_start_as_its_head() -> Non
     drafter = trained_method("medusa").drafter.for_target(target.config, draft_length=2)
     drafter.start_from(target.norm_scale, target.head)
     tokens = torch.tensor([PROMPTS[0]])
-    blocks = drafter.blocks(
+    blocks = drafter.draft_states(
         target.hidden_features(tokens, drafter.feature_layers), tokens, torch.tensor([[0, 5]]), target.embed
     )
     assert (blocks[0, 0] == 0).all()
@@ -281,10 +281,10 @@ def test_what_is_no_drafter_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nothing to train"):
         trained_method("prompt_lookup")
     with pytest.raises(UserError, match="loss is for drafters with blanks"):
-        fresh(target, "medusa").objective("ctc", 0.8)
+        fresh(target, "medusa").check_loss("ctc")
     for name in ("ctc", "ctc-paper"):
         with pytest.raises(UserError, match="the teacher loss is for drafters without blanks"):
-            fresh(target, name).objective("teacher", 0.8)
+            fresh(target, name).check_loss("teacher")
     with pytest.raises(UserError, match="no drafter could be loaded from"):
         open_drafter(str(tmp_path / "missing"))
     target.model.save_pretrained(tmp_path / "target")

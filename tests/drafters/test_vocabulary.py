@@ -10,6 +10,7 @@ from ctc_drafter.decode.generate import generate, plain_generate
 from ctc_drafter.decode.prefill import prefill
 from ctc_drafter.drafters.ctc import CTCDrafter
 from ctc_drafter.drafters.lm_head import Columns, columns_of, drafted_part, most_frequent, narrow_head
+from ctc_drafter.drafters.trainable import LossInputs, LossOptions
 from ctc_drafter.types import UserError
 from helpers import VOCABULARY, tiny_drafter, tiny_target
 
@@ -89,7 +90,7 @@ def test_the_loss_knows_the_probabilities_that_the_search_finds():
     session = drafter.begin(target.embed, target.head, 1)
     session.extend(state.tokens, state.features, state.lengths)
     found = session.propose(root, 12)
-    blocks = drafter.blocks(
+    blocks = drafter.draft_states(
         torch.cat([state.features, state.features[:, :1]], 1),
         torch.cat([state.tokens, root[None]], 1),
         torch.tensor([[4]]),
@@ -112,13 +113,11 @@ def test_labels_that_cannot_be_drafted_do_not_count():
     target, tokens = tiny_target(), torch.arange(0, VOCABULARY, 2)
     drafter = drafter_of_some(target, tokens)
     blocks = torch.randn(2, 6, 64)
-    objective = drafter.objective("prefix", 0.8)
 
     def losses(last):
         prefixes = torch.tensor([[8, 2, 4, last, 6], [8, 2, 4, 10, 6]])
-        return drafter.losses(
-            blocks, prefixes, torch.ones(2, 4, dtype=torch.bool), target.embed, target.head, objective
-        )
+        inputs = LossInputs(blocks, prefixes, torch.ones(2, 4, dtype=torch.bool))
+        return drafter.loss(inputs, target.embed, target.head, LossOptions("prefix", 0.8))
 
     assert torch.equal(losses(11), losses(13))
     assert torch.equal(losses(11)[1], losses(10)[1])

@@ -129,7 +129,9 @@ def test_a_dflash_checkpoint(method: str, target: Target, tmp_path: Path, caplog
         target, tmp_path / "theirs", method, **({"frames": 5, "draft_length": 4} if method == "ctc" else {})
     )
     with torch.no_grad():
-        found, expected = (each.blocks(features, tokens, anchors, target.embed) for each in (drafter.eval(), theirs))
+        found, expected = (
+            each.draft_states(features, tokens, anchors, target.embed) for each in (drafter.eval(), theirs)
+        )
     assert torch.equal(found, expected)
 
 
@@ -164,7 +166,7 @@ def test_published_medusa_heads(ending: str, target: Target, tmp_path: Path, cap
     tokens = torch.randint(VOCABULARY, (1, 12))
     features, last = target.hidden_states(tokens, drafter.feature_layers)
     with torch.no_grad():
-        blocks = drafter.blocks(features, tokens, torch.tensor([[7]]), target.embed)[0]
+        blocks = drafter.draft_states(features, tokens, torch.tensor([[7]]), target.embed)[0]
         step = drafter.steps(blocks, target.embed, drafter.outputs(target.head))
         for place, head in enumerate(heads):
             found = step(torch.zeros(1, 1, place + 1, dtype=torch.long), None)[0, 0]

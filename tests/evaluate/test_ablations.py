@@ -37,7 +37,7 @@ def test_linear_frames_start_as_the_targets_last_state() -> None:
     target = tiny_target()
     drafter, tokens = linear(target), torch.tensor(PROMPTS[:1])
     features = target.hidden_features(tokens, drafter.feature_layers)
-    blocks = drafter.filled(drafter.blocks(features, tokens, torch.tensor([[4]]), target.embed)[0])
+    blocks = drafter.filled(drafter.draft_states(features, tokens, torch.tensor([[4]]), target.embed)[0])
     expected = target.model(tokens).logits[0, 3]  # of the token before the anchor
     torch.testing.assert_close(target.head(blocks[0, 2]), expected)
 
@@ -64,7 +64,7 @@ def test_the_static_twin_is_the_papers_drafter() -> None:
     assert isinstance(twin, PaperDrafter)
     features = torch.randn(1, 6, drafter.config.hidden_size * len(drafter.feature_layers))
     tokens, anchors = torch.tensor([[5, 6, 7, 8, 9, 3]]), torch.tensor([[3]])
-    ours, theirs = (each.blocks(features, tokens, anchors, target.embed) for each in (drafter, twin))
+    ours, theirs = (each.draft_states(features, tokens, anchors, target.embed) for each in (drafter, twin))
     assert torch.equal(ours, theirs)
     expected = plain_generate(target, PROMPTS, max_new_tokens=12).tokens
     assert generate(target, twin, PROMPTS, max_new_tokens=12, nodes=16, min_probability=0.0).tokens == expected
@@ -131,7 +131,7 @@ def test_every_variant_can_be_made() -> None:
         known = method.drafter.config_class.__dataclass_fields__
         sizes = {key: size for key, size in SIZES.items() if key in known} | dict(variant.recipe.sizes)
         drafter = method.drafter.for_target(target.config, **sizes)
-        drafter.objective(TrainSettings.parse(dict(variant.recipe.training)).loss, 0.8)
+        drafter.check_loss(TrainSettings.parse(dict(variant.recipe.training)).loss)
         if variant.static:
             assert isinstance(drafter, CTCDrafter)
             static_twin(drafter)

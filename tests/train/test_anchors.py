@@ -10,10 +10,12 @@ import pytest
 import torch
 
 from ctc_drafter.ctc.lattice import lattice
-from ctc_drafter.ctc.loss import ctc_loss, ctc_objective, prefix_objective
+from ctc_drafter.ctc.loss import ctc_loss, ctc_objective
 from ctc_drafter.drafters import block
+from ctc_drafter.drafters.lm_head import usual_chunk
+from ctc_drafter.drafters.trainable import AnchorBatch, LossOptions
 from ctc_drafter.train.data import LengthSampler, collate
-from ctc_drafter.train.objective import draft_loss, draw_anchors, label_anchors, usual_chunk
+from ctc_drafter.train.objective import draw_anchors, label_anchors
 from train_helpers import pair, written_rows
 
 
@@ -50,7 +52,7 @@ def test_labels_end_with_the_text() -> None:
     assert anchors.valid.tolist() == [[[yes, yes, yes], [yes, no, no]], [[yes, no, no], [no, no, no]]]
 
 
-@pytest.mark.parametrize("objective", [prefix_objective(0.8), ctc_objective])
+@pytest.mark.parametrize("objective", ["prefix", "ctc"])
 def test_chunks_change_neither_loss_nor_gradients(objective) -> None:
     target, drafter = pair()
     batch = collate([written_rows(target, 3)[i] for i in range(3)])
@@ -60,8 +62,8 @@ def test_chunks_change_neither_loss_nor_gradients(objective) -> None:
     results = []
     for chunk in (100, 4, 1):
         drafter.zero_grad()
-        modules = (target.embed, target.head)
-        loss = draft_loss(drafter, *modules, features, batch["input_ids"], anchors, objective, chunk)
+        given = AnchorBatch(features, batch["input_ids"], anchors, LossOptions(objective, 0.8, chunk))
+        loss = drafter(given, target.embed, target.head)
         loss.backward()
         results.append([loss.detach(), *(p.grad for p in drafter.parameters() if p.grad is not None)])
     assert len(results[0]) == 1 + len(list(drafter.parameters()))
@@ -95,7 +97,7 @@ def test_draft_layers_may_run_again_in_the_backward_pass() -> None:
     positions, used = draw_anchors(batch["lengths"], batch["answer_start"], batch["key"], 5, seed="0")
     anchors = label_anchors(batch["input_ids"], batch["lengths"], positions, used, drafter.config.draft_length)
     features = target.hidden_features(batch["input_ids"], drafter.feature_layers)
-    given, kept, gradients = (target.embed, target.head, features, batch["input_ids"], anchors), [], []
+    given, kept, gradients = (features, batch["input_ids"], anchors), [], []
     for recompute in (False, True):
         drafter.zero_grad()
         saved: list[int] = []
@@ -105,7 +107,8 @@ def test_draft_layers_may_run_again_in_the_backward_pass() -> None:
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            loss = draft_loss(drafter, *given, prefix_objective(0.8), 4, recompute=recompute)
+            options = LossOptions("prefix", 0.8, 4, recompute=recompute)
+            loss = drafter(AnchorBatch(*given, options), target.embed, target.head)
         loss.backward()
         kept.append(sum(saved))
         gradients.append([p.grad.clone() for p in drafter.parameters()])
@@ -139,7 +142,7 @@ def test_long_rows_take_their_anchors_some_at_a_time(monkeypatch: pytest.MonkeyP
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            outputs = drafter.blocks(features, tokens, positions, target.embed)
+            outputs = drafter.draft_states(features, tokens, positions, target.embed)
         assert max(masks) <= budget
         outputs.square().sum().backward()
         found.append(outputs.detach())
@@ -168,7 +171,7 @@ MEMORY = """
 import resource, torch
 from torch import nn
 from ctc_drafter.drafters.ctc import CTCDrafter
-from ctc_drafter.train.objective import chunked_losses
+from ctc_drafter.drafters.trainable import LossInputs, LossOptions
 from helpers import tiny_config
 torch.manual_seed(0)
 V, H, N = 131072, 64, 512
@@ -180,8 +183,8 @@ for weight in drafter.parameters():
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 before = peak()
 blocks, prefixes = torch.randn(N, 9, H, requires_grad=True), torch.randint(V, (N, 8))
-wholes = (blocks, prefixes, torch.ones(N, 7).bool(), torch.empty(N, 0), torch.empty(N, 0))
-chunked_losses(drafter, embed, head, wholes, drafter.objective("prefix", 0.8)).backward()
+inputs = LossInputs(blocks, prefixes, torch.ones(N, 7).bool())
+drafter.chunked_loss(inputs, embed, head, LossOptions()).backward()
 print((peak() - before) / 1e9)
 """
 

@@ -9,6 +9,7 @@ from transformers import AutoConfig
 
 from ctc_drafter.cli import main
 from ctc_drafter.drafters.ctc import CTCDrafter
+from ctc_drafter.drafters.trainable import AnchorBatch, LossOptions
 from ctc_drafter.train.estimate import (
     Answers,
     Estimate,
@@ -20,7 +21,7 @@ from ctc_drafter.train.estimate import (
     memory_errors,
     savings,
 )
-from ctc_drafter.train.objective import draft_loss, label_anchors
+from ctc_drafter.train.objective import label_anchors
 from ctc_drafter.train.settings import TrainSettings
 from ctc_drafter.types import UserError
 from helpers import tiny_config, tiny_target
@@ -66,9 +67,9 @@ def test_a_step_holds_what_a_real_one_holds(found: Estimate) -> None:
     target.model.requires_grad_(False)
     anchors = label_anchors(tokens, torch.full((ROWS,), LENGTH), positions, torch.ones_like(positions).bool(), 4)
     weights = [*target.model.parameters(), *drafter.parameters(), *drafter.buffers()]
-    objective = drafter.objective("prefix", 0.8)
+    batch = AnchorBatch(features, tokens, anchors, LossOptions("prefix", 0.8, 9))
     with PeakMemory([*weights, features, tokens]) as counter:
-        draft_loss(drafter, target.embed, target.head, features, tokens, anchors, objective, 9).backward()
+        drafter(batch, target.embed, target.head).backward()
     assert found.step - features.nbytes == pytest.approx(counter.peak, rel=0.1)
     assert found.target_parameters == sum(weight.numel() for weight in target.model.parameters())
     assert found.drafter_parameters == sum(weight.numel() for weight in drafter.parameters())

@@ -36,11 +36,11 @@ DISTILL = (
 TRAIN = (
     "import pathlib, sys, time, torch, test_trainer as t, test_kill\n"
     "torch.set_num_threads(1)\n"
-    "real = t.trainer_module.draft_loss\n"
+    "real = t.DrafterTrainer.anchor_losses\n"
     "def slow(*args):\n"
     "    time.sleep(0.2)\n"
     "    return real(*args)\n"
-    "t.trainer_module.draft_loss = slow\n"
+    "t.DrafterTrainer.anchor_losses = slow\n"
     "print('begun', flush=True)\n"
     "t.short_run(pathlib.Path(sys.argv[1]), steps=test_kill.STEPS)\n"
 )

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from ctc_drafter.drafters.registry import trained_method
-from ctc_drafter.train.objective import draft_loss, label_anchors, states_after
+from ctc_drafter.drafters.trainable import AnchorBatch, LossOptions, states_after
+from ctc_drafter.train.objective import label_anchors
 from ctc_drafter.train.trainer import train_drafter
 from ctc_drafter.types import UserError
 from helpers import tiny_target
@@ -47,14 +48,13 @@ def test_each_token_is_compared_with_what_the_target_says_there(name: str) -> No
     positions, used = torch.tensor([[1, 4, 8], [0, 5, 5]]), torch.tensor([[True] * 3, [True, True, False]])
     anchors = label_anchors(TOKENS, LENGTHS, positions, used, LENGTH)
     features, last = target.hidden_states(TOKENS, drafter.feature_layers)
-    objective = drafter.objective("teacher", 0.5)
-    given = (target.embed, target.head, features, TOKENS, anchors, objective)
-    losses = [draft_loss(drafter, *given, chunk, last).detach() for chunk in (2, 128)]
+    given = [AnchorBatch(features, TOKENS, anchors, LossOptions("teacher", 0.5, chunk), last) for chunk in (2, 128)]
+    losses = [drafter(batch, target.embed, target.head).detach() for batch in given]
     torch.testing.assert_close(losses[0], losses[1])
 
     with torch.no_grad():
         said = target.model(TOKENS).logits
-        blocks = drafter.blocks(features, TOKENS, positions, target.embed)
+        blocks = drafter.draft_states(features, TOKENS, positions, target.embed)
         total = 0.0
         for row, column in used.nonzero().tolist():
             place, prefix = int(positions[row, column]), anchors.prefixes[row, column]
@@ -80,8 +80,8 @@ def test_a_perfect_drafter_has_nothing_to_learn_but_the_targets_doubt() -> None:
     logits = torch.randn(4, 97)
     teacher, labels = logits.softmax(-1), torch.zeros(4, dtype=torch.long)
     entropy = -(teacher * teacher.log()).sum(-1)
-    torch.testing.assert_close(drafter.lesson(logits, labels, teacher), -entropy)
-    other = drafter.lesson(torch.randn(4, 97), labels, teacher)
+    torch.testing.assert_close(drafter.teacher_score(logits, labels, teacher), -entropy)
+    other = drafter.teacher_score(torch.randn(4, 97), labels, teacher)
     assert (other < -entropy).all()
 
 

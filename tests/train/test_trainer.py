@@ -75,7 +75,7 @@ def test_sigkill_and_resume(tmp_path: Path, unbroken: tuple[Path, Trained]) -> N
         "    calls[0] += 1\n"
         "    if calls[0] == 11: os.kill(os.getpid(), signal.SIGKILL)\n"
         "    return real(*args)\n"
-        "real, t.trainer_module.draft_loss = t.trainer_module.draft_loss, loss\n"
+        "real, t.DrafterTrainer.anchor_losses = t.DrafterTrainer.anchor_losses, loss\n"
         "t.short_run(pathlib.Path(sys.argv[1]))\n"
     )
     here = Path(__file__).parent
@@ -186,7 +186,7 @@ def test_a_run_that_came_to_nothing_may_be_mended(tmp_path: Path, monkeypatch: p
     def short(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(trainer_module, "draft_loss", short)
+    monkeypatch.setattr(CTCDrafter, "forward", short)
     with pytest.raises(torch.OutOfMemoryError):
         short_run(tmp_path, batch_size=4, accumulate=1)
     monkeypatch.undo()

@@ -71,7 +71,7 @@ def test_steps_of_generate_are_the_offline_lengths(learnt, nodes: int) -> None:
     anchors = label_anchors(text.long().unsqueeze(0), torch.tensor([len(text)]), positions, used, 4)
     features = target.hidden_features(text.long().unsqueeze(0), drafter.feature_layers)
     with torch.inference_mode():
-        blocks = drafter.blocks(features, text.long().unsqueeze(0), positions, target.embed)[0]
+        blocks = drafter.draft_states(features, text.long().unsqueeze(0), positions, target.embed)[0]
         borrowed = drafter.borrow(target.embed, target.head)
         candidates = drafter.candidates(blocks, anchors.prefixes[0, :, 0], borrowed, max(NODES))
     lengths = accepted_lengths(candidates, anchors.prefixes[0], NODES)[str(nodes)].tolist()
@@ -101,7 +101,7 @@ def test_beta_is_the_mean_over_positions(learnt) -> None:
         tokens = batch["input_ids"]
         features = target.hidden_features(tokens, drafter.feature_layers)
         with torch.inference_mode():
-            block = drafter.blocks(features, tokens, place, target.embed)[0]
+            block = drafter.draft_states(features, tokens, place, target.embed)[0]
             truth = tokens[:, position : position + 5]
             found = drafter.candidates(block, truth[:, 0], drafter.borrow(target.embed, target.head), max(NODES))
         for name, length in accepted_lengths(found, truth, NODES).items():

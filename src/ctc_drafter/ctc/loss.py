@@ -13,8 +13,6 @@ The forward recursion of CTC (Graves et al., 2006), with prefix probabilities as
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
 from ctc_drafter.ctc.lattice import Lattice
@@ -56,11 +54,6 @@ def ctc_loss(lattice: Lattice, labels: torch.Tensor, lengths: torch.Tensor) -> t
     _, end = _recursion(lattice, labels)
     score = _hold(end.gather(1, lengths[:, None])[:, 0])
     return -score.where(score > FLOOR, 0.0)
-
-
-def prefix_objective(decay: float) -> Callable[[Lattice, torch.Tensor, torch.Tensor], torch.Tensor]:
-    """The prefix-likelihood loss with weights decay^(u-1), of (lattice, labels, valid)."""
-    return lambda lattice, labels, valid: prefix_loss(lattice, labels, valid, decay)
 
 
 def ctc_objective(lattice: Lattice, labels: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:

@@ -116,7 +116,7 @@ class BlockModel(TrainableDrafter):
             states = layer(states, by, context, mask)
         return self.norm(states)
 
-    def blocks(
+    def draft_states(
         self, features: torch.Tensor, tokens: torch.Tensor, anchors: torch.Tensor, embed: nn.Module
     ) -> torch.Tensor:
         """Block outputs `[B, A, 1+F, H]` at many anchors at once, for training.

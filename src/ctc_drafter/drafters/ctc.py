@@ -9,15 +9,15 @@ from typing import cast
 import torch
 from torch import nn
 
-from ctc_drafter.ctc.copies import Copies, Text, copies_at
+from ctc_drafter.ctc.copies import Copies, Text
 from ctc_drafter.ctc.lattice import Lattice, lattice
-from ctc_drafter.ctc.loss import ctc_objective, prefix_objective
+from ctc_drafter.ctc.loss import ctc_objective, prefix_loss
 from ctc_drafter.drafters.base import DraftSession
 from ctc_drafter.drafters.block import BlockConfig, BlockModel, frame_logits
 from ctc_drafter.drafters.ctc_session import BorrowedSearch, CTCSession, borrow_search
 from ctc_drafter.drafters.lm_head import columns_of, drafted_part, narrow_head
 from ctc_drafter.drafters.predictor import Predictor
-from ctc_drafter.drafters.trainable import Objective
+from ctc_drafter.drafters.trainable import LossInputs, LossOptions
 from ctc_drafter.types import Candidates, UserError
 
 COPYING = "predictor.copying."  # tensors of the copies
@@ -161,33 +161,27 @@ class CTCDrafter(FramesModel):
     def narrowed(self, head: nn.Module) -> nn.Module:
         return head if self.vocabulary is None else narrow_head(head, self.vocabulary)
 
-    def objective(self, loss: str, decay: float) -> Objective:
+    def check_loss(self, loss: str) -> None:
         """`prefix`, or `ctc` for the full-sequence loss, which has no decay."""
         if loss == "teacher":
             raise UserError("the teacher loss is for drafters without blanks; use prefix or ctc for this method")
-        return prefix_objective(decay) if loss == "prefix" else ctc_objective
 
-    def likelihood(self, blocks: torch.Tensor, prefixes: torch.Tensor, embed: nn.Module, head: nn.Module) -> Lattice:
-        return self.lattice(blocks, prefixes, embed, head)
-
-    def copies(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """See `TrainableDrafter.copies`: `copies_at`, `int64 [B, A, 1+U, 2]`."""
-        if not self.config.copies:
-            return super().copies(tokens, positions)
-        return copies_at(tokens, positions, self.config.draft_length, self.config.copies)
-
-    def copying(
-        self, blocks: torch.Tensor, prefixes: torch.Tensor, copies: torch.Tensor, embed: nn.Module, head: nn.Module
-    ) -> Lattice:
-        """See `TrainableDrafter.copying`."""
-        return self.lattice(blocks, prefixes, embed, head, copies)
+    def loss(self, inputs: LossInputs, embed: nn.Module, head: nn.Module, options: LossOptions) -> torch.Tensor:
+        """See `TrainableDrafter.loss`."""
+        found = self.lattice(inputs.states, inputs.prefixes, embed, head, inputs.copies)
+        with torch.autocast(inputs.states.device.type, enabled=False):
+            labels, valid = self.labels(inputs.prefixes, inputs.valid)
+            if options.loss == "prefix":
+                return prefix_loss(found, labels, valid, options.decay)
+            return ctc_objective(found, labels, valid)
 
     def filled(self, blocks: torch.Tensor) -> torch.Tensor:
-        """What `blocks` gives of N anchors as block outputs `[N, 1+F, H]`."""
+        """What `draft_states` gives of N anchors as block outputs `[N, 1+F, H]`."""
         return blocks
 
     def labels(self, prefixes: torch.Tensor, valid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `TrainableDrafter.labels`: a draft ends before a token outside the vocabulary."""
+        """y1..yU `int64 [N, U]` as places in the frames' logits, and those of the valid ones that can be learnt: a
+        draft ends before a token outside the vocabulary."""
         columns = self.columns(prefixes[:, 1:])
         return columns, drafted_part(columns, valid)
 
@@ -203,7 +197,7 @@ class CTCDrafter(FramesModel):
         head: nn.Module,
         copies: torch.Tensor | None = None,
     ) -> Lattice:
-        """The lattice of known continuations: prefixes `int64 [N, 1+U]`, the root and y1..yU; copies: see `copies`."""
+        """The lattice of known continuations: prefixes `int64 [N, 1+U]`, root and y1..yU; copies: see `LossInputs`."""
         blocks = self.filled(blocks)
         tokens, blanks = self.frame_logits(blocks, self.narrowed(head))
         bias = None
@@ -242,7 +236,7 @@ class CTCDrafter(FramesModel):
         chunk: int,
     ) -> Iterator[Candidates]:
         """See `TrainableDrafter.drafts`."""
-        blocks = self.blocks(features, tokens, anchors, borrowed.embed)[used]
+        blocks = self.draft_states(features, tokens, anchors, borrowed.embed)[used]
         rows = used.nonzero()[:, 0]
         for part, row, end in zip(blocks.split(chunk), rows.split(chunk), anchors[used].split(chunk), strict=True):
             text = Text(tokens[row], end) if self.config.copies else None

@@ -5,20 +5,90 @@ from __future__ import annotations
 import difflib
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ctc_drafter.ctc.copies import Text
 from ctc_drafter.drafters.base import Drafter, DraftSession, refuse_call
-from ctc_drafter.drafters.lm_head import DraftHead
+from ctc_drafter.drafters.lm_head import DraftHead, usual_chunk
 from ctc_drafter.types import Candidates, UserError, first_line
 
-# (what the drafter says of labels, labels int64 [N, U], valid bool [N, U]) -> loss of each anchor [N], in nats
-Objective = Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor]
+# What a drafter learns from. Shapes: B rows, T tokens, A anchors of a row, N of a batch, U labels, H hidden size.
+
+
+@dataclass(frozen=True)
+class Anchors:
+    """positions: int64 [B, A], index of each root. used: bool [B, A], false for padding; None if all are used.
+
+    prefixes: int64 [B, A, 1+U], the root and the tokens after it. valid: bool [B, A, U], label within the text.
+    """
+
+    positions: torch.Tensor
+    used: torch.Tensor | None
+    prefixes: torch.Tensor
+    valid: torch.Tensor
+
+    def flat(self, values: torch.Tensor) -> torch.Tensor:
+        """Values `[B, A, ...]` of the used anchors, `[N, ...]`."""
+        return values.flatten(0, 1) if self.used is None else values[self.used]
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """loss: by its name in the training settings; a later token of a draft weighs `decay` times the one before.
+
+    chunk: anchors whose logits are in memory at a time; by default `usual_chunk`. recompute: draft layers run again
+    in the backward pass.
+    """
+
+    loss: str = "prefix"
+    decay: float = 0.8
+    chunk: int | None = None
+    recompute: bool = False
+
+
+@dataclass(frozen=True)
+class AnchorBatch:
+    """What a forward pass learns from. features `[B, T, K]` and tokens `int64 [B, T]`: of right-padded rows.
+
+    last `[B, T, H]`: what the target's LM head reads after each token; for the teacher loss, None otherwise.
+    copies `int64 [B, A, 1+U, 2]`: see `ctc.copies.copies_at`; None for drafters that copy nothing.
+    """
+
+    features: torch.Tensor
+    tokens: torch.Tensor
+    anchors: Anchors
+    options: LossOptions = LossOptions()
+    last: torch.Tensor | None = None
+    copies: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class LossInputs:
+    """What the loss of N anchors reads. states `[N, ...]`: of `draft_states`. prefixes `int64 [N, 1+U]`: root, y1..yU.
+
+    valid `bool [N, U]`: labels that count. last `[N, U, H]`: what the target's LM head reads after root, y1, ..
+    y(U-1); copies `int64 [N, 1+U, 2]`: see `AnchorBatch`.
+    """
+
+    states: torch.Tensor
+    prefixes: torch.Tensor
+    valid: torch.Tensor
+    last: torch.Tensor | None = None
+    copies: torch.Tensor | None = None
+
+    def split(self, size: int) -> list[LossInputs]:
+        """`size` anchors each."""
+        count = -(-len(self.states) // size)
+        wholes = (self.states, self.prefixes, self.valid, self.last, self.copies)
+        parts = [[None] * count if whole is None else whole.split(size) for whole in wholes]
+        return [LossInputs(*part) for part in zip(*parts, strict=True)]
 
 
 # Configurations that trained drafters share: what they know of their target, and the sizes of draft layers.
@@ -68,8 +138,8 @@ class DrafterConfig(PreTrainedConfig):
 class TrainableDrafter(PreTrainedModel):
     """A `Drafter` that is trained at anchors: places of a text whose next tokens it learns.
 
-    It works in two parts, so that what is as large as the vocabulary need not exist for all anchors at once: `blocks`
-    for a whole batch of rows, then `losses` or `candidates` for some of its anchors.
+    It works in two parts, so that what is as large as the vocabulary need not exist for all anchors at once:
+    `draft_states` for a whole batch of rows, then `loss` or `candidates` for some of its anchors.
     Save and load it with `save_pretrained` and `from_pretrained` (`config.json`, `model.safetensors`).
     """
 
@@ -87,86 +157,59 @@ class TrainableDrafter(PreTrainedModel):
             refuse_call(self)
         return super().__call__(*given, **options)
 
-    def forward(self, work: Callable[[Any], torch.Tensor]) -> torch.Tensor:
-        """`work(self)`. Wrappers that gather gradients (DDP) must see a call of the module they wrap."""
-        return work(self)
+    def forward(self, batch: AnchorBatch, embed: nn.Module, head: nn.Module) -> torch.Tensor:
+        """Sum of the loss over all used anchors, a scalar in float32; embed, head: the target's frozen modules.
+
+        What is as large as the vocabulary exists for `LossOptions.chunk` anchors at a time, and is computed again in
+        the backward pass. With `LossOptions.recompute` so are the draft layers.
+        """
+        anchors, options = batch.anchors, batch.options
+        given = (batch.features, batch.tokens, anchors.positions, embed)
+        if options.recompute:
+            states = checkpoint(self.draft_states, *given, use_reentrant=False, preserve_rng_state=False)
+        else:
+            states = self.draft_states(*given)
+        last = None if batch.last is None else anchors.flat(states_after(batch.last, anchors))
+        copies = None if batch.copies is None else anchors.flat(batch.copies)
+        known = (anchors.flat(anchors.prefixes), anchors.flat(anchors.valid), last, copies)
+        return self.chunked_loss(LossInputs(anchors.flat(states), *known), embed, head, options)
+
+    def chunked_loss(self, inputs: LossInputs, embed: nn.Module, head: nn.Module, options: LossOptions) -> torch.Tensor:
+        """Sum of `loss` over N anchors, a scalar in float32, `options.chunk` of them at a time."""
+        if not len(inputs.states):
+            return inputs.states.sum()  # 0, and still a part of the graph
+
+        def part(inputs: LossInputs) -> torch.Tensor:
+            return self.loss(inputs, embed, head, options).sum()
+
+        chunks = inputs.split(options.chunk or usual_chunk(self.config.vocab_size, self.config.draft_length))
+        if len(chunks) == 1:
+            return part(chunks[0])
+        parts = [checkpoint(part, each, use_reentrant=False, preserve_rng_state=False) for each in chunks]
+        return torch.stack(parts).sum()
 
     @abstractmethod
-    def blocks(
+    def draft_states(
         self, features: torch.Tensor, tokens: torch.Tensor, anchors: torch.Tensor, embed: nn.Module
     ) -> torch.Tensor:
         """What the drafter knows at many anchors, `[B, A, ...]`.
 
         features `[B, T, K]` and tokens `int64 [B, T]` of right-padded rows; anchors `int64 [B, A]`. The root of anchor
         p is `tokens[p]`; only the features of the tokens before p may be looked at. The tokens after p are for drafters
-        that `likelihood` could not give them: what is said of one may depend on those before it.
+        that `loss` could not give them: what is said of one may depend on those before it.
         """
 
     @abstractmethod
-    def objective(self, loss: str, decay: float) -> Objective:
-        """The loss by its name in the training settings; a later token of a draft weighs `decay` times the one before.
-
-        Raises `UserError` for a loss that this drafter has not.
-        """
+    def check_loss(self, loss: str) -> None:
+        """Raises `UserError` for a loss of the training settings that this drafter has not."""
 
     @abstractmethod
-    def likelihood(self, blocks: torch.Tensor, prefixes: torch.Tensor, embed: nn.Module, head: nn.Module) -> Any:
-        """What the objective reads. blocks `[N, ...]`; prefixes `int64 [N, 1+U]`, the root and y1..yU."""
-
-    def taught(
-        self, blocks: torch.Tensor, prefixes: torch.Tensor, teacher: torch.Tensor, embed: nn.Module, head: nn.Module
-    ) -> Any:
-        """`likelihood` for the objective of the teacher loss.
-
-        teacher: float32 `[N, U, V]`, the target's probabilities of the token after root, y1..y(u-1).
-        """
-        raise NotImplementedError
-
-    def copying(
-        self, blocks: torch.Tensor, prefixes: torch.Tensor, copies: torch.Tensor, embed: nn.Module, head: nn.Module
-    ) -> Any:
-        """`likelihood` where the text suggests tokens; copies `[N, ...]`: what `copies` says of the anchors."""
-        raise NotImplementedError
-
-    def losses(
-        self,
-        blocks: torch.Tensor,
-        prefixes: torch.Tensor,
-        valid: torch.Tensor,
-        embed: nn.Module,
-        head: nn.Module,
-        objective: Objective,
-        teacher: torch.Tensor | None = None,
-        copies: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Loss of each anchor `[N]`, in float32.
-
-        valid `bool [N, U]`: labels that count; teacher: as in `taught`; copies: what `copies` says of the anchors, for
-        drafters that copy.
-        """
-        if teacher is not None:
-            found = self.taught(blocks, prefixes, teacher, embed, head)
-        elif copies is not None and copies.numel():
-            found = self.copying(blocks, prefixes, copies, embed, head)
-        else:
-            found = self.likelihood(blocks, prefixes, embed, head)
-        with torch.autocast(blocks.device.type, enabled=False):
-            return objective(found, *self.labels(prefixes, valid))
+    def loss(self, inputs: LossInputs, embed: nn.Module, head: nn.Module, options: LossOptions) -> torch.Tensor:
+        """Loss of each of N anchors `[N]`, in float32 and nats."""
 
     def without_lookup(self) -> TrainableDrafter:
         """The same weights where each draft asks the network (`drafters/ctc_session.py`)."""
         return self
-
-    def copies(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """What drafters that copy would copy after the texts' own tokens, `int64 [B, A, ...]`; by default nothing.
-
-        tokens `int64 [B, T]`; positions `int64 [B, A]` of the roots.
-        """
-        return tokens.new_empty(*positions.shape, 0)
-
-    def labels(self, prefixes: torch.Tensor, valid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """y1..yU `int64 [N, U]` as the drafter counts tokens, and those of the valid ones that it can learn."""
-        return prefixes[:, 1:], valid
 
     def candidates(
         self,
@@ -196,9 +239,9 @@ class TrainableDrafter(PreTrainedModel):
     ) -> Iterator[Candidates]:
         """What a session would propose at the used anchors, `chunk` of them at a time; for validation.
 
-        features, tokens and anchors as in `blocks`; used `bool [B, A]`.
+        features, tokens and anchors as in `draft_states`; used `bool [B, A]`.
         """
-        blocks = self.blocks(features, tokens, anchors, borrowed.embed)[used].split(chunk)
+        blocks = self.draft_states(features, tokens, anchors, borrowed.embed)[used].split(chunk)
         roots = tokens.gather(1, anchors)[used].split(chunk)
         for part, root in zip(blocks, roots, strict=True):
             yield self.candidates(part, root, borrowed, nodes)
@@ -318,6 +361,14 @@ class TrainableDrafter(PreTrainedModel):
             nn.init.zeros_(module.bias)
         if isinstance(module, nn.RMSNorm):
             nn.init.ones_(module.weight)
+
+
+def states_after(states: torch.Tensor, anchors: Anchors) -> torch.Tensor:
+    """States `[B, A, U, H]` of each anchor's root and y1..y(U-1), of states `[B, T, H]`; clamped at the end."""
+    steps = torch.arange(anchors.valid.shape[2], device=states.device)
+    index = (anchors.positions.unsqueeze(-1) + steps).clamp(max=states.shape[1] - 1).flatten(1)
+    found = states.gather(1, index.unsqueeze(-1).expand(-1, -1, states.shape[2]))
+    return found.unflatten(1, anchors.valid.shape[1:])
 
 
 def network_of(drafter: Drafter) -> Drafter:

@@ -15,17 +15,17 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.utils.checkpoint
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from ctc_drafter.drafters.trainable import TrainableDrafter
+from ctc_drafter.drafters.lm_head import usual_chunk
+from ctc_drafter.drafters.trainable import AnchorBatch, Anchors, TrainableDrafter
 from ctc_drafter.target.features import captured, concatenate
 from ctc_drafter.train.data import DistilledDataset
-from ctc_drafter.train.objective import chunked_losses, usual_chunk
+from ctc_drafter.train.objective import anchor_copies, loss_options
 from ctc_drafter.train.settings import TrainSettings
 from ctc_drafter.types import UserError, lacks_memory
 
@@ -162,28 +162,20 @@ def _features(
 def _step(
     plan: Plan, model: PreTrainedModel, drafter: TrainableDrafter, features: torch.Tensor, last: torch.Tensor
 ) -> None:
-    """As `draft_loss`, every anchor used, and its backward pass."""
+    """Forward and backward of the drafter, every anchor used."""
     settings, labels = plan.settings, drafter.config.draft_length
     rows, length = features.shape[:2]
     tokens = torch.zeros(rows, length, dtype=torch.long)
     embed, head = model.get_input_embeddings(), model.get_output_embeddings()
     places = torch.zeros(rows, min(settings.anchors, length - 1), dtype=torch.long)
+    prefixes = torch.zeros(*places.shape, 1 + labels, dtype=torch.long)
+    anchors = Anchors(places, None, prefixes, torch.ones(*places.shape, labels, dtype=torch.bool))
+    taught = last if settings.loss == "teacher" else None
+    copies = anchor_copies(drafter.config, tokens, places)
+    batch = AnchorBatch(features, tokens, anchors, loss_options(settings), taught, copies)
+    drafter.check_loss(settings.loss)
     with torch.autocast("cpu", torch.bfloat16, enabled=settings.bf16):
-        if settings.recompute:
-            blocks = torch.utils.checkpoint.checkpoint(
-                drafter.blocks, features, tokens, places, embed, use_reentrant=False, preserve_rng_state=False
-            )
-        else:
-            blocks = drafter.blocks(features, tokens, places, embed)
-        blocks = blocks.flatten(0, 1)
-        count = len(blocks)
-        valid = torch.ones(count, labels, dtype=torch.bool)
-        width = last.shape[-1] if settings.loss == "teacher" else 0
-        states = torch.zeros(count, labels if width else 0, width, dtype=last.dtype)
-        copies = drafter.copies(tokens, places).flatten(0, 1)
-        wholes = (blocks, torch.zeros(count, 1 + labels, dtype=torch.long), valid, states, copies)
-        objective = drafter.objective(settings.loss, settings.loss_decay)
-        chunked_losses(drafter, embed, head, wholes, objective, settings.anchor_chunk).backward()
+        drafter(batch, embed, head).backward()
 
 
 def measured_rate(dtype: torch.dtype, device: str, seconds: float = 1.0) -> float:

@@ -17,14 +17,14 @@ from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
-from ctc_drafter.drafters.trainable import TrainableDrafter
+from ctc_drafter.drafters.trainable import AnchorBatch, TrainableDrafter
 from ctc_drafter.files import disk_errors, write_atomic
 from ctc_drafter.provenance import check_writer, claim, config_hash, digest, versions, weights_hash
 from ctc_drafter.target.model import Target
 from ctc_drafter.train.checkpoints import join_processes, latest_checkpoint, seal, shard_layers, share_of, trainer_state
 from ctc_drafter.train.data import EMPTY_ROW, DistilledDataset, LengthSampler, collate
 from ctc_drafter.train.feature_cache import FeatureFiles, WithFeatures
-from ctc_drafter.train.objective import anchor_counts, draft_loss, draw_anchors, label_anchors
+from ctc_drafter.train.objective import anchor_copies, anchor_counts, draw_anchors, label_anchors, loss_options
 from ctc_drafter.train.settings import FREE, TrainSettings
 from ctc_drafter.train.validate import draft_positions, offline_beta
 from ctc_drafter.types import UserError
@@ -122,7 +122,7 @@ class DrafterTrainer(Trainer):
         settings: TrainSettings,
     ):
         self.target, self.settings = target, settings
-        self.objective = drafter.objective(settings.loss, settings.loss_decay)
+        drafter.check_loss(settings.loss)
         super().__init__(
             model=drafter,
             args=training_arguments(settings, checkpoints, target.device, evaluate=held_out is not None),
@@ -192,23 +192,12 @@ class DrafterTrainer(Trainer):
         else:
             features, last = self.target.hidden_states(tokens, config.target_layer_ids)
 
-        def work(drafter: TrainableDrafter) -> torch.Tensor:
-            with torch.autocast(tokens.device.type, torch.bfloat16, enabled=settings.bf16):
-                return draft_loss(
-                    drafter,
-                    self.target.embed,
-                    self.target.head,
-                    features,
-                    tokens,
-                    anchors,
-                    self.objective,
-                    settings.anchor_chunk,
-                    last if settings.loss == "teacher" else None,
-                    settings.recompute,
-                    settings.copy_dropout if drafter.training else 0.0,
-                )
-
-        return model(work), int(used.sum())
+        copies = anchor_copies(config, tokens, positions, settings.copy_dropout if model.training else 0.0)
+        last = last if settings.loss == "teacher" else None
+        batch = AnchorBatch(features, tokens, anchors, loss_options(settings), last, copies)
+        # A call of the module itself: wrappers that gather gradients (DDP) must see it.
+        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=settings.bf16):
+            return model(batch, self.target.embed, self.target.head), int(used.sum())
 
     @torch.no_grad()
     def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> EvalLoopOutput:

@@ -51,10 +51,11 @@ def offline_beta(
         tokens, lengths = batch["input_ids"].to(device), batch["lengths"].to(device)
         places = torch.nn.utils.rnn.pad_sequence([torch.tensor(p) for p in positions], batch_first=True)
         used = torch.arange(places.shape[1]) < torch.tensor([[len(p)] for p in positions])
-        anchors = label_anchors(tokens, lengths, places.to(device), used.to(device), drafter.config.draft_length)
+        places, used = places.to(device), used.to(device)
+        anchors = label_anchors(tokens, lengths, places, used, drafter.config.draft_length)
         features = target.hidden_features(tokens, drafter.feature_layers)
-        found = drafter.drafts(features, tokens, anchors.positions, anchors.used, borrowed, max(nodes), chunk)
-        for candidates, truth in zip(found, anchors.prefixes[anchors.used].split(chunk), strict=True):
+        found = drafter.drafts(features, tokens, places, used, borrowed, max(nodes), chunk)
+        for candidates, truth in zip(found, anchors.prefixes[used].split(chunk), strict=True):
             for name, accepted in accepted_lengths(candidates, truth, nodes).items():
                 totals[name] = totals.get(name, 0.0) + float((accepted + 1).sum())
             count += len(truth)

@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn import functional as fn
 
 from ctc_drafter.ctc.copies import Text
-from ctc_drafter.drafters.lm_head import DraftHead, draft_head
-from ctc_drafter.drafters.trainable import DrafterConfig, Objective, TrainableDrafter
+from ctc_drafter.drafters.lm_head import DraftHead, draft_head, target_probabilities
+from ctc_drafter.drafters.trainable import DrafterConfig, LossInputs, LossOptions, TrainableDrafter
 from ctc_drafter.types import Candidates, UserError
 
 
@@ -32,11 +32,21 @@ class ChainDrafter(TrainableDrafter):
     ) -> Iterator[torch.Tensor]:
         """Float32 logits `[N, V]` of y1, of y2 after y1, and so on; blocks `[N, ...]`, prefixes `int64 [N, 1+U]`."""
 
-    def objective(self, loss: str, decay: float) -> Objective:
-        """The weighted cross-entropy of each token given its prefix, or what the teacher loss puts in its place."""
+    def check_loss(self, loss: str) -> None:
+        """`prefix` or `teacher`: drafters without blanks have no full-sequence loss."""
         if loss not in ("prefix", "teacher"):
             raise UserError(f"the {loss} loss is for drafters with blanks; leave it out for this method")
-        return lambda scores, _labels, valid: cross_entropy(scores, valid, decay)
+
+    def loss(self, inputs: LossInputs, embed: nn.Module, head: nn.Module, options: LossOptions) -> torch.Tensor:
+        """The weighted cross-entropy of each token given its prefix, or what the teacher loss puts in its place."""
+        if options.loss == "teacher":
+            assert inputs.last is not None
+            teacher = target_probabilities(head, inputs.last)
+            scores = self.teacher_scores(inputs.states, inputs.prefixes, teacher, embed, head)
+        else:
+            scores = self.likelihood(inputs.states, inputs.prefixes, embed, head)
+        with torch.autocast(inputs.states.device.type, enabled=False):
+            return cross_entropy(scores, inputs.valid, options.decay)
 
     def likelihood(
         self, blocks: torch.Tensor, prefixes: torch.Tensor, embed: nn.Module, head: nn.Module
@@ -45,15 +55,18 @@ class ChainDrafter(TrainableDrafter):
         known = zip(self.known_logits(blocks, prefixes, embed, head), prefixes[:, 1:].unbind(1), strict=True)
         return torch.stack([-fn.cross_entropy(logits, label, reduction="none") for logits, label in known], 1)
 
-    def taught(
+    def teacher_scores(
         self, blocks: torch.Tensor, prefixes: torch.Tensor, teacher: torch.Tensor, embed: nn.Module, head: nn.Module
     ) -> torch.Tensor:
-        """See `TrainableDrafter.taught`; `lesson` of each token, float32 `[N, U]`."""
+        """`teacher_score` of each token, float32 `[N, U]`.
+
+        teacher: float32 `[N, U, V]`, the target's probabilities of the token after root, y1..y(u-1).
+        """
         logits = self.known_logits(blocks, prefixes, embed, head)
         known = zip(logits, prefixes[:, 1:].unbind(1), teacher.unbind(1), strict=True)
-        return torch.stack([self.lesson(*each) for each in known], 1)
+        return torch.stack([self.teacher_score(*each) for each in known], 1)
 
-    def lesson(self, logits: torch.Tensor, labels: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    def teacher_score(self, logits: torch.Tensor, labels: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
         """What to make large, `[N]`: the log-probability that the teacher `[N, V]` expects of its own tokens."""
         return -fn.cross_entropy(logits, teacher, reduction="none")
 

@@ -11,13 +11,13 @@ import torch
 from torch import nn
 
 from ctc_drafter.ctc.copies import Text
-from ctc_drafter.ctc.lattice import Lattice, lattice
+from ctc_drafter.ctc.lattice import lattice
 from ctc_drafter.ctc.loss import ctc_objective
 from ctc_drafter.drafters.base import DraftSession
 from ctc_drafter.drafters.baselines.heads import LastStateSession, before
 from ctc_drafter.drafters.ctc import CTCDrafter, CTCDrafterConfig, FramesConfig, FramesModel
 from ctc_drafter.drafters.lm_head import DraftHead, draft_head
-from ctc_drafter.drafters.trainable import Objective
+from ctc_drafter.drafters.trainable import LossInputs, LossOptions
 from ctc_drafter.types import Candidates, Prefix, UserError, padded
 
 # The paper's own CTC drafting: full-sequence loss, independent frames, a static tree of choices, collapsed.
@@ -60,14 +60,17 @@ class PaperDrafter(FramesModel):
         super().__init__(config)
         self.post_init()
 
-    def objective(self, loss: str, decay: float) -> Objective:
-        """The full-sequence loss, by either name: there is no other."""
+    def check_loss(self, loss: str) -> None:
+        """`prefix` and `ctc` are the full-sequence loss: there is no other."""
         if loss == "teacher":
             raise UserError("the teacher loss is for drafters without blanks; leave it out for this method")
-        return ctc_objective
 
-    def likelihood(self, blocks: torch.Tensor, prefixes: torch.Tensor, embed: nn.Module, head: nn.Module) -> Lattice:
-        return lattice(*self.frame_logits(blocks, head), prefixes[:, 1:], None)
+    def loss(self, inputs: LossInputs, embed: nn.Module, head: nn.Module, options: LossOptions) -> torch.Tensor:
+        """See `TrainableDrafter.loss`."""
+        labels = inputs.prefixes[:, 1:]
+        found = lattice(*self.frame_logits(inputs.states, head), labels, None)
+        with torch.autocast(inputs.states.device.type, enabled=False):
+            return ctc_objective(found, labels, inputs.valid)
 
     def prepare(self, embed: nn.Module, head: nn.Module) -> DraftHead:
         return DraftHead(embed, draft_head(head))
@@ -194,10 +197,10 @@ class LinearCTCDrafter(CTCDrafter):
         """What the maps read of features `[B, T, H]`."""
         return self.norm(features.to(self.norm.weight.dtype))
 
-    def blocks(
+    def draft_states(
         self, features: torch.Tensor, tokens: torch.Tensor, anchors: torch.Tensor, embed: nn.Module
     ) -> torch.Tensor:
-        """The state before each anchor `[B, A, H]`; see `TrainableDrafter.blocks`."""
+        """The state before each anchor `[B, A, H]`; see `TrainableDrafter.draft_states`."""
         return before(self.states(features), anchors)
 
     def filled(self, blocks: torch.Tensor) -> torch.Tensor:

@@ -87,7 +87,7 @@ class DFlashDrafter(TokenFrames):
 # Source: "DSpark: Confidence-Scheduled Speculative Decoding with Semi-Autoregressive Generation" (DeepSeek-AI and
 # Peking University, 2026). The paper's sequential part is a low-rank table of the last token, `predictor_width` 0
 # here; a width gives it the MLP over the two last tokens and the root's state that the CTC drafter has. The authors'
-# loss is `lesson`, with DFlash's weights. Their confidence head, which shortens chains under load, is not needed
+# loss is `teacher_score`, with DFlash's weights. Their confidence head, which shortens chains under load, is not needed
 # where a tree's nodes are chosen by their probabilities.
 
 
@@ -133,7 +133,7 @@ class DSparkDrafter(TokenFrames):
 
         return step
 
-    def lesson(self, logits: torch.Tensor, labels: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    def teacher_score(self, logits: torch.Tensor, labels: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
         """The authors' sum: 0.1 log-probability of the label, less 0.9 of the summed differences to the teacher's."""
         likely = -fn.cross_entropy(logits, labels, reduction="none")
         return 0.1 * likely - 0.9 * (logits.softmax(-1) - teacher).abs().sum(-1)

@@ -49,7 +49,7 @@ class EagleConfig(LayerConfig):
 
 
 class EagleDrafter(ChainDrafter):
-    """blocks are normed features `[B, A, U, H]`, the u-th one after the root and u-1 known tokens."""
+    """Draft states are normed features `[B, A, U, H]`, the u-th one after the root and u-1 known tokens."""
 
     config_class = EagleConfig
     config: EagleConfig
@@ -77,10 +77,10 @@ class EagleDrafter(ChainDrafter):
         """Keys and values of committed pairs: tokens `int64 [B, T]`, features of the tokens before them."""
         return self.layer.self_attn.keys_values(self.layer.pairs(embed(tokens).to(fused.dtype), fused), by)
 
-    def blocks(
+    def draft_states(
         self, features: torch.Tensor, tokens: torch.Tensor, anchors: torch.Tensor, embed: nn.Module
     ) -> torch.Tensor:
-        """See `TrainableDrafter.blocks`. Depth by depth for all anchors at once, each seeing its own rollout only."""
+        """See `TrainableDrafter.draft_states`. Depth by depth for all anchors at once, each with its own rollout."""
         fused, (batch, length), count = self.fused(features), tokens.shape, anchors.shape[1]
         by = self.rotation(torch.arange(length, device=tokens.device).expand(batch, -1))
         keys, values = self.keys_values(tokens, shifted(fused), by, embed)

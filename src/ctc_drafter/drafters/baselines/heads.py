@@ -47,7 +47,7 @@ class HeadsConfig(DrafterConfig):
 
 
 class HeadsDrafter(StepwiseDrafter):
-    """blocks are hidden states `[B, A, H]`: of the token before each anchor's root, behind the norm."""
+    """Draft states are hidden states `[B, A, H]`: of the token before each anchor's root, behind the norm."""
 
     def __init__(self, config: HeadsConfig):
         super().__init__(config)
@@ -80,10 +80,10 @@ class HeadsDrafter(StepwiseDrafter):
         """What heads read of features `[B, T, H]`."""
         return self.norm(features)
 
-    def blocks(
+    def draft_states(
         self, features: torch.Tensor, tokens: torch.Tensor, anchors: torch.Tensor, embed: nn.Module
     ) -> torch.Tensor:
-        """See `TrainableDrafter.blocks`. A root that begins its text has nothing before it and zeros for a state."""
+        """See `TrainableDrafter.draft_states`. A root that begins its text has nothing before it: zeros for a state."""
         return before(self.states(features), anchors)
 
     def begin(self, embed: nn.Module, head: nn.Module, batch_size: int) -> DraftSession:

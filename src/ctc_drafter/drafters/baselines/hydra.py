@@ -91,10 +91,10 @@ class HydraDrafter(HeadsDrafter):
 
         return step
 
-    def blocks(
+    def draft_states(
         self, features: torch.Tensor, tokens: torch.Tensor, anchors: torch.Tensor, embed: nn.Module
     ) -> torch.Tensor:
-        """See `TrainableDrafter.blocks`; with prefix attention, each token's state has seen those before it."""
+        """See `TrainableDrafter.draft_states`; with prefix attention, each token's state has seen those before it."""
         states = self.states(features)
         if self.prefix_layer is not None:
             length = states.shape[1]
