@@ -63,7 +63,7 @@ def test_entries() -> None:
     assert at_depths(entries, ()) == entries
     with pytest.raises(UserError, match=f"ours drafts {own} tokens at most"):
         at_depths(entries, (99,))
-    with pytest.raises(UserError, match="Silent has no depth"):
+    with pytest.raises(UserError, match="NoDrafter has no depth"):
         at_depths({"silent": Entry(NoDrafter(), {})}, (1,))
 
 
