@@ -285,7 +285,7 @@ def test_float16_that_overflows(cache):
     assert stock_continuations(model, PROMPTS, LENGTH) == expected
     texts = [prompt + text for prompt, text in zip(PROMPTS, expected, strict=True)]
     drafter = PoisonDrafter(texts, (4, 0, 2), token, vocab_size=model.config.vocab_size)
-    found = generate(wrapped(model, cache), drafter, PROMPTS, max_new_tokens=LENGTH, min_probability=0.0)
+    found = generate(wrapped(model, cache), drafter, PROMPTS, max_new_tokens=LENGTH, min_probability=0.0, eos=())
     assert found.tokens == expected
     assert max(found.accepted[0]) == 0  # poison in each draft: every step was taken again
 
