@@ -79,6 +79,9 @@ class TextStream:
 
     `window` holds the tokens released last (a leading space needs its left neighbour), `shown` of them, and then
     those held back.
+
+    Not `tokenizers.decoders.DecodeStream`: with byte fallback it raises "Invalid prefix encountered" behind bytes that
+    make no character, it holds such bytes back without bound, and what it holds at the end cannot be had.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
