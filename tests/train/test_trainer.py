@@ -95,7 +95,7 @@ def test_sigkill_and_resume(tmp_path: Path, unbroken: tuple[Path, Trained]) -> N
     same_run(tmp_path, short_run(tmp_path), unbroken)
 
 
-@pytest.mark.parametrize("at", [1, 2, 3])
+@pytest.mark.parametrize("at", [1, pytest.param(2, marks=pytest.mark.slow), 3])
 def test_cut_off_while_a_checkpoint_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unbroken: tuple[Path, Trained], at: int
 ) -> None:
