@@ -13,10 +13,12 @@ from huggingface_hub.errors import LocalTokenNotFoundError
 from huggingface_hub.utils import filter_repo_objects
 
 from ctc_drafter.cli import main
+from ctc_drafter.drafters.ctc import CTCDrafter
 from ctc_drafter.evaluate.figures import learning_curves
 from ctc_drafter.train import publish
 from ctc_drafter.train.prompts import describe_corpus
-from ctc_drafter.train.publish import OURS
+from ctc_drafter.train.publish import OURS, TrainJob, train_for_target
+from ctc_drafter.train.settings import TrainSettings
 from ctc_drafter.types import UserError
 from tiny_models import save_pair
 from train_helpers import write_jsonl
@@ -97,6 +99,19 @@ def test_a_training_ends_with_card_picture_and_upload(answers: Path, tmp_path: P
     (out / "README.md").unlink()
     assert main(["train", *options, *sizes]) == 0
     assert "    ctc-drafter again\n" in (out / "README.md").read_text()
+
+
+def test_a_whole_training_is_one_call_from_python(answers: Path, tmp_path: Path) -> None:
+    """Nobody draws unless asked to, and the card then names no picture."""
+    chosen = TrainSettings.parse({"steps": 1, "progress": False, "log_every": 1})
+    given = {"target": str(answers / "target"), "sizes": {"draft_length": 3, "frames": None}, "held_out": 0.0}
+    job = TrainJob([answers / "answers"], tmp_path, chosen, **given)
+    done = train_for_target(job)
+    assert done is not None
+    assert (done.trained.steps, done.address) == (1, None)
+    assert CTCDrafter.from_pretrained(tmp_path).config.draft_length == 3
+    assert "training.png" not in (tmp_path / "README.md").read_text()
+    assert not (tmp_path / "training.png").exists()
 
 
 def test_curves_are_the_logs_and_readable_without_colour() -> None:

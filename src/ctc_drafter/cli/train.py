@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from ctc_drafter.train.estimate import Plan
     from ctc_drafter.train.recipe import Recipe
 
-MANY_CUT = 0.9  # of all answers: seldom right
-
 FlopsOption = Annotated[
     float | None,
     typer.Option(
@@ -86,6 +84,7 @@ def distill(
 ) -> None:
     """Generates the target's answers to prompts, which drafters are trained on."""
     from ctc_drafter.load import load_config, load_target, read_template
+    from ctc_drafter.train.data import MANY_CUT, cut_message
     from ctc_drafter.train.distill import Sampling
     from ctc_drafter.train.distill import distill as run_distill
     from ctc_drafter.train.distill_server import Server, distill_remotely
@@ -124,7 +123,7 @@ def distill(
         f"{done.too_long} prompts were too long{left_out}"
     )
     if done.rows and done.cut > MANY_CUT * done.rows:
-        cut_warning(done.cut / done.rows)
+        show_warning(cut_message(done.cut / done.rows))
 
 
 def train(
@@ -235,19 +234,11 @@ def train(
     """Trains a drafter on the target's answers."""
     import shlex
 
-    import torch
-
-    from ctc_drafter.drafters.registry import blank_drafter, choose_vocabulary, fresh_drafter, trained_method
+    from ctc_drafter.drafters.registry import trained_method
     from ctc_drafter.drafters.warm_start import read_start
-    from ctc_drafter.load import load_config, load_target, read_template, shipped
-    from ctc_drafter.provenance import check_writer
-    from ctc_drafter.quickstart import TARGET_DIR
-    from ctc_drafter.train.checkpoints import join_processes
-    from ctc_drafter.train.data import DistilledDataset
-    from ctc_drafter.train.estimate import Plan, TextSize, memory_errors
-    from ctc_drafter.train.publish import Made, check_hub, corpora, push, write_model_card
+    from ctc_drafter.evaluate.figures import save_learning_curves
+    from ctc_drafter.train.publish import TrainJob, train_for_target
     from ctc_drafter.train.settings import TrainSettings
-    from ctc_drafter.train.trainer import train_drafter
 
     named: dict[str, Any] = {"steps": steps, "epochs": epochs, "learning_rate": learning_rate, "batch_size": batch_size}
     named |= {"anchors": anchors, "loss": loss, "bf16": bf16 or None, "seed": seed}
@@ -257,39 +248,34 @@ def train(
     sizes: dict[str, Any] = {"frames": frames, "draft_length": draft_length, "num_hidden_layers": draft_layers}
     sizes |= {"predictor_rank": predictor_rank, "draft_vocab_size": draft_vocabulary, "carry": carry}
     sizes |= {"copies": copies, "lookup_length": lookup}
-    begin = read_start(init) if init else None
-    if begin:
-        sizes = begin.sizes(method) | {name: size for name, size in sizes.items() if size is not None}
-    rows, held = DistilledDataset.load(data, max_length).split(held_out)
-
-    def plan() -> Plan:
-        config, _, _ = load_config(target)
-        return Plan(config, getattr(torch, dtype), blank_drafter(method, **sizes), chosen, TextSize.of(rows))
-
+    job = TrainJob(
+        data=data,
+        out=out,
+        settings=chosen,
+        target=target,
+        method=method,
+        sizes=sizes,
+        start=read_start(init) if init else None,
+        max_length=max_length,
+        chat_template=chat_template,
+        held_out=held_out,
+        shard_target=shard_target,
+        push_to_hub=push_to_hub,
+        private=private,
+        resume=resume,
+        dtype=dtype,
+        device=device,
+        command=shlex.join(["ctc-drafter", *sys.argv[1:]]),
+    )
     if estimate:
-        show_estimate(plan(), flops, device)
+        show_estimate(job.plan(job.rows()[0]), flops, device)
         return
-    if push_to_hub:
-        check_hub(push_to_hub)
-    processes = join_processes(device)
-    with memory_errors(plan):
-        lm, tokenizer = load_target(target, dtype, "cpu" if shard_target else device)
-        read_template(tokenizer, chat_template)
-        check_writer(rows.manifest or {}, lm.model, tokenizer)
-        if (cut := rows.cut_share()) > MANY_CUT:
-            cut_warning(cut)
-        draft = fresh_drafter(lm, tokenizer, seed, method, **sizes)
-        choose_vocabulary(draft, rows.answer_counts(lm.vocab_size))
-        if begin:
-            begin.give_to(draft)
-        trained = train_drafter(lm, draft, rows, held, out, chosen, resume, shard_target, begin.hash if begin else "")
-    if not processes.is_main_process:
+    done = train_for_target(job, save_learning_curves, show_warning)
+    if done is None:
         return
-    command = shlex.join(["ctc-drafter", *sys.argv[1:]])
-    made = Made(target or shipped(TARGET_DIR), push_to_hub or str(out), method, command)
-    write_model_card(out, draft, made, trained.history, corpora(data))
-    if push_to_hub:
-        print(push(out, push_to_hub, private))
+    trained = done.trained
+    if done.address:
+        print(done.address)
     figures = {
         key: value for entry in trained.history for key, value in entry.items() if "loss" in key or "beta" in key
     }
@@ -340,13 +326,8 @@ def recipe(
         app(args=[*line, "--device", device], prog_name="ctc-drafter", standalone_mode=False)
 
 
-def cut_warning(share: float) -> None:
-    """Warns about training text whose answers were mostly truncated."""
-    print(
-        f"warning: {share:.0%} of the answers were cut before their end: a drafter learns little of how answers end, "
-        "and the target may not know where to stop; give distill --max-new-tokens more, or check the chat template",
-        file=sys.stderr,
-    )
+def show_warning(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr)
 
 
 def pairs(settings: list[str]) -> dict[str, Any]:

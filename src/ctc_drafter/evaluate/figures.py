@@ -339,6 +339,15 @@ BETA = "eval_beta_"
 MARKS = 12  # on a line
 
 
+def save_learning_curves(history: Sequence[Mapping[str, float]], folder: Path) -> str | None:
+    """Writes `training.svg` and `training.png` of a trainer's log; returns the PNG's name, None without entries."""
+    figure = learning_curves(history)
+    if figure is None:
+        return None
+    save(figure, folder, "training")
+    return "training.png"
+
+
 def learning_curves(history: Sequence[Mapping[str, float]]) -> Figure | None:
     """A plot of the losses, and one of β by nodes of the tree where it was measured; None without entries.
 

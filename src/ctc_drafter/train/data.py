@@ -19,6 +19,7 @@ from ctc_drafter.provenance import MANIFEST, different, read_manifest
 from ctc_drafter.types import UserError
 
 logger = logging.getLogger(__name__)
+MANY_CUT = 0.9  # of all answers: seldom right
 
 
 EMPTY_ROW = -1  # index of a row that teaches nothing
@@ -88,6 +89,11 @@ class DistilledDataset(Dataset[dict[str, Any]]):
         """The share of answers that end with none of the tokens which the manifest says end one; 0 if it does not."""
         ends = (self.manifest or {}).get("settings", {}).get("eos", ())
         return sum(int(row.ids[-1]) not in ends for row in self.rows) / len(self.rows) if ends and self.rows else 0.0
+
+    def cut_warning(self) -> str:
+        """What is wrong with text whose answers hardly ever come to their end; empty where enough of them do."""
+        share = self.cut_share()
+        return cut_message(share) if share > MANY_CUT else ""
 
     def answer_counts(self, vocab_size: int) -> torch.Tensor:
         """Token counts of the answers, `int64 [vocab_size]`. Raises `UserError` for other tokens."""
@@ -200,3 +206,11 @@ def _common_manifest(folders: Sequence[Path]) -> dict[str, Any] | None:
                 )
         first = {**manifest, **{key: value for key, value in first.items() if value}}
     return first
+
+
+def cut_message(share: float) -> str:
+    """Of text of which this share of the answers was cut."""
+    return (
+        f"{share:.0%} of the answers were cut before their end: a drafter learns little of how answers end, "
+        "and the target may not know where to stop; give distill --max-new-tokens more, or check the chat template"
+    )

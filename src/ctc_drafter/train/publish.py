@@ -1,26 +1,125 @@
-"""Model card of a trained drafter, and its upload to the hub."""
+"""A whole training run by names and folders, the model card of its drafter, and its upload to the hub."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import HfApi, ModelCardData
 from huggingface_hub.errors import LocalTokenNotFoundError
 
+from ctc_drafter.drafters.registry import blank_drafter, choose_vocabulary, fresh_drafter
 from ctc_drafter.drafters.trainable import TrainableDrafter
-from ctc_drafter.evaluate.figures import learning_curves, save
+from ctc_drafter.drafters.warm_start import Start
 from ctc_drafter.files import SPACED, disk_errors, markdown_table, write_atomic
-from ctc_drafter.provenance import MANIFEST, read_manifest, versions
+from ctc_drafter.load import load_config, load_target, read_template, shipped
+from ctc_drafter.provenance import MANIFEST, check_writer, read_manifest, versions
+from ctc_drafter.quickstart import TARGET_DIR
+from ctc_drafter.train.checkpoints import join_processes
+from ctc_drafter.train.data import DistilledDataset
+from ctc_drafter.train.estimate import Plan, TextSize, memory_errors
 from ctc_drafter.train.prompts import hub_name
+from ctc_drafter.train.settings import TrainSettings
+from ctc_drafter.train.trainer import Trained, train_drafter
 from ctc_drafter.types import UserError, first_line
 
-# Model card: README.md in the drafter's folder, with a plot of its training.
+logger = logging.getLogger(__name__)
+Curves = Callable[[Sequence[Mapping[str, float]], Path], str | None]  # (log, folder) -> picture that was written there
 
-CARD, CURVES = "README.md", "training"
+
+# A whole training run, as `ctc-drafter train` makes it.
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """What to train, and where. target: folder or hub id, None for the shipped one. data: folders of `distill`.
+
+    sizes: of the drafter's config; those that are None are the method's. start: another drafter, to start from.
+    held_out: share of rows for β. shard_target: see `train_drafter`. push_to_hub: `owner/name`. command: for the card.
+    """
+
+    data: Sequence[Path]
+    out: Path
+    settings: TrainSettings
+    target: str | None = None
+    method: str = "ctc"
+    sizes: Mapping[str, Any] = field(default_factory=dict)
+    start: Start | None = None
+    max_length: int | None = None
+    chat_template: Path | None = None
+    held_out: float = 0.02
+    shard_target: bool = False
+    push_to_hub: str | None = None
+    private: bool = False
+    resume: bool = True
+    dtype: str = "float32"
+    device: str = "auto"
+    command: str = ""
+
+    def rows(self) -> tuple[DistilledDataset, DistilledDataset]:
+        """To learn from, and held out."""
+        return DistilledDataset.load(list(self.data), self.max_length).split(self.held_out)
+
+    def drafter_sizes(self) -> dict[str, Any]:
+        given = {name: size for name, size in self.sizes.items() if size is not None}
+        return (self.start.sizes(self.method) if self.start else {}) | given
+
+    def plan(self, rows: DistilledDataset) -> Plan:
+        """What an estimate of the run needs; nothing but the target's configuration is loaded."""
+        config, _, _ = load_config(self.target)
+        fresh = blank_drafter(self.method, **self.drafter_sizes())
+        return Plan(config, getattr(torch, self.dtype), fresh, self.settings, TextSize.of(rows))
+
+
+@dataclass(frozen=True)
+class Finished:
+    """trained: steps and log. address: of the drafter on the hub, if it was pushed."""
+
+    trained: Trained
+    address: str | None = None
+
+
+def train_for_target(
+    job: TrainJob, curves: Curves | None = None, warn: Callable[[str], None] = logger.warning
+) -> Finished | None:
+    """Trains a drafter for a target on its own answers; it lies in `job.out` then, with a model card.
+
+    curves: draws the learning curves for the card. Raises `UserError` as what it calls: for text of another target, a
+    folder of another run, too little memory, a hub that refuses. Returns None on all processes but the main one.
+    """
+    rows, held = job.rows()
+    if job.push_to_hub:
+        check_hub(job.push_to_hub)
+    processes = join_processes(job.device)
+    with memory_errors(lambda: job.plan(rows)):
+        lm, tokenizer = load_target(job.target, job.dtype, "cpu" if job.shard_target else job.device)
+        read_template(tokenizer, job.chat_template)
+        check_writer(rows.manifest or {}, lm.model, tokenizer)
+        if warning := rows.cut_warning():
+            warn(warning)
+        draft = fresh_drafter(lm, tokenizer, job.settings.seed, job.method, **job.drafter_sizes())
+        choose_vocabulary(draft, rows.answer_counts(lm.vocab_size))
+        if job.start:
+            job.start.give_to(draft)
+        start = job.start.hash if job.start else ""
+        trained = train_drafter(lm, draft, rows, held, job.out, job.settings, job.resume, job.shard_target, start)
+    if not processes.is_main_process:
+        return None
+    made = Made(job.target or shipped(TARGET_DIR), job.push_to_hub or str(job.out), job.method, job.command)
+    with disk_errors(job.out):
+        picture = curves(trained.history, job.out) if curves else None
+    write_model_card(job.out, draft, made, trained.history, corpora(job.data), picture)
+    return Finished(trained, push(job.out, job.push_to_hub, job.private) if job.push_to_hub else None)
+
+
+# What a finished drafter says of itself: README.md in its folder, with a picture of its training.
+
+CARD = "README.md"
 OURS = "<!-- written by ctc-drafter train; without this line it is left alone -->"
 SIZES = ("num_hidden_layers", "frames", "draft_length", "draft_vocab_size", "target_layer_ids")
 
@@ -46,18 +145,16 @@ def write_model_card(
     made: Made,
     history: Sequence[Mapping[str, float]],
     data: Sequence[Mapping[str, Any]],
+    curves: str | None = None,
 ) -> None:
-    """Writes `out/README.md`, and `training.svg` and `training.png`. A README of somebody else's stays as it is.
+    """Writes `out/README.md`. A README of somebody else's stays as it is.
 
-    history: the trainer's log. data: manifests of the text that was learnt.
+    history: the trainer's log. data: manifests of the text that was learnt. curves: a picture of the log in `out`.
     """
-    figure = learning_curves(history)
     with disk_errors(out):
-        if figure is not None:
-            save(figure, out, CURVES)
         card = out / CARD
         if not card.is_file() or OURS in card.read_text(encoding="utf-8"):
-            picture = f"![loss and β during training]({CURVES}.png)\n\n" if figure is not None else ""
+            picture = f"![loss and β during training]({curves})\n\n" if curves else ""
             write_atomic(card, [model_card(drafter, made, history, data, picture).rstrip()])
 
 
