@@ -252,6 +252,6 @@ def test_without_copies_frames_are_the_same():
     target = tiny_target()
     whole = copying_drafter(target)
     plain, root, blocks = whole.without_copies(), torch.tensor([9]), torch.randn(1, 6, 64)
-    found = [each.candidates(blocks, root, each.borrow(target.embed, target.head), 8) for each in (whole, plain)]
+    found = [each.candidates(blocks, root, each.prepared(target.embed, target.head), 8) for each in (whole, plain)]
     assert torch.equal(found[0].tokens, found[1].tokens)
     torch.testing.assert_close(found[0].scores, found[1].scores)

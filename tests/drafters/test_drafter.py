@@ -80,7 +80,7 @@ def test_the_search_scores_what_the_loss_trains(width):
     tokens = torch.tensor([ROWS[0]])
     features = target.hidden_features(tokens, drafter.feature_layers)
     blocks = drafter.draft_states(features, tokens, torch.tensor([[4]]), target.embed)[:, 0]
-    exact = replace(drafter.borrow(target.embed, target.head), head=target.head)
+    exact = replace(drafter.prepared(target.embed, target.head), head=target.head)
     found = drafter.candidates(blocks, tokens[:, 4], exact, nodes=6)
     for node in range(found.tokens.shape[1]):
         path = []
@@ -206,24 +206,24 @@ def test_without_a_predictor_frames_are_independent():
     assert session.propose(state.logits.argmax(-1), 8).scores.isfinite().any()
 
 
-def test_what_is_borrowed_is_made_again_only_when_weights_change():
+def test_prepared_heads_are_made_again_only_when_weights_change():
     target = tiny_target()
     drafter = tiny_drafter(target)
-    first = drafter.borrow(target.embed, target.head)
-    assert drafter.borrow(target.embed, target.head) is first
+    first = drafter.prepared(target.embed, target.head)
+    assert drafter.prepared(target.embed, target.head) is first
     with torch.no_grad():
         drafter.predictor.table.weight.mul_(2)
-    assert drafter.borrow(target.embed, target.head) is not first
-    assert drafter.borrow(tiny_target().embed, target.head) is not first
+    assert drafter.prepared(target.embed, target.head) is not first
+    assert drafter.prepared(tiny_target().embed, target.head) is not first
 
 
-def test_what_is_borrowed_follows_a_fused_optimizer():
+def test_prepared_heads_follow_a_fused_optimizer():
     target = tiny_target()
     drafter = tiny_drafter(target)
-    before = drafter.borrow(target.embed, target.head)
+    before = drafter.prepared(target.embed, target.head)
     optimizer = torch.optim.AdamW(drafter.parameters(), lr=0.1, fused=True)
     drafter.train()
     drafter.predictor.table.weight.sum().backward()
     optimizer.step()
     drafter.eval()
-    assert drafter.borrow(target.embed, target.head) is not before
+    assert drafter.prepared(target.embed, target.head) is not before

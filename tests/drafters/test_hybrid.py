@@ -35,7 +35,7 @@ class Recorded(CTCSession):
 def session_of(*texts: list[int]) -> Recorded:
     target = tiny_target()
     drafter = tiny_drafter(target)
-    session = Recorded(drafter, drafter.borrow(target.embed, target.head), len(texts), False, 15)
+    session = Recorded(drafter, drafter.prepared(target.embed, target.head), len(texts), False, 15)
     width = max(map(len, texts))
     tokens = torch.tensor([[*text, *[0] * (width - len(text))] for text in texts])
     session.extend(tokens, None, torch.tensor([len(text) for text in texts]))

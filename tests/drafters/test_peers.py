@@ -104,9 +104,9 @@ def test_a_session_drafts_what_training_saw(name: str) -> None:
 
     anchors = torch.tensor([[7], [4], [2]])
     root = state.tokens.gather(1, anchors).squeeze(1)
-    borrowed = drafter.borrow(target.embed, target.head)
+    heads = drafter.prepared(target.embed, target.head)
     used = torch.ones_like(anchors, dtype=torch.bool)
-    (expected,) = drafter.drafts(state.features, state.tokens, anchors, used, borrowed, nodes=6, chunk=8)
+    (expected,) = drafter.drafts(state.features, state.tokens, anchors, used, heads, nodes=6, chunk=8)
     found = session.propose(root, 6)
     assert torch.equal(found.tokens, expected.tokens)
     torch.testing.assert_close(found.scores, expected.scores, atol=2e-5, rtol=0)
@@ -175,7 +175,7 @@ def test_scores_are_the_product_of_the_tokens_probabilities(name: str) -> None:
     for prefix, steps in zip(prefixes, log_probs.cumsum(1).exp().tolist(), strict=True):
         assert steps == pytest.approx([expected[prefix[: u + 1]] for u in range(LENGTH)], rel=1e-3)
 
-    exact = type(drafter.borrow(target.embed, target.head))(target.embed, target.head, drafter.outputs(target.head))
+    exact = type(drafter.prepared(target.embed, target.head))(target.embed, target.head, drafter.outputs(target.head))
     found = drafter.candidates(blocks, torch.tensor([5]), exact, nodes=VOCABULARY)
     paths: list[tuple[int, ...]] = []
     compared = 0

@@ -213,6 +213,6 @@ def test_one_drafter_serves_two_targets_at_once(monkeypatch: pytest.MonkeyPatch)
         pause.wait(0.001)
 
     monkeypatch.setattr(type(drafter), "__setattr__", slowly, raising=False)
-    work = [[lambda each=targets[t % 2]: drafter.borrow(each.embed, each.head).embed] * 10 for t in range(THREADS)]
+    work = [[lambda each=targets[t % 2]: drafter.prepared(each.embed, each.head).embed] * 10 for t in range(THREADS)]
     found = side_by_side(work)
     assert [t for t in range(THREADS) for each in found[t] if each is not targets[t % 2].embed] == []

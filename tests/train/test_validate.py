@@ -72,8 +72,8 @@ def test_steps_of_generate_are_the_offline_lengths(learnt, nodes: int) -> None:
     features = target.hidden_features(text.long().unsqueeze(0), drafter.feature_layers)
     with torch.inference_mode():
         blocks = drafter.draft_states(features, text.long().unsqueeze(0), positions, target.embed)[0]
-        borrowed = drafter.borrow(target.embed, target.head)
-        candidates = drafter.candidates(blocks, anchors.prefixes[0, :, 0], borrowed, max(NODES))
+        heads = drafter.prepared(target.embed, target.head)
+        candidates = drafter.candidates(blocks, anchors.prefixes[0, :, 0], heads, max(NODES))
     lengths = accepted_lengths(candidates, anchors.prefixes[0], NODES)[str(nodes)].tolist()
 
     steps, at = [], 0
@@ -103,7 +103,7 @@ def test_beta_is_the_mean_over_positions(learnt) -> None:
         with torch.inference_mode():
             block = drafter.draft_states(features, tokens, place, target.embed)[0]
             truth = tokens[:, position : position + 5]
-            found = drafter.candidates(block, truth[:, 0], drafter.borrow(target.embed, target.head), max(NODES))
+            found = drafter.candidates(block, truth[:, 0], drafter.prepared(target.embed, target.head), max(NODES))
         for name, length in accepted_lengths(found, truth, NODES).items():
             totals[name] += int(length) + 1
     assert beta == pytest.approx({name: total / len(pairs) for name, total in totals.items()})

@@ -81,7 +81,7 @@ class BlockModel(TrainableDrafter):
 
     def begin(self, embed: nn.Module, head: nn.Module, batch_size: int) -> DraftSession:
         """See `Drafter.begin`."""
-        return BlockSession(self, self.borrow(embed, head), batch_size)
+        return BlockSession(self, self.prepared(embed, head), batch_size)
 
     @torch.no_grad()
     def start_from(self, norm_scale: torch.Tensor | None, head: nn.Module) -> None:

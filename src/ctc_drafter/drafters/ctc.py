@@ -14,7 +14,7 @@ from ctc_drafter.ctc.lattice import Lattice, lattice
 from ctc_drafter.ctc.loss import ctc_objective, prefix_loss
 from ctc_drafter.drafters.base import DraftSession
 from ctc_drafter.drafters.block import BlockConfig, BlockModel, frame_logits
-from ctc_drafter.drafters.ctc_session import BorrowedSearch, CTCSession, borrow_search
+from ctc_drafter.drafters.ctc_session import CTCSession, SearchHead, search_head
 from ctc_drafter.drafters.lm_head import columns_of, drafted_part, narrow_head
 from ctc_drafter.drafters.predictor import Predictor
 from ctc_drafter.drafters.trainable import LossInputs, LossOptions
@@ -214,16 +214,14 @@ class CTCDrafter(FramesModel):
         self,
         blocks: torch.Tensor,
         root: torch.Tensor,
-        borrowed: BorrowedSearch,
+        heads: SearchHead,
         nodes: int,
         min_probability: float = 0.0,
         text: Text | None = None,
     ) -> Candidates:
         """See `TrainableDrafter.candidates`. text: up to the roots, to copy from."""
         blocks = self.filled(blocks)
-        return borrowed.search(
-            *self.frame_logits(blocks, borrowed.head), root, blocks[:, 0], text, nodes, min_probability
-        )
+        return heads.search(*self.frame_logits(blocks, heads.head), root, blocks[:, 0], text, nodes, min_probability)
 
     def drafts(
         self,
@@ -231,21 +229,21 @@ class CTCDrafter(FramesModel):
         tokens: torch.Tensor,
         anchors: torch.Tensor,
         used: torch.Tensor,
-        borrowed: BorrowedSearch,
+        heads: SearchHead,
         nodes: int,
         chunk: int,
     ) -> Iterator[Candidates]:
         """See `TrainableDrafter.drafts`."""
-        blocks = self.draft_states(features, tokens, anchors, borrowed.embed)[used]
+        blocks = self.draft_states(features, tokens, anchors, heads.embed)[used]
         rows = used.nonzero()[:, 0]
         for part, row, end in zip(blocks.split(chunk), rows.split(chunk), anchors[used].split(chunk), strict=True):
             text = Text(tokens[row], end) if self.config.copies else None
-            yield self.candidates(part, tokens[row, end], borrowed, nodes, text=text)
+            yield self.candidates(part, tokens[row, end], heads, nodes, text=text)
 
     def begin(self, embed: nn.Module, head: nn.Module, batch_size: int) -> DraftSession:
         """See `Drafter.begin`."""
         copies, lookup_length = bool(self.config.copies), self.config.lookup_length
-        return CTCSession(self, self.borrow(embed, head), batch_size, copies, lookup_length)
+        return CTCSession(self, self.prepared(embed, head), batch_size, copies, lookup_length)
 
-    def prepare(self, embed: nn.Module, head: nn.Module) -> BorrowedSearch:
-        return borrow_search(self.predictor, self.config.draft_length, embed, self.narrowed(head), self.vocabulary)
+    def prepare(self, embed: nn.Module, head: nn.Module) -> SearchHead:
+        return search_head(self.predictor, self.config.draft_length, embed, self.narrowed(head), self.vocabulary)

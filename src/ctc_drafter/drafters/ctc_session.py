@@ -122,21 +122,21 @@ Search = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, Text 
 
 
 @dataclass(frozen=True)
-class BorrowedSearch(DraftHead):
+class SearchHead(DraftHead):
     """With the search of a CTC lattice."""
 
     search: Search
 
 
 @torch.no_grad()
-def borrow_search(
+def search_head(
     predictor: Predictor | None, depth: int, embed: nn.Module, head: nn.Module, vocabulary: torch.Tensor | None = None
-) -> BorrowedSearch:
+) -> SearchHead:
     """From the target's embedding and LM head; `depth` is the longest prefix to search. vocabulary `int64 [V]`: the
     tokens of the head's columns."""
     device = next(embed.parameters()).device
     make = best_first if device.type == "cpu" else level_by_level
-    return BorrowedSearch(embed, draft_head(head), make(predictor, depth, embed, vocabulary))
+    return SearchHead(embed, draft_head(head), make(predictor, depth, embed, vocabulary))
 
 
 def best_first(predictor: Predictor | None, depth: int, embed: nn.Module, vocabulary: torch.Tensor | None) -> Search:

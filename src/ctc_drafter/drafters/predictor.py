@@ -131,7 +131,7 @@ class Predictor(nn.Module):
 
 @torch.no_grad()
 def low_rank_bias(predictor: Predictor | None, embed: nn.Module, vocabulary: torch.Tensor | None = None) -> LowRankBias:
-    """What the searches on a CPU read of a predictor; of rank 0 without one. vocabulary as in `borrow_search`."""
+    """What the searches on a CPU read of a predictor; of rank 0 without one. vocabulary as in `search_head`."""
     from ctc_drafter.ctc.search_cpu import LowRankBias
 
     nothing = torch.zeros(0, 0)

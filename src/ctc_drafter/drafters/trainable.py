@@ -98,7 +98,7 @@ class DrafterConfig(PreTrainedConfig):
     """What every trained drafter knows. Unknown keys are refused, so a misspelt one cannot pass unnoticed.
 
     Args:
-        vocab_size, hidden_size: the target's; embeddings and LM head are borrowed from it.
+        vocab_size, hidden_size: the target's; embeddings and LM head are heads from it.
         target_num_layers: depth of the target it was made for.
         target_layer_ids: target blocks whose outputs are its features, counted from 0, before the final norm.
         target_fingerprint: of the target's tokenizer; empty when unknown.
@@ -149,7 +149,7 @@ class TrainableDrafter(PreTrainedModel):
 
     def __init__(self, config: DrafterConfig):
         super().__init__(config)
-        self._borrowed: tuple[Any, DraftHead] | None = None
+        self._prepared: tuple[Any, DraftHead] | None = None
 
     def __call__(self, *given: Any, **options: Any) -> Any:
         """`forward`. Raises `UserError` where `generate` calls it: a drafter is no `custom_generate` by itself."""
@@ -215,7 +215,7 @@ class TrainableDrafter(PreTrainedModel):
         self,
         blocks: torch.Tensor,
         root: torch.Tensor,
-        borrowed: Any,
+        heads: Any,
         nodes: int,
         min_probability: float = 0.0,
         text: Text | None = None,
@@ -233,7 +233,7 @@ class TrainableDrafter(PreTrainedModel):
         tokens: torch.Tensor,
         anchors: torch.Tensor,
         used: torch.Tensor,
-        borrowed: Any,
+        heads: Any,
         nodes: int,
         chunk: int,
     ) -> Iterator[Candidates]:
@@ -241,10 +241,10 @@ class TrainableDrafter(PreTrainedModel):
 
         features, tokens and anchors as in `draft_states`; used `bool [B, A]`.
         """
-        blocks = self.draft_states(features, tokens, anchors, borrowed.embed)[used].split(chunk)
+        blocks = self.draft_states(features, tokens, anchors, heads.embed)[used].split(chunk)
         roots = tokens.gather(1, anchors)[used].split(chunk)
         for part, root in zip(blocks, roots, strict=True):
-            yield self.candidates(part, root, borrowed, nodes)
+            yield self.candidates(part, root, heads, nodes)
 
     @abstractmethod
     def begin(self, embed: nn.Module, head: nn.Module, batch_size: int) -> DraftSession:
@@ -254,20 +254,20 @@ class TrainableDrafter(PreTrainedModel):
     def prepare(self, embed: nn.Module, head: nn.Module) -> DraftHead:
         """The target's embedding and LM head made ready for drafting."""
 
-    def borrow(self, embed: nn.Module, head: nn.Module) -> Any:
+    def prepared(self, embed: nn.Module, head: nn.Module) -> Any:
         """`prepare`, kept until the modules or any weights change, or training goes on. Raises as `check_modules`."""
         self.check_modules(embed, head)
         weights = [*self.parameters(), *embed.parameters(), *head.parameters()]
         key = (id(embed), id(head), *((id(w), 0 if w.is_inference() else w._version) for w in weights))
-        found = self._borrowed  # read once: another thread may draft for another target
+        found = self._prepared  # read once: another thread may draft for another target
         if found is None or found[0] != key:
-            found = self._borrowed = (key, self.prepare(embed, head))
+            found = self._prepared = (key, self.prepare(embed, head))
         return found[1]
 
     def train(self, mode: bool = True) -> Self:
         """As every module's. What was made of the weights goes: fused optimizers change them without a trace."""
         if mode:
-            self._borrowed = None
+            self._prepared = None
         return super().train(mode)
 
     @property
@@ -376,16 +376,9 @@ def network_of(drafter: Drafter) -> Drafter:
     return drafter.without_lookup() if isinstance(drafter, TrainableDrafter) else drafter
 
 
-PASSED_BY_TRANSFORMERS = frozenset(
-    {
-        "torch_dtype",
-        "name_or_path",
-        "_commit_hash",
-        "attn_implementation",
-        "output_attentions",
-        "experts_implementation",
-    }
-)
+PASSED_BY_TRANSFORMERS = frozenset({"torch_dtype", "name_or_path", "_commit_hash"}) | {
+    *("attn_implementation", "output_attentions", "experts_implementation")
+}
 
 
 def target_size(target: PreTrainedConfig, name: str) -> int | None:

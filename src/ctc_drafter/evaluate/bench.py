@@ -177,7 +177,7 @@ def shortened(drafter: Drafter, depth: int) -> Drafter:
         return replace(drafter, draft_length=depth)
     assert isinstance(drafter, TrainableDrafter)
     twin = copy.copy(drafter)
-    twin.config, twin._borrowed = copy.copy(drafter.config), None
+    twin.config, twin._prepared = copy.copy(drafter.config), None
     twin.config.draft_length = depth
     if getattr(twin.config, "lookup_length", 0):
         twin.config.lookup_length = min(depth, twin.config.lookup_length)

@@ -46,7 +46,7 @@ def offline_beta(
     totals: dict[str, float] = {}
     ranks: list[torch.Tensor] = []
     count = 0
-    borrowed = drafter.borrow(target.embed, target.head)
+    heads = drafter.prepared(target.embed, target.head)
     for batch, positions in _batches(rows, draft_positions(rows, drafter, max_positions, max_rows, seed), batch_size):
         tokens, lengths = batch["input_ids"].to(device), batch["lengths"].to(device)
         places = torch.nn.utils.rnn.pad_sequence([torch.tensor(p) for p in positions], batch_first=True)
@@ -54,7 +54,7 @@ def offline_beta(
         places, used = places.to(device), used.to(device)
         anchors = label_anchors(tokens, lengths, places, used, drafter.config.draft_length)
         features = target.hidden_features(tokens, drafter.feature_layers)
-        found = drafter.drafts(features, tokens, places, used, borrowed, max(nodes), chunk)
+        found = drafter.drafts(features, tokens, places, used, heads, max(nodes), chunk)
         for candidates, truth in zip(found, anchors.prefixes[used].split(chunk), strict=True):
             for name, accepted in accepted_lengths(candidates, truth, nodes).items():
                 totals[name] = totals.get(name, 0.0) + float((accepted + 1).sum())

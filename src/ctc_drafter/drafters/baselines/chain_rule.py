@@ -17,7 +17,7 @@ from ctc_drafter.types import Candidates, UserError
 
 
 @dataclass(frozen=True)
-class BorrowedOutputs(DraftHead):
+class OutputHeads(DraftHead):
     """outputs: for each drafted token, the matrix that turns a hidden state into its logits."""
 
     outputs: Sequence[nn.Module]
@@ -78,15 +78,15 @@ class StepwiseDrafter(ChainDrafter):
 
     @abstractmethod
     def steps(self, blocks: torch.Tensor, embed: nn.Module, outputs: Sequence[nn.Module]) -> Step:
-        """What is asked for next tokens, of blocks `[N, ...]`. outputs: as in `BorrowedOutputs`."""
+        """What is asked for next tokens, of blocks `[N, ...]`. outputs: as in `OutputHeads`."""
 
     def outputs(self, head: nn.Module) -> Sequence[nn.Module]:
         """The matrices that make logits: the target's head, unless the drafter has its own."""
         return [head] * self.config.draft_length
 
-    def prepare(self, embed: nn.Module, head: nn.Module) -> BorrowedOutputs:
+    def prepare(self, embed: nn.Module, head: nn.Module) -> OutputHeads:
         ready = {id(each): draft_head(each) for each in self.outputs(head)}
-        return BorrowedOutputs(embed, head, [ready[id(each)] for each in self.outputs(head)])
+        return OutputHeads(embed, head, [ready[id(each)] for each in self.outputs(head)])
 
     def known_logits(
         self, blocks: torch.Tensor, prefixes: torch.Tensor, embed: nn.Module, head: nn.Module
@@ -99,13 +99,13 @@ class StepwiseDrafter(ChainDrafter):
         self,
         blocks: torch.Tensor,
         root: torch.Tensor,
-        borrowed: BorrowedOutputs,
+        heads: OutputHeads,
         nodes: int,
         min_probability: float = 0.0,
         text: Text | None = None,
     ) -> Candidates:
         """See `TrainableDrafter.candidates`."""
-        step = self.steps(blocks, borrowed.embed, borrowed.outputs)
+        step = self.steps(blocks, heads.embed, heads.outputs)
         return expand(step, root, nodes=nodes, depth=self.config.draft_length, min_probability=min_probability)
 
 

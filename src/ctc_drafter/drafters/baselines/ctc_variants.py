@@ -79,13 +79,13 @@ class PaperDrafter(FramesModel):
         self,
         blocks: torch.Tensor,
         root: torch.Tensor,
-        borrowed: DraftHead,
+        heads: DraftHead,
         nodes: int,
         min_probability: float = 0.0,
         text: Text | None = None,
     ) -> Candidates:
         """See `TrainableDrafter.candidates`: the static tree's prefixes, however many `nodes` there is room for."""
-        tokens, blanks = self.frame_logits(blocks, borrowed.head)
+        tokens, blanks = self.frame_logits(blocks, heads.head)
         logits = torch.cat([tokens, blanks.unsqueeze(-1)], -1)
         best, symbols = logits.topk(min(RANKS, logits.shape[-1]), -1)
         scores = best - logits.logsumexp(-1, keepdim=True)
@@ -209,4 +209,4 @@ class LinearCTCDrafter(CTCDrafter):
 
     def begin(self, embed: nn.Module, head: nn.Module, batch_size: int) -> DraftSession:
         """See `Drafter.begin`."""
-        return LastStateSession(self, self.states, self.borrow(embed, head))
+        return LastStateSession(self, self.states, self.prepared(embed, head))

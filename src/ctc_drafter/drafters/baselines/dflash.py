@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as fn
 
 from ctc_drafter.ctc.copies import Text
-from ctc_drafter.drafters.baselines.chain_rule import BorrowedOutputs, Step, StepwiseDrafter
+from ctc_drafter.drafters.baselines.chain_rule import OutputHeads, Step, StepwiseDrafter
 from ctc_drafter.drafters.block import BlockConfig, BlockModel, frame_logits
 from ctc_drafter.drafters.predictor import Predictor, low_rank_bias
 from ctc_drafter.types import Candidates, UserError
@@ -40,30 +40,30 @@ class TokenFrames(StepwiseDrafter, BlockModel):
 
     predictor: Predictor | None
 
-    def prepare(self, embed: nn.Module, head: nn.Module) -> BorrowedFrames:
+    def prepare(self, embed: nn.Module, head: nn.Module) -> FrameHeads:
         ready = super().prepare(embed, head)
         on_cpu = next(embed.parameters()).device.type == "cpu"
         bias = low_rank_bias(self.predictor, embed) if on_cpu else None
-        return BorrowedFrames(ready.embed, ready.head, ready.outputs, bias)
+        return FrameHeads(ready.embed, ready.head, ready.outputs, bias)
 
     def candidates(
         self,
         blocks: torch.Tensor,
         root: torch.Tensor,
-        borrowed: BorrowedOutputs,
+        heads: OutputHeads,
         nodes: int,
         min_probability: float = 0.0,
         text: Text | None = None,
     ) -> Candidates:
         """See `TrainableDrafter.candidates`: best first on a CPU, level by level elsewhere."""
-        if not isinstance(borrowed, BorrowedFrames) or borrowed.bias is None:
-            return super().candidates(blocks, root, borrowed, nodes, min_probability)
+        if not isinstance(heads, FrameHeads) or heads.bias is None:
+            return super().candidates(blocks, root, heads, nodes, min_probability)
         from ctc_drafter.ctc.search_cpu import best_chains
 
         start = blocks[:, 0]
         state = start[:, :0] if self.predictor is None else self.predictor.root_state(start)
-        logits = frame_logits(blocks, borrowed.outputs[0])
-        return best_chains(logits, root, borrowed.bias, state.float(), count=nodes, min_probability=min_probability)
+        logits = frame_logits(blocks, heads.outputs[0])
+        return best_chains(logits, root, heads.bias, state.float(), count=nodes, min_probability=min_probability)
 
 
 class DFlashDrafter(TokenFrames):
@@ -143,7 +143,7 @@ class DSparkDrafter(TokenFrames):
 
 
 @dataclass(frozen=True)
-class BorrowedFrames(BorrowedOutputs):
+class FrameHeads(OutputHeads):
     """bias: what the predictor adds, for the search on a CPU; None elsewhere."""
 
     bias: LowRankBias | None = None

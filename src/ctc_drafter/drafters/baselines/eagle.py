@@ -112,7 +112,7 @@ class EagleDrafter(ChainDrafter):
         tokens: torch.Tensor,
         anchors: torch.Tensor,
         used: torch.Tensor,
-        borrowed: DraftHead,
+        heads: DraftHead,
         nodes: int,
         chunk: int,
     ) -> Iterator[Candidates]:
@@ -121,21 +121,21 @@ class EagleDrafter(ChainDrafter):
         cache = DraftKVCache(self.config, 1, len(tokens), fused)
         positions = cache.slots(tokens.shape[1])
         by = cache.rotation(positions)
-        cache.store(0, positions, *self.keys_values(tokens, shifted(fused), by, borrowed.embed))
+        cache.store(0, positions, *self.keys_values(tokens, shifted(fused), by, heads.embed))
         rows, lengths, newest = used.nonzero()[:, 0], anchors[used], before(fused, anchors)[used]
         roots = tokens.gather(1, anchors)[used]
         for part in torch.arange(len(rows), device=rows.device).split(chunk):
             context = copy.copy(cache)
             context.select(rows[part])
             context.lengths = lengths[part]
-            yield propose(self, borrowed, context, newest[part], roots[part], nodes)
+            yield propose(self, heads, context, newest[part], roots[part], nodes)
 
     def prepare(self, embed: nn.Module, head: nn.Module) -> DraftHead:
         return DraftHead(embed, draft_head(head))
 
     def begin(self, embed: nn.Module, head: nn.Module, batch_size: int) -> EagleSession:
         """See `Drafter.begin`."""
-        return EagleSession(self, self.borrow(embed, head), batch_size)
+        return EagleSession(self, self.prepared(embed, head), batch_size)
 
 
 def shifted(fused: torch.Tensor) -> torch.Tensor:
@@ -202,7 +202,7 @@ class EagleSession(ContextSession):
 
 def propose(
     drafter: EagleDrafter,
-    borrowed: DraftHead,
+    heads: DraftHead,
     cache: DraftKVCache,
     newest: torch.Tensor,
     root: torch.Tensor,
@@ -210,7 +210,7 @@ def propose(
     min_probability: float = 0.0,
 ) -> Candidates:
     """The best prefixes after root `int64 [B]`, with the context in the cache and its last features `[B, H]`."""
-    step = Rollout(drafter, borrowed, cache, newest)
+    step = Rollout(drafter, heads, cache, newest)
     return expand(step, root, nodes=nodes, depth=drafter.config.draft_length, min_probability=min_probability)
 
 
@@ -221,8 +221,8 @@ class Rollout:
     the way to each of them. Node i of a row lies in slot `lengths + i`, whatever its position.
     """
 
-    def __init__(self, drafter: EagleDrafter, borrowed: DraftHead, cache: DraftKVCache, newest: torch.Tensor):
-        self.drafter, self.borrowed, self.cache = drafter, borrowed, cache
+    def __init__(self, drafter: EagleDrafter, heads: DraftHead, cache: DraftKVCache, newest: torch.Tensor):
+        self.drafter, self.heads, self.cache = drafter, heads, cache
         self.states = newest.unsqueeze(1)
         self.seen = torch.zeros(len(newest), 1, 0, dtype=torch.bool, device=newest.device)
 
@@ -238,12 +238,12 @@ class Rollout:
         count = seen.shape[2]
         slots = cache.slots(count)[:, count - width :]
         by = cache.rotation(cache.lengths.unsqueeze(1) + size - 1)
-        pairs = drafter.layer.pairs(self.borrowed.embed(prefixes[:, :, -1]).to(states.dtype), states)
+        pairs = drafter.layer.pairs(self.heads.embed(prefixes[:, :, -1]).to(states.dtype), states)
         cache.store(0, slots, *drafter.layer.self_attn.keys_values(pairs, by))
         end = int(cache.lengths.max()) + count
         states = drafter.layer(states, pairs, by, *cache.read(0, end), visible(cache.lengths, seen, end))
         self.states, self.seen = states, seen
-        logits = head_logits(self.borrowed.head, drafter.norm(states).flatten(0, 1))
+        logits = head_logits(self.heads.head, drafter.norm(states).flatten(0, 1))
         return logits.unflatten(0, (batch, width))
 
 

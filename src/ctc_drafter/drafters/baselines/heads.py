@@ -88,7 +88,7 @@ class HeadsDrafter(StepwiseDrafter):
 
     def begin(self, embed: nn.Module, head: nn.Module, batch_size: int) -> DraftSession:
         """See `Drafter.begin`."""
-        return LastStateSession(self, self.states, self.borrow(embed, head))
+        return LastStateSession(self, self.states, self.prepared(embed, head))
 
 
 def before(states: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:

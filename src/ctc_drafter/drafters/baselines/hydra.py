@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional as fn
 
 from ctc_drafter.drafters.base import Committed, DraftSession
-from ctc_drafter.drafters.baselines.chain_rule import BorrowedOutputs, Step
+from ctc_drafter.drafters.baselines.chain_rule import OutputHeads, Step
 from ctc_drafter.drafters.baselines.heads import HeadsConfig, HeadsDrafter, before
 from ctc_drafter.drafters.layers import ContextSession, DraftKVCache, DraftLayer, LayerConfig, RMSNorm, cos_sin
 from ctc_drafter.drafters.lm_head import head_logits
@@ -112,13 +112,13 @@ class HydraDrafter(HeadsDrafter):
         """See `Drafter.begin`."""
         if self.prefix_layer is None:
             return super().begin(embed, head, batch_size)
-        return PrefixSession(self, self.prefix_layer, self.borrow(embed, head), batch_size)
+        return PrefixSession(self, self.prefix_layer, self.prepared(embed, head), batch_size)
 
 
 class PrefixSession(ContextSession):
     """Keeps the prefix layer's keys and values, and its output `[B, H]` at the newest tokens."""
 
-    def __init__(self, drafter: HydraDrafter, layer: DraftLayer, head: BorrowedOutputs, batch_size: int):
+    def __init__(self, drafter: HydraDrafter, layer: DraftLayer, head: OutputHeads, batch_size: int):
         self.drafter, self.layer, self.head = drafter, layer, head
         weight = layer.self_attn.k_proj.weight
         context = DraftKVCache(drafter.config, 1, batch_size, weight)
