@@ -58,7 +58,7 @@ class CTCSession(BlockSession):
     def draft(self, root: torch.Tensor, nodes: int, min_probability: float) -> Candidates:
         """One parallel pass over the block, then the search, which may copy."""
         blocks = self.blocks(root)  # which makes room behind the context
-        text = None if self.tokens is None else self.text_up_to(self.tokens, root)
+        text = None if self.tokens is None else self.text_up_to(root)
         return self.drafter.candidates(blocks, root, self.head, nodes, min_probability, text)
 
     def join(self, tokens: torch.Tensor, features: torch.Tensor | None, counts: torch.Tensor) -> None:
@@ -94,9 +94,10 @@ class CTCSession(BlockSession):
         super().keep_rows(rows)
         self.tokens = None if self.tokens is None else self.tokens[rows]
 
-    def text_up_to(self, tokens: torch.Tensor, root: torch.Tensor) -> Text:
-        """The texts, each with its root `int64 [B]` behind it."""
-        self.tokens = self._written(tokens, self.context.lengths, root.unsqueeze(1))
+    def text_up_to(self, root: torch.Tensor) -> Text:
+        """The texts of a session that copies, each with its root `int64 [B]` behind it."""
+        assert self.tokens is not None
+        self.tokens = self._written(self.tokens, self.context.lengths, root.unsqueeze(1))
         return Text(self.tokens, self.context.lengths)
 
     def _written(self, text: torch.Tensor, places: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
