@@ -21,7 +21,7 @@ test: $(DEV) ## fast tests
 	$(BIN)/python -m pytest -n 2
 
 test-slow: $(DEV) ## tests that take minutes
-	$(BIN)/python -m pytest -m slow --timeout 3600
+	$(BIN)/python -m pytest -m slow -n 2 --timeout 3600
 
 # torchao in a folder of its own: transformers imports it wherever it is installed, which takes long.
 test-quant: $(DEV) ## tests of int8 targets
