@@ -25,7 +25,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "target": {"types"},
     "drafters": {"types", "ctc"},
     "drafters.registry": {"target", "chat"},
-    "drafters.warm_start": {"provenance"},
+    "drafters.warm_start": {"target", "chat", "provenance"},
     "decode": {"types", "target", "drafters.base"},
     "decode.profile": {"files", "provenance", "drafters.trainable"},
     "train": {"types", "files", "provenance", "chat", "ctc", "target", "drafters", "decode"},

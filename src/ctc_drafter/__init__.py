@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from ctc_drafter.drafters.baselines.hydra import HydraConfig, HydraDrafter
     from ctc_drafter.drafters.ctc import CTCDrafter, CTCDrafterConfig
     from ctc_drafter.drafters.prompt_lookup import PromptLookup
-    from ctc_drafter.drafters.registry import AutoDrafter
+    from ctc_drafter.drafters.warm_start import AutoDrafter
     from ctc_drafter.target.model import Target
     from ctc_drafter.types import UserError
 
@@ -74,7 +74,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "AutoDrafter": "drafters.registry",
+    "AutoDrafter": "drafters.warm_start",
     "Budget": "decode.budget",
     "CTCDrafter": "drafters.ctc",
     "CTCDrafterConfig": "drafters.ctc",

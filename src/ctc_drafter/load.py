@@ -12,7 +12,8 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrained
 from transformers.utils import logging as transformers_logging
 
 from ctc_drafter.drafters.base import Drafter
-from ctc_drafter.drafters.registry import PROMPT_LOOKUP, AutoDrafter
+from ctc_drafter.drafters.registry import PROMPT_LOOKUP
+from ctc_drafter.drafters.warm_start import AutoDrafter
 from ctc_drafter.quickstart import DRAFTER_DIR, TARGET_DIR
 from ctc_drafter.target.model import Target
 from ctc_drafter.types import UserError, first_line

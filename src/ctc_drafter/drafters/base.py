@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NoReturn, Protocol
 
@@ -12,6 +12,9 @@ from torch import nn
 
 from ctc_drafter.types import Candidates, UserError
 
+# What comes next: (prefixes int64 [B, W, u], the root first; their places in the level above, int64 [B, W], None for
+# the root) -> float32 logits of the next token [B, W, V], or [B, 1, V] when they are the same for all
+Step = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
 LONGEST_PENDING = 256  # tokens of a row that wait for the next draft; features of more would fill memory
 
 

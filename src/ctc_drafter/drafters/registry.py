@@ -1,4 +1,4 @@
-"""Drafters by name: class of a method or saved config, `AutoDrafter`, and untrained drafters for a target."""
+"""Drafters by name: class of a method or saved config, and untrained drafters for a target."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from ctc_drafter.chat import fingerprint
 from ctc_drafter.drafters.base import Drafter
@@ -17,7 +17,6 @@ from ctc_drafter.drafters.ctc import CTCDrafter
 from ctc_drafter.drafters.lm_head import most_frequent
 from ctc_drafter.drafters.prompt_lookup import PromptLookup
 from ctc_drafter.drafters.trainable import TrainableDrafter
-from ctc_drafter.target.layout import columns_first
 from ctc_drafter.target.model import Target
 from ctc_drafter.types import UserError, first_line
 
@@ -105,68 +104,6 @@ def open_drafter(name: str) -> TrainableDrafter | PromptLookup:
     if not fitting:
         raise UserError(f"{name} holds no drafter but a model of type {found}; give the folder of a drafter")
     return fitting[0].drafter.from_pretrained(name)
-
-
-class AutoDrafter:
-    """Opens a drafter of any method: what `--drafter` of the command line opens."""
-
-    def __init__(self) -> None:
-        raise UserError("AutoDrafter is no drafter itself; use from_pretrained, which returns one")
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        name: str | Path,
-        target: Target | PreTrainedModel | None = None,
-        tokenizer: PreTrainedTokenizerBase | None = None,
-    ) -> TrainableDrafter | PromptLookup:
-        """The drafter of a folder or hub id, ready to draft, or `prompt_lookup`.
-
-        With a target it is checked against it, and comes on its device and in its dtype; with a tokenizer, that of the
-        target, what its ids mean is checked too. DFlash's checkpoints and Medusa's heads, as their authors publish
-        them, need the target. Raises `UserError` for what is no drafter, or not this target's.
-        """
-        found = None if target is None else _as_target(target)
-        if str(name) != PROMPT_LOOKUP and _is_published(str(name)):
-            if found is None:
-                raise UserError(
-                    f"{name} is in its authors' format, and needs its target: "
-                    f"AutoDrafter.from_pretrained({str(name)!r}, target)"
-                )
-            drafter: TrainableDrafter | PromptLookup = _published(str(name), found, tokenizer)
-        else:
-            drafter = open_drafter(str(name))
-        if found is not None and isinstance(drafter, TrainableDrafter):
-            drafter.check_target(found.model.config, "" if tokenizer is None else fingerprint(tokenizer))
-            drafter.to(device=found.device, dtype=found.dtype)
-            columns_first(drafter)
-        return drafter.eval() if isinstance(drafter, TrainableDrafter) else drafter
-
-
-def _as_target(target: Target | PreTrainedModel) -> Target:
-    if isinstance(target, Target):
-        return target
-    if not isinstance(target, PreTrainedModel):
-        raise UserError(f"a {type(target).__name__} is no target; give a Target, or a model of transformers")
-    return Target(target)  # not tried out: only what its weights and configuration say is read
-
-
-def _is_published(name: str) -> bool:
-    from ctc_drafter.drafters.warm_start import is_published  # which knows the methods from here
-
-    return is_published(name)
-
-
-def _published(name: str, target: Target, tokenizer: PreTrainedTokenizerBase | None) -> TrainableDrafter:
-    """A drafter in its authors' format, with what the target has to add (Medusa's final norm)."""
-    from ctc_drafter.drafters.warm_start import read_start
-
-    start = read_start(name)
-    with torch.random.fork_rng([target.device] if target.device.type == "cuda" else []):
-        drafter = fresh_drafter(target, tokenizer, 0, start.method, **start.sizes(start.method))
-    start.refuse_incomplete(drafter)
-    start.give_to(drafter)
-    return drafter
 
 
 def fresh_drafter(

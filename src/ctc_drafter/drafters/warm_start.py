@@ -1,4 +1,4 @@
-"""Initial weights from checkpoints: ours, DFlash's, and Medusa's published heads.
+"""`AutoDrafter`, and weights to start training from: our checkpoints, DFlash's, and Medusa's published heads.
 
 Sources of the formats: z-lab/dflash on GitHub (`DFlashDraftModel`, tensors as in `drafters/layers.py`; `block_size`
 counts the root) and FasterDecoding/Medusa (`medusa_lm_head`: head i is a sequence of residual layers `i.j.linear` and
@@ -11,18 +11,23 @@ import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
-from ctc_drafter.drafters.registry import TRAINED, trained_method
+from ctc_drafter.chat import fingerprint
+from ctc_drafter.drafters.prompt_lookup import PromptLookup
+from ctc_drafter.drafters.registry import PROMPT_LOOKUP, TRAINED, fresh_drafter, open_drafter, trained_method
 from ctc_drafter.drafters.trainable import TrainableDrafter
 from ctc_drafter.provenance import tensors_hash
+from ctc_drafter.target.layout import columns_first
+from ctc_drafter.target.model import Target
 from ctc_drafter.types import UserError, first_line
 
 logger = logging.getLogger(__name__)
@@ -188,3 +193,57 @@ def _medusa(name: str) -> Start:
 def _names(tensors: list[str]) -> str:
     """The first parts of tensor names."""
     return ", ".join(dict.fromkeys(name.partition(".")[0] for name in tensors)) or "none"
+
+
+class AutoDrafter:
+    """Opens a drafter of any method: what `--drafter` of the command line opens."""
+
+    def __init__(self) -> None:
+        raise UserError("AutoDrafter is no drafter itself; use from_pretrained, which returns one")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        target: Target | PreTrainedModel | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> TrainableDrafter | PromptLookup:
+        """The drafter of a folder or hub id, ready to draft, or `prompt_lookup`.
+
+        With a target it is checked against it, and comes on its device and in its dtype; with a tokenizer, that of the
+        target, what its ids mean is checked too. DFlash's checkpoints and Medusa's heads, as their authors publish
+        them, need the target. Raises `UserError` for what is no drafter, or not this target's.
+        """
+        found = None if target is None else _as_target(target)
+        if str(name) != PROMPT_LOOKUP and is_published(str(name)):
+            if found is None:
+                raise UserError(
+                    f"{name} is in its authors' format, and needs its target: "
+                    f"AutoDrafter.from_pretrained({str(name)!r}, target)"
+                )
+            drafter: TrainableDrafter | PromptLookup = _published(str(name), found, tokenizer)
+        else:
+            drafter = open_drafter(str(name))
+        if found is not None and isinstance(drafter, TrainableDrafter):
+            drafter.check_target(found.model.config, "" if tokenizer is None else fingerprint(tokenizer))
+            drafter.to(device=found.device, dtype=found.dtype)
+            columns_first(drafter)
+        return drafter.eval() if isinstance(drafter, TrainableDrafter) else drafter
+
+
+def _as_target(target: Target | PreTrainedModel) -> Target:
+    if isinstance(target, Target):
+        return target
+    if not isinstance(target, PreTrainedModel):
+        raise UserError(f"a {type(target).__name__} is no target; give a Target, or a model of transformers")
+    return Target(target)  # not tried out: only what its weights and configuration say is read
+
+
+def _published(name: str, target: Target, tokenizer: PreTrainedTokenizerBase | None) -> TrainableDrafter:
+    """A drafter in its authors' format, with what the target has to add (Medusa's final norm)."""
+    start = read_start(name)
+    with torch.random.fork_rng([target.device] if target.device.type == "cuda" else []):
+        drafter = fresh_drafter(target, tokenizer, 0, start.method, **start.sizes(start.method))
+    start.refuse_incomplete(drafter)
+    start.give_to(drafter)
+    return drafter

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as fn
 
 from ctc_drafter.ctc.copies import Text
+from ctc_drafter.drafters.base import Step
 from ctc_drafter.drafters.lm_head import DraftHead, draft_head, target_probabilities
 from ctc_drafter.drafters.trainable import DrafterConfig, LossInputs, LossOptions, TrainableDrafter
 from ctc_drafter.types import Candidates, UserError
@@ -123,10 +124,6 @@ def cross_entropy(log_probs: torch.Tensor, valid: torch.Tensor, decay: float) ->
 # best of all are found exactly: each of them, like its ancestors, is among the n best of its level. It is the best
 # tree for any drafter that knows the probability of a token given its prefix; with heads that ignore the prefix, as
 # Medusa's, it is the best tree under the product of their probabilities.
-
-# (prefixes int64 [B, W, u], the root first; their places in the level above, int64 [B, W], None for the root)
-# -> float32 logits of the next token [B, W, V], or [B, 1, V] when they are the same for all
-Step = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
 
 
 def expand(step: Step, root: torch.Tensor, *, nodes: int, depth: int, min_probability: float = 0.0) -> Candidates:

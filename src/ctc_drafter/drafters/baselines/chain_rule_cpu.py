@@ -16,7 +16,7 @@ from numba import njit
 from ctc_drafter.types import Candidates
 
 if TYPE_CHECKING:
-    from ctc_drafter.drafters.baselines.chain_rule import Step
+    from ctc_drafter.drafters.base import Step
 
 
 def grow(step: Step, root: torch.Tensor, nodes: int, depth: int, min_probability: float) -> Candidates:

@@ -11,7 +11,8 @@ from torch import nn
 from torch.nn import functional as fn
 
 from ctc_drafter.ctc.copies import Text
-from ctc_drafter.drafters.baselines.chain_rule import OutputHeads, Step, StepwiseDrafter
+from ctc_drafter.drafters.base import Step
+from ctc_drafter.drafters.baselines.chain_rule import OutputHeads, StepwiseDrafter
 from ctc_drafter.drafters.block import BlockConfig, BlockModel, frame_logits
 from ctc_drafter.drafters.predictor import Predictor, low_rank_bias
 from ctc_drafter.types import Candidates, UserError

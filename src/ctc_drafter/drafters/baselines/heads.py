@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.nn import functional as fn
 
-from ctc_drafter.drafters.base import Committed, DraftSession, TrainedSession
-from ctc_drafter.drafters.baselines.chain_rule import Step, StepwiseDrafter
+from ctc_drafter.drafters.base import Committed, DraftSession, Step, TrainedSession
+from ctc_drafter.drafters.baselines.chain_rule import StepwiseDrafter
 from ctc_drafter.drafters.layers import RMSNorm
 from ctc_drafter.drafters.lm_head import DraftHead, head_logits
 from ctc_drafter.drafters.trainable import DrafterConfig, TrainableDrafter

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 from torch.nn import functional as fn
 
-from ctc_drafter.drafters.base import Committed, DraftSession
-from ctc_drafter.drafters.baselines.chain_rule import OutputHeads, Step
+from ctc_drafter.drafters.base import Committed, DraftSession, Step
+from ctc_drafter.drafters.baselines.chain_rule import OutputHeads
 from ctc_drafter.drafters.baselines.heads import HeadsConfig, HeadsDrafter, before
 from ctc_drafter.drafters.layers import ContextSession, DraftKVCache, DraftLayer, LayerConfig, RMSNorm, cos_sin
 from ctc_drafter.drafters.lm_head import head_logits
