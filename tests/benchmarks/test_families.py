@@ -62,6 +62,7 @@ def test_the_text_can_tell_right_from_wrong(name):
     assert len({tuple(text) for text in texts}) == len(texts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("nodes", [1, 64])
 @pytest.mark.parametrize("kind", CACHES)
 @pytest.mark.parametrize("name", KINDS)
@@ -71,6 +72,7 @@ def test_other_tree_sizes_leave_the_text_unchanged(name, kind, nodes):
     assert not exact(Target.wrap(model, kind), [text[::-1] for text in expected], nodes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", CACHES)
 @pytest.mark.parametrize("name", FEW_FAST)
 def test_samples_are_those_of_plain_sampled_decoding(name, kind):

@@ -128,6 +128,7 @@ def check_distribution(samples):
         assert p_value(target, biased, samples, warpers()) < 1e-6
 
 
+@pytest.mark.slow
 def test_the_whole_distribution():
     check_distribution(20_000)
 

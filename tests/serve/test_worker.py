@@ -135,6 +135,7 @@ def test_bad_options_are_refused_before_anything_is_loaded(monkeypatch, capsys, 
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_a_model_is_loaded_ends_the_process_in_order(tmp_path):
     """Not by an abort: the thread that loads is inside torch then."""
     script = """

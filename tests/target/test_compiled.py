@@ -57,6 +57,7 @@ def test_outputs_are_plain_decodings_and_a_graph_serves_all_lengths():
     assert set(made.graphs) == known
 
 
+@pytest.mark.slow
 def test_features_and_logits_are_the_targets():
     target = tiny_target(num_hidden_layers=2)
     made = compile_target(target, backend="eager")
