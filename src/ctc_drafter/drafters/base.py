@@ -54,7 +54,7 @@ class DraftSession(Protocol):
 
 
 class Drafter(Protocol):
-    """A drafter that is loaded but not yet at work."""
+    """A loaded drafter; `begin` opens a session for a batch."""
 
     @property
     def feature_layers(self) -> tuple[int, ...]:

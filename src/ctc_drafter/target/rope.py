@@ -115,8 +115,8 @@ def factors_by_token(model: PreTrainedModel, switch: int | None, long: torch.Ten
 
 
 def rotated(module: nn.Module, given: inspect.BoundArguments, positions: torch.Tensor) -> Any:
-    """Cosines and sines `[B, T, dim]` at `positions`, by a copy: a forward stores its factors in the module, where
-    another thread may be at work."""
+    """Cosines and sines `[B, T, dim]` at `positions`, by a copy: a forward stores its factors in the module, which
+    another thread may be running."""
     twin = copy.copy(module)
     twin._buffers = OrderedDict((name, None if b is None else b.clone()) for name, b in module._buffers.items())
     changed = {**given.arguments, "self": twin, "position_ids": positions}

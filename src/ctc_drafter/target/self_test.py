@@ -91,7 +91,7 @@ def self_test(target: Trial) -> None:
 
 
 def trials(target: Trial) -> Iterator[tuple[str, float, float]]:
-    """Where each trial took place, in words, its disagreement, and how much is allowed."""
+    """Each trial: where, in words; the largest difference of a node; how much is allowed."""
     error, allowed, states = behind_a_short_text(target)
     yield "", error, allowed
     for threshold, names in thresholds(target.config).items():
@@ -117,15 +117,10 @@ def settings(values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
             yield name, value
 
 
-def disagreement(target: Trial) -> tuple[float, float]:
-    """Behind a short text: the largest difference of a node, and how much is allowed, both relative to the spread of
-    the logits."""
-    return behind_a_short_text(target)[:2]
-
-
 @torch.inference_mode()
 def behind_a_short_text(target: Trial) -> tuple[float, float, States]:
-    """`disagreement`, and the keys and values of the text."""
+    """Behind a short text: the largest difference of a node and how much is allowed, both relative to the spread of the
+    logits; and the keys and values of the text."""
     device, length = target.model.device, prompt_length(target)
     tokens = trial_tokens(length + len(PARENTS) + 1, target.vocab_size).to(device)
     prompt, tree, after = tokens.split([length, len(PARENTS), 1])
