@@ -29,7 +29,7 @@ def deepest(target: Target, drafter: Drafter) -> int:
     state = prefill(target, PROMPTS, drafter.feature_layers)
     session = drafter.begin(target.embed, target.head, len(PROMPTS))
     session.extend(state.tokens, state.features, state.lengths)
-    return int(session.propose(state.root, 400, 0.0).depths.max())
+    return int(session.propose(state.logits.argmax(-1), 400, 0.0).depths.max())
 
 
 @pytest.mark.parametrize("name", TRAINED)

@@ -87,7 +87,7 @@ def test_a_prompt_in_chunks_is_a_prompt_at_once(family, kind, monkeypatch):
     monkeypatch.setattr(prefill_file, "CHUNK", 16)
     parts = prefill(target, prompts, (0, 2))
     torch.testing.assert_close(parts.logits, whole.logits, atol=1e-4, rtol=1e-4)
-    assert torch.equal(parts.root, whole.root)
+    assert torch.equal(parts.logits.argmax(-1), whole.logits.argmax(-1))
     for row, prompt in enumerate(prompts):
         size = len(prompt)
         torch.testing.assert_close(parts.features[row, :size], whole.features[row, :size], atol=1e-4, rtol=1e-4)

@@ -19,8 +19,8 @@ CHUNK = 512  # tokens of a forward
 class Prefill:
     """Result of the prefill.
 
-    cache; lengths `int64 [B]`; tokens `int64 [B, T]`, right-padded; features `[B, T, K]`, None if none were requested
-    for; logits `[B, V]` of the token after each prompt.
+    cache; lengths `int64 [B]`; tokens `int64 [B, T]`, right-padded; features `[B, T, K]`, None if none were
+    requested; logits `[B, V]` of the token after each prompt.
     """
 
     cache: Cache
@@ -28,11 +28,6 @@ class Prefill:
     tokens: torch.Tensor
     features: torch.Tensor | None
     logits: torch.Tensor
-
-    @property
-    def root(self) -> torch.Tensor:
-        """The likeliest first token of each row, `int64 [B]`."""
-        return self.logits.argmax(-1)
 
 
 def prefill(
