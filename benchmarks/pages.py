@@ -11,42 +11,95 @@ import typer
 
 from ctc_drafter.cli import bad_input
 from ctc_drafter.evaluate.hf_generate import HF, HF_LOOKUP
-from ctc_drafter.evaluate.results import BUDGET
+from ctc_drafter.evaluate.results import BUDGET, engines_of, weights_of
 from ctc_drafter.files import markdown_table, number, read_json
 from ctc_drafter.load import keep_quiet
 from ctc_drafter.types import UserError
 
 # Results as Markdown tables.
 
+TASK_NAMES = {"mt_bench": "MT-bench", "gsm8k": "GSM8K"}
+TARGETS = {"shipped": "tiny"}  # as results of earlier versions call it
+
 
 def markdown_figures(results: Sequence[dict[str, Any]]) -> str:
     """The rows of several results as one Markdown table, and where they were measured."""
-    head = ["task", "dtype", "threads", "batch", "method", "tokens/s", "speedup", "tokens/step", "identical"]
+    head = ["target", "task", "dtype", "threads", "batch", "method", "tokens/s", "speedup", "tokens/step", "identical"]
     rows = []
     for result in results:
         meta = result["meta"]
         for row in result["rows"]:
             method = row["method"] + (", budget" if row["nodes"] == BUDGET else "")
-            compiled = meta.get("compiled") and row["method"] not in (HF, HF_LOOKUP)  # which run as they are
-            kind = meta["dtype"] + (", compiled" if compiled else "")
-            cells = [row["task"], kind, str(meta["threads"]), str(meta["batch_size"]), method]
+            peers = meta.get("peers", {})
+            compiled = meta.get("compiled") and row["method"] not in (HF, HF_LOOKUP, *peers)  # which run as they are
+            kind = (weights_of(meta, row["method"]) or meta["dtype"]) + (", compiled" if compiled else "")
+            cells = [
+                TARGETS.get(meta["target"], meta["target"]),
+                row["task"],
+                kind,
+                str(meta["threads"]),
+                str(meta["batch_size"]),
+                method,
+            ]
             cells += [number(row["tokens_per_s"], 0), number(row["gamma"], 2), number(row["beta"], 2)]
             rows.append([*cells, f"{row['identical']} of {row['compared']}"])
-    places = {
-        f"{m['hardware']['gpu'] or m['hardware']['cpu']}, torch {m['versions']['torch']}, "
-        f"transformers {m['versions']['transformers']}, trees of {m['nodes']} nodes, "
-        f"at most {m['max_new_tokens']} new tokens{'' if m['complete'] else ', unfinished run'}"
-        for m in (result["meta"] for result in results)
-    }
-    return "\n".join([markdown_table(head, rows), "", *(f"Measured on: {place}." for place in sorted(places))])
+    return "\n".join([markdown_table(head, rows), "", *measured_on(results)])
+
+
+def markdown_summary(results: Sequence[dict[str, Any]]) -> str:
+    """A line for each task and dtype: plain decoding beside what drafts by default, and prompt lookup's speedup."""
+    head = [
+        "task",
+        "dtype",
+        "plain tokens/s",
+        "CTC tokens/s",
+        "speedup",
+        "tokens per step",
+        "identical",
+        "prompt lookup",
+    ]
+    lines = []
+    if not results:
+        return "Not measured yet."
+    for result in results:
+        rows = {(row["task"], row["method"], row["nodes"]): row for row in result["rows"]}
+        for task, _, nodes in (key for key in rows if key[1] == "ctc" and key[2] != BUDGET):
+            ours, plain = rows[task, "ctc", nodes], next(r for key, r in rows.items() if key[:2] == (task, "plain"))
+            copied = next((row for key, row in rows.items() if key[:2] == (task, "prompt_lookup")), None)
+            cells = [TASK_NAMES.get(task, task), result["meta"]["dtype"], number(plain["tokens_per_s"], 1)]
+            cells += [number(ours["tokens_per_s"], 1), f"**{number(ours['gamma'], 2)}x**", number(ours["beta"], 2)]
+            cells += [f"{ours['identical']} of {ours['compared']}"]
+            lines.append([*cells, "" if copied is None else f"{number(copied['gamma'], 2)}x"])
+    return "\n".join([markdown_table(head, lines), "", *measured_on(results)])
+
+
+def measured_on(results: Sequence[dict[str, Any]]) -> list[str]:
+    """Sentences: hardware, versions and limits of the results; where they differ, of which dtypes."""
+    places: dict[str, list[str]] = {}
+    for meta in (result["meta"] for result in results):
+        place = (
+            f"{meta['hardware']['gpu'] or meta['hardware']['cpu']}, torch {meta['versions']['torch']}, "
+            f"transformers {meta['versions']['transformers']}, trees of {meta['nodes']} nodes of probability "
+            f"{meta['floor']:g} and more, at most {meta['max_new_tokens']} new tokens"
+            f"{'' if meta['complete'] else ', unfinished run'}"
+        )
+        places.setdefault(place, []).append(meta["dtype"])
+    lines = []
+    for place, dtypes in sorted(places.items()):
+        of = f" ({', '.join(dict.fromkeys(dtypes))})" if len(places) > 1 else ""
+        lines.append(f"Measured on{of}: {place}.")
+    return lines + sorted({line for result in results for line in engines_of(result["meta"])})
 
 
 def main(
     page: Annotated[Path, typer.Argument(help="Markdown page with the markers.")],
     files: Annotated[list[Path], typer.Argument(help="Results files of eval.")],
 ) -> None:
-    """Writes the figures of results files into a page."""
-    write_figures(page, files, markdown_figures)
+    """Writes the figures of results files into a page: a summary into README.md, all rows into another."""
+    if page.name == "README.md":
+        write_figures(page, files, markdown_summary, "summary")
+    else:
+        write_figures(page, files, markdown_figures, "eval")
 
 
 # Shared command-line helpers (`python -m benchmarks.NAME`).

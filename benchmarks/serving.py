@@ -8,15 +8,12 @@
 from __future__ import annotations
 
 import shlex
-import shutil
 import statistics
-import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,10 +21,11 @@ from typing import Annotated, Any
 from urllib.request import urlopen
 
 import typer
-from openai import APIStatusError, OpenAI
+from openai import APIConnectionError, APIStatusError, OpenAI
 from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.pages import run, write_figures
+from benchmarks.server_process import served
 from ctc_drafter.evaluate.tasks import Prompt, read_tasks
 from ctc_drafter.files import check_place, markdown_table, number, write_json
 from ctc_drafter.provenance import environment
@@ -233,38 +231,21 @@ def main() -> None:
     run(app)
 
 
-# A server as its clients see it: the process, requests over HTTP, what its metrics count.
+# A server as its clients see it: requests over HTTP, what its metrics count.
 
 PATIENCE = 600.0  # seconds
 
 
-@contextmanager
-def served(*options: str) -> Iterator[str]:
-    """`ctc-drafter serve OPTIONS` as a process on a free port, until the block ends; gives its address.
-
-    Raises `UserError` with what the server said when it did not start.
-    """
-    command = [sys.executable, "-m", "ctc_drafter.cli", "serve", "--port", "0", *options]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stderr is not None
-            line = process.stderr.readline()
-            if " on http" not in line:
-                raise UserError(f"the server did not start: {line.strip() or 'it said nothing'}; mend its options")
-            threading.Thread(target=shutil.copyfileobj, args=(process.stderr, sys.stderr), daemon=True).start()
-            yield line.split(" on ")[1].split(";")[0]
-        finally:
-            process.terminate()
-
-
 def ask(client: OpenAI, body: dict[str, Any]) -> Reply:
-    """One chat completion, not streamed. Raises `UserError` when the server refuses it."""
+    """One chat completion, not streamed. Raises `UserError` when the server refuses it, or is gone."""
     begin = time.perf_counter()
     try:
         answer = client.chat.completions.create(**body)
     except APIStatusError as error:
         message = error.body["message"] if isinstance(error.body, dict) and "message" in error.body else error.message
         raise UserError(f"the server refused a prompt: {message}") from error
+    except APIConnectionError as error:
+        raise gone(error) from error
     seconds = time.perf_counter() - begin
     assert answer.usage is not None
     return Reply(answer.choices[0].message.content or "", answer.usage.completion_tokens, seconds)
@@ -276,7 +257,10 @@ def ask_all(url: str, bodies: Sequence[dict[str, Any]], clients: int) -> tuple[l
     Returns the replies in the order of the bodies, and the seconds that all of them took together.
     """
     with OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=PATIENCE) as client:
-        model = client.models.list().data[0].id
+        try:
+            model = client.models.list().data[0].id
+        except APIConnectionError as error:
+            raise gone(error) from error
         begin = time.perf_counter()
         with ThreadPoolExecutor(clients) as pool:
             replies = list(pool.map(lambda body: ask(client, {"model": model} | body), bodies))
@@ -285,14 +269,21 @@ def ask_all(url: str, bodies: Sequence[dict[str, Any]], clients: int) -> tuple[l
 
 def totals(url: str) -> tuple[float, float]:
     """Tokens and verifications that the server has counted, in all its lanes."""
-
-    with urlopen(f"{url}/metrics", timeout=PATIENCE) as reply:
-        families = {family.name: family for family in text_string_to_metric_families(reply.read().decode())}
+    try:
+        with urlopen(f"{url}/metrics", timeout=PATIENCE) as reply:
+            text = reply.read().decode()
+    except OSError as error:
+        raise gone(error) from error
+    families = {family.name: family for family in text_string_to_metric_families(text)}
     names = ("ctc_drafter_tokens", "ctc_drafter_verifications")
     tokens, verifications = (
         sum(sample.value for sample in families[name].samples if sample.name.endswith("_total")) for name in names
     )
     return tokens, verifications
+
+
+def gone(error: Exception) -> UserError:
+    return UserError(f"the server does not answer any more ({error}); what it wrote before says why")
 
 
 if __name__ == "__main__":

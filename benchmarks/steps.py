@@ -171,8 +171,8 @@ def pair_for(cell: Cell, device: str, compiled: bool, rounds: int) -> Pair:
     """Raises `UserError` for an unknown model."""
     bandwidth = read_bandwidth(torch.device(device))
     if cell.model == SHIPPED:
-        target, tokenizer = load_target(None, cell.dtype, device)
-        drafter = load_drafter(None, target, tokenizer)
+        target, tokenizer = load_target("tiny", cell.dtype, device)
+        drafter = load_drafter("tiny", target, tokenizer)
     else:
         shape = named_shape(cell.model)
         shape = shape.with_vocab(cell.vocab) if cell.vocab else shape

@@ -3,7 +3,9 @@
 import gc
 import json
 import os
+from collections import Counter
 from collections.abc import Generator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TypeVar
 
@@ -21,6 +23,19 @@ def pytest_collection_finish() -> None:
     """What is imported stays: without this each `gc.collect` of a training walks over all of it, for half a second."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` looks at the marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of each family that is marked `sparing(n)` the first n cases, 1 unless told, stay fast; the others are slow."""
+    seen: Counter[str] = Counter()
+    for item in items:
+        mark = item.get_closest_marker("sparing")
+        if mark is not None:
+            family = item.nodeid.partition("[")[0]
+            seen[family] += 1
+            if seen[family] > (mark.args[0] if mark.args else 1):
+                item.add_marker(pytest.mark.slow)
 
 
 # What may be skipped in continuous integration (CI=1), since it runs elsewhere: `make test-quant`, `pytest -m gpu`.
@@ -50,8 +65,15 @@ def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest
 
 
 @pytest.fixture
+def quick_loading(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No line says that a loading takes long, as on a busy machine, where all lines of a log are compared."""
+    monkeypatch.setattr("ctc_drafter.load.said_if_slow", lambda *_: nullcontext())
+
+
+@pytest.fixture
 def tiny_quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Options of a quick bench of a tiny target, in place of the shipped one, with trainings of 2 steps."""
+    from ctc_drafter import load
     from ctc_drafter.cli import main
     from ctc_drafter.evaluate import variants
     from recipes.quickstart.sample import write_sample
@@ -63,8 +85,8 @@ def tiny_quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     options = ["--target", str(target), "--prompts", str(prompts), "--max-new-tokens", "30"]
     assert main(["distill", *options, "--out", str(tmp_path / "answers")]) == 0
     write_sample([tmp_path / "answers"], tmp_path / "sample")
-    monkeypatch.setattr("ctc_drafter.load.TARGET_DIR", target)
-    monkeypatch.setattr("ctc_drafter.load.DRAFTER_DIR", drafter)
+    monkeypatch.setattr("ctc_drafter.target.names.TARGET_DIR", target)
+    monkeypatch.setitem(load.DRAFTERS, "tiny", drafter)
     monkeypatch.setattr(variants, "SAMPLE_DIR", tmp_path / "sample")
     tasks = tmp_path / "cats.jsonl"
     tasks.write_text('{"prompt": "the cat"}\n')

@@ -1,4 +1,4 @@
-"""Continuous integration: a test that is skipped there fails."""
+"""Continuous integration: a test that is skipped there fails; which cases of a family run with the fast tests."""
 
 from pathlib import Path
 
@@ -21,6 +21,7 @@ def test_good(): pass
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ci", [True, False])
 def test_skips_fail_in_ci(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, ci: bool) -> None:
     monkeypatch.setenv("CI", "1") if ci else monkeypatch.delenv("CI", raising=False)
@@ -36,3 +37,28 @@ def test_skips_fail_in_ci(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyP
         run.stdout.fnmatch_lines(["*CI=1 does not allow: Skipped: needs a browser*"])
     else:
         run.assert_outcomes(passed=1, skipped=4, xfailed=1)
+
+
+FAMILY = """
+import pytest
+
+@pytest.mark.sparing(2)
+@pytest.mark.parametrize("x", range(5))
+def test_many(x): pass
+
+@pytest.mark.sparing
+@pytest.mark.parametrize("x", range(3))
+def test_one(x): pass
+
+def test_alone(): pass
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("chosen", "passed"), [("slow", 5), ("not slow", 4)])
+def test_the_first_cases_of_a_family_are_fast(pytester: pytest.Pytester, chosen: str, passed: int) -> None:
+    pytester.makeconftest(CONFTEST.read_text(encoding="utf-8"))
+    pytester.makepyfile(test_family=FAMILY)
+    pytester.runpytest_inprocess("-p", "no:cacheprovider", "-m", chosen).assert_outcomes(
+        passed=passed, deselected=9 - passed
+    )

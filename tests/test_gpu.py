@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from ctc_drafter import Speculator, speculate
 from ctc_drafter.decode.generate import generate, plain_generate
 from ctc_drafter.decode.sampling import Sampled, warpers
 from ctc_drafter.target.model import Target
@@ -41,6 +42,23 @@ def test_bfloat16_runs_with_the_stages_timed():
     result = generate(target, tiny_drafter(target).to("cuda"), PROMPTS, max_new_tokens=24, timed=True)
     assert all(len(row) == 24 for row in result.tokens)
     assert result.stats.stages_ms["verify"] > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_speculator_takes_the_drafter_to_the_gpu(dtype):
+    target = on_gpu(dtype)
+    drafter = tiny_drafter(tiny_target())
+    ids = torch.tensor(PROMPTS[:1], device="cuda")
+    options = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": 0}
+    expected = target.model.generate(ids, **options)
+    for found in (
+        Speculator(target.model, drafter).generate(ids, **options),
+        target.model.generate(ids, **options, custom_generate=speculate(drafter)),
+    ):
+        assert found.shape == expected.shape
+        if dtype == torch.float32:
+            assert torch.equal(found, expected)
+    assert {weight.device.type for weight in drafter.parameters()} == {"cpu"}
 
 
 def test_scripted_drafts_on_the_gpu_are_all_accepted():

@@ -3,10 +3,10 @@ from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, normalizers
+from tokenizers import Tokenizer, decoders, models, normalizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from ctc_drafter.chat import TextStream, decode, encode_conversation, eos_ids
+from ctc_drafter.chat import TextStream, decode, encode_conversation, encode_text, eos_ids
 from ctc_drafter.types import UserError
 from tiny_models import tiny_tokenizer
 
@@ -23,6 +23,34 @@ def test_without_a_template_the_text_is_the_prompt() -> None:
     assert plain.decode(encode_conversation(plain, ["the cat", "b"], ["a"])) == "the cat\na\nb"
     tokenizer = tiny_tokenizer()
     assert tokenizer.decode(encode_conversation(tokenizer, ["the cat"], raw=True)) == "the cat"
+
+
+def with_begin_token():
+    """A tokenizer that puts its begin token before every text, as Llama's does."""
+    tokenizer = tiny_tokenizer()
+    special = [("<|bos|>", tokenizer.bos_token_id)]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|bos|> $A", special_tokens=special
+    )
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("text", "begins"),
+    [("the cat", 1), ("<|bos|>the cat", 1), ("<|bos|><|bos|>the cat", 2), ("the <|bos|>cat", 2), ("", 1)],
+)
+def test_a_text_has_one_begin_token_unless_it_has_more(text: str, begins: int) -> None:
+    tokenizer = with_begin_token()
+    ids = encode_text(tokenizer, text)
+    assert ids.count(tokenizer.bos_token_id) == begins
+    assert encode_conversation(tokenizer, [text or "x"], raw=True).count(tokenizer.bos_token_id) == begins
+
+
+def test_a_text_that_the_template_made_is_read_as_the_conversation() -> None:
+    tokenizer = with_begin_token()
+    turns = [{"role": "user", "content": "the cat"}]
+    text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+    assert encode_text(tokenizer, text) == encode_conversation(tokenizer, ["the cat"])
 
 
 @pytest.mark.parametrize(("turns", "part"), [([], "empty"), (["a", " \n"], "empty"), (["\udce9"], "Unicode")])

@@ -1,9 +1,9 @@
 """Lossless speculative decoding for Hugging Face causal LMs with a one-pass CTC drafter.
 
-    from ctc_drafter import AutoDrafter, speculate
+    from ctc_drafter import Speculator
 
-    drafter = AutoDrafter.from_pretrained(folder_or_hub_id, model)
-    model.generate(**inputs, custom_generate=speculate(drafter))
+    fast = Speculator(model, folder_or_hub_id)
+    fast.generate(**inputs)
 
 Public names are imported when they are first used, so that `ctc-drafter --help` need not wait for PyTorch.
 """
@@ -25,12 +25,15 @@ if TYPE_CHECKING:
     from ctc_drafter.drafters.base import NoDrafter
     from ctc_drafter.drafters.baselines.ctc_variants import LinearCTCConfig, LinearCTCDrafter, PaperConfig, PaperDrafter
     from ctc_drafter.drafters.baselines.dflash import DFlashConfig, DFlashDrafter, DSparkConfig, DSparkDrafter
+    from ctc_drafter.drafters.baselines.dflash2 import DFlash2Config, DFlash2Drafter
     from ctc_drafter.drafters.baselines.eagle import EagleConfig, EagleDrafter
+    from ctc_drafter.drafters.baselines.eagle3 import Eagle3Config, Eagle3Drafter
     from ctc_drafter.drafters.baselines.heads import MedusaConfig, MedusaDrafter
     from ctc_drafter.drafters.baselines.hydra import HydraConfig, HydraDrafter
     from ctc_drafter.drafters.ctc import CTCDrafter, CTCDrafterConfig
     from ctc_drafter.drafters.prompt_lookup import PromptLookup
     from ctc_drafter.drafters.warm_start import AutoDrafter
+    from ctc_drafter.speculator import Speculator
     from ctc_drafter.target.model import Target
     from ctc_drafter.types import UserError
 
@@ -41,11 +44,15 @@ __all__ = [
     "Budget",
     "CTCDrafter",
     "CTCDrafterConfig",
+    "DFlash2Config",
+    "DFlash2Drafter",
     "DFlashConfig",
     "DFlashDrafter",
     "DSparkConfig",
     "DSparkDrafter",
     "DecodingConfig",
+    "Eagle3Config",
+    "Eagle3Drafter",
     "EagleConfig",
     "EagleDrafter",
     "Generation",
@@ -61,6 +68,7 @@ __all__ = [
     "PaperDrafter",
     "PromptLookup",
     "Sampled",
+    "Speculator",
     "Stats",
     "Target",
     "UserError",
@@ -78,11 +86,15 @@ _HOMES = {
     "Budget": "decode.budget",
     "CTCDrafter": "drafters.ctc",
     "CTCDrafterConfig": "drafters.ctc",
+    "DFlash2Config": "drafters.baselines.dflash2",
+    "DFlash2Drafter": "drafters.baselines.dflash2",
     "DFlashConfig": "drafters.baselines.dflash",
     "DFlashDrafter": "drafters.baselines.dflash",
     "DSparkConfig": "drafters.baselines.dflash",
     "DSparkDrafter": "drafters.baselines.dflash",
     "DecodingConfig": "decode.batch",
+    "Eagle3Config": "drafters.baselines.eagle3",
+    "Eagle3Drafter": "drafters.baselines.eagle3",
     "EagleConfig": "drafters.baselines.eagle",
     "EagleDrafter": "drafters.baselines.eagle",
     "Generation": "decode.generate",
@@ -98,6 +110,7 @@ _HOMES = {
     "PaperDrafter": "drafters.baselines.ctc_variants",
     "PromptLookup": "drafters.prompt_lookup",
     "Sampled": "decode.sampling",
+    "Speculator": "speculator",
     "Stats": "decode.stats",
     "Target": "target.model",
     "UserError": "types",

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
+import platform
+import re
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import platformdirs
+import psutil
+from safetensors import SafetensorError
 
-from ctc_drafter.types import UserError
+from ctc_drafter.types import UserError, first_line
 
+# In errors of torch and safetensors that are no OSError.
+OF_A_DISK = ("No space left", "I/O error", "file write failed", "failed writing file", "unexpected pos", "os error")
 SPACED = " --- "  # cells below the head of a Markdown table
 CACHE = "CTC_DRAFTER_CACHE"  # environment variable: another folder than the user's cache
 
@@ -24,8 +32,16 @@ def cache_folder() -> Path:
 
 @contextmanager
 def whole_or_nothing(path: Path) -> Iterator[Path]:
-    """A temporary file in the same folder to write to; it is on disk before it gets its name."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    """A temporary file of this process in the same folder to write to; it is on disk before it gets its name.
+
+    Links are followed. What is no regular file (a device, a pipe, /dev/stdout) is written to as it is, not replaced.
+    """
+    if path.is_symlink():
+        path = path.resolve()
+    if (path.exists() and not path.is_file()) or path.is_relative_to("/dev") or path.is_relative_to("/proc"):
+        yield path
+        return
+    temporary = path.with_name(f".{path.name}.{platform.node()}-{os.getpid()}-{threading.get_ident()}.tmp")
     try:
         yield temporary
         with temporary.open("rb+") as file:
@@ -33,6 +49,14 @@ def whole_or_nothing(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path, pattern: str) -> None:
+    """Removes temporary files of `whole_or_nothing` whose process has ended, for names that fit the pattern."""
+    for file in {*folder.glob(f".{pattern}.tmp"), *folder.glob(f".{pattern}.*-*-*.tmp")}:
+        found = re.fullmatch(r".*\.(?P<node>.*)-(?P<process>\d+)-\d+\.tmp", file.name)
+        if found is None or (found["node"] == platform.node() and not psutil.pid_exists(int(found["process"]))):
+            file.unlink(missing_ok=True)
 
 
 def write_atomic(path: Path, lines: Iterable[str]) -> None:
@@ -43,11 +67,13 @@ def write_atomic(path: Path, lines: Iterable[str]) -> None:
 
 @contextmanager
 def disk_errors(out: Path) -> Iterator[None]:
-    """Turns a full or unwritable disk into one line that says how to go on."""
+    """Turns a full or unwritable disk into one line that says how to go on, whatever library met it."""
     try:
         yield
-    except OSError as error:
-        reason = error.strerror or str(error)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if not isinstance(error, OSError) and not any(word in str(error) for word in OF_A_DISK):
+            raise
+        reason = getattr(error, "strerror", None) or first_line(error)
         raise UserError(
             f"cannot write to {out}: {reason}; finished parts are kept: make room there, "
             "then run the same command again to go on"
@@ -76,13 +102,32 @@ def json_text(value: object) -> str:
     return json.dumps(value | {"records": []}, indent=1).replace('"records": []', f'"records": [\n{lines}\n ]')
 
 
+LONGEST_ROW = 16 << 20  # bytes of a line: what is longer is no row
+
+
+def bounded_lines(file: Path) -> Iterator[bytes | None]:
+    """Lines of a file, of a packed one if it ends in .gz, one at a time; None for one longer than `LONGEST_ROW`.
+
+    A few megabytes of archive may hold gigabytes, and a file without line breaks is one line. Raises `OSError`,
+    `EOFError` and `zlib.error` for damaged archives.
+    """
+    with gzip.open(file) if file.name.endswith(".gz") else file.open("rb") as lines:
+        while line := lines.readline(LONGEST_ROW):
+            if len(line) < LONGEST_ROW or line.endswith(b"\n"):
+                yield line
+                continue
+            while (rest := lines.readline(1 << 20)) and not rest.endswith(b"\n"):
+                pass
+            yield None
+
+
 def read_json(file: Path) -> Any:
     """Raises `UserError` for files that are missing or hold something else."""
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read {file}: {error.strerror}; give results files") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is not JSON; give results files") from error
 
 

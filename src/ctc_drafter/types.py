@@ -65,6 +65,18 @@ class TokenTree:
     valid: torch.Tensor
     scores: torch.Tensor
 
+    def rows(self, start: int, end: int) -> TokenTree:
+        """The trees of rows `start` to `end - 1`."""
+        part = slice(start, end)
+        return TokenTree(
+            self.tokens[part],
+            self.parents[part],
+            self.depths[part],
+            self.ancestors[part],
+            self.valid[part],
+            self.scores[part],
+        )
+
 
 @dataclass(frozen=True)
 class Verification:
@@ -112,9 +124,43 @@ def padded(rows: Sequence[Sequence[Prefix]], device: torch.device) -> Candidates
 
 
 def first_line(error: BaseException) -> str:
-    """First line of an error's message, with the next one where it ends in a colon."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return f"{lines[0]} {lines[1].strip()}" if lines[0].endswith(":") and len(lines) > 1 else lines[0]
+    """First line of an error's message, with the next one where it ends in a colon; what a terminal would obey is left
+    out, and the end of very long ones. torch's advice to run a file that holds more than tensors is not passed on."""
+    if refuses_pickle(error):
+        return "not a file of tensors alone"
+    lines = [printable(line) for line in str(error).strip().splitlines()] or [type(error).__name__]
+    line = f"{lines[0]} {lines[1].strip()}" if lines[0].endswith(":") and len(lines) > 1 else lines[0]
+    return line if len(line) <= LONGEST_LINE else line[:LONGEST_LINE] + " ..."
+
+
+LONGEST_LINE = 600
+
+
+def refuses_pickle(error: BaseException) -> bool:
+    """Whether torch would not read a file because it holds more than tensors, which could run code."""
+    return "weights_only" in str(error)
+
+
+def printable(text: str) -> str:
+    """A text without control characters: files and servers may hold those that a terminal obeys."""
+    return "".join(letter if letter.isprintable() else " " for letter in text)
+
+
+def listed_ids(listed: object) -> list[int]:
+    """The end tokens that a configuration names as `eos_token_id`: none, one, or a list.
+
+    Raises `UserError` for what are no tokens.
+    """
+    found = [] if listed is None else list(listed) if isinstance(listed, list | tuple) else [listed]
+    tokens = [token for token in found if isinstance(token, int) and not isinstance(token, bool)]
+    if len(tokens) < len(found):
+        raise UserError(f"eos_token_id is {listed!r} in the target's configuration; give the number of a token there")
+    return tokens
+
+
+def own_code(config: object) -> bool:
+    """Whether a configuration is of a model's own Python code, which the user has then allowed."""
+    return type(config).__module__.startswith("transformers_modules")
 
 
 def lacks_memory(error: Exception) -> bool:
@@ -127,13 +173,20 @@ EXTRAS = {
     "fastapi": ("serving", "fastapi", "serve"),
     "starlette": ("serving", "fastapi", "serve"),
     "uvicorn": ("serving", "uvicorn", "serve"),
+    "h11": ("serving", "h11", "serve"),
     "prometheus_client": ("serving", "prometheus-client", "serve"),
     "openai": ("talking to a server", "openai", "serve"),
+    "llguidance": ("a structured answer", "llguidance", "serve"),
     "accelerate": ("training", "accelerate", "train"),
     "yaml": ("reading recipes", "pyyaml", "train"),
     "datasets": ("downloading data", "datasets", "train"),
     "matplotlib": ("drawing figures", "matplotlib", "bench"),
+    "gguf": ("reading a GGUF file", "gguf", "gguf"),
     "torchao": ("an int8 target", "torchao", "quant"),
+    "peft": ("a LoRA adapter", "peft", "lora"),
+    "xllamacpp": ("measuring llama.cpp", "xllamacpp", "peers"),
+    "openvino_genai": ("measuring OpenVINO", "openvino-genai", "peers"),
+    "openvino": ("measuring OpenVINO", "openvino-genai", "peers"),
 }
 
 

@@ -1,6 +1,8 @@
 """Families of models, tiny and random: each is exact or refused, and docs/families.md says which."""
 
+from dataclasses import replace
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,25 +21,33 @@ from benchmarks.families import (
     verdict,
 )
 from benchmarks.family_checks import stock_continuations
+from benchmarks.family_page import verdicts_of
+from benchmarks.family_sweep import without_figures
 from ctc_drafter.decode.generate import generate, plain_generate
 from ctc_drafter.decode.sampling import Sampled, warpers
 from ctc_drafter.drafters.registry import fresh_drafter
+from ctc_drafter.target.checks import KERNELS
 from ctc_drafter.target.features import decoder_blocks, final_norm
 from ctc_drafter.target.model import CACHES, Target
 from ctc_drafter.types import UserError
 from tiny_models import tiny_tokenizer
 
+PAGE = (Path(__file__).parents[2] / "docs" / "families.md").read_text(encoding="utf-8")
 NAMES = [name for name, _, _ in FAMILIES]
-FIRST_REFUSED = NAMES.index("Falcon, alibi")
-ACCEPTED, REFUSED = NAMES[:FIRST_REFUSED], NAMES[FIRST_REFUSED:]
+FIRST_CHAIN, FIRST_REFUSED = NAMES.index("Falcon, alibi"), NAMES.index("BERT, bidirectional")
+ACCEPTED, CHAINS, REFUSED = NAMES[:FIRST_CHAIN], NAMES[FIRST_CHAIN:FIRST_REFUSED], NAMES[FIRST_REFUSED:]
+WRITTEN = {each.name: each for each in verdicts_of(PAGE)}  # what docs/families.md says
 KINDS = ["Llama", "Qwen2, sliding from the second layer", "Mistral, sliding", "Gemma 3", "OPT", "Mixtral"]
 # All of them are in the slow tests; a sweep over small ones of more families is in the fast (test_family_sweep.py).
-FEW_FAST = [pytest.param(name, marks=() if name in KINDS else pytest.mark.slow) for name in ACCEPTED]
+FAST = ["Llama", "OPT"]
+FEW_FAST = [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in ACCEPTED]
 
 
-@cache
 def known(name: str) -> Verdict:
-    return verdict(name)
+    """What a family turns out to be, which is what the page says."""
+    found = verdict(name)
+    assert replace(found, refusal=without_figures(found.refusal)) == WRITTEN[name]
+    return found
 
 
 @cache
@@ -53,6 +63,15 @@ def test_never_always_and_sometimes_right_drafts_leave_the_text_of_generate(name
     assert found.refusal == ""
     assert set(found.cells.values()) <= {"exact", "not offered"}
     assert [found.cells[cache, "eager"] for cache in CACHES] == ["exact"] * len(CACHES)
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) for name in CHAINS])
+def test_drafts_in_chains_leave_the_text_of_generate(name):
+    found = known(name)
+    assert found.refusal == ""
+    assert found.verified.startswith("chain")
+    assert {found.cells["dynamic", kernel] for kernel in KERNELS} <= {"exact", "not offered"}
+    assert found.cells["dynamic", "eager"] == "exact"
 
 
 @pytest.mark.parametrize("name", FEW_FAST)
@@ -89,15 +108,17 @@ def test_samples_are_those_of_plain_sampled_decoding(name, kind):
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_follow_a_tree_is_refused_in_one_line(name):
+def test_what_can_follow_neither_tree_nor_chain_is_refused_in_one_line(name):
     refusal = known(name).refusal
     assert refusal
     assert "\n" not in refusal
 
 
 def test_the_command_needs_a_place(capsys):
-    assert main([]) == 2
-    assert "families.md" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        main([])
+    assert stop.value.code == 2
+    assert "page" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", FEW_FAST)

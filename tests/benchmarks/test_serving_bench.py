@@ -97,10 +97,16 @@ def test_two_servers_from_end_to_end(tmp_path, monkeypatch, capsys):
     assert markdown_serving([result]) in page.read_text()
 
 
-@pytest.mark.slow
-def test_a_server_that_does_not_start_says_why():
-    with pytest.raises(UserError, match="did not start"), serving.served("--batch-size", "nothing"):
-        pass
+def test_a_server_that_dies_is_one_line():
+    with running(tiny_service(), api_key=None) as server:
+        url, client = server.url, server.client()
+    for asking in (
+        lambda: totals(url),
+        lambda: ask(client, {"model": NAME, "messages": []}),
+        lambda: ask_all(url, [], 1),
+    ):
+        with pytest.raises(UserError, match="the server does not answer any more"):
+            asking()
 
 
 def test_the_docs_have_the_figures_of_the_results():

@@ -12,6 +12,8 @@ import pytest
 import typer
 
 from ctc_drafter.cli import app
+from ctc_drafter.cli.train import NAMED, SHOWN, SWITCHES
+from ctc_drafter.train.settings import TrainSettings
 
 SNAPSHOT = Path(__file__).parents[1] / "support" / "cli_options.json"
 COMMANDS = typer.main.get_command(app).commands
@@ -47,6 +49,16 @@ def test_commands_are_those_of_the_snapshot() -> None:
 @pytest.mark.parametrize("command", sorted(COMMANDS))
 def test_options_and_defaults_are_those_of_the_snapshot(command: str) -> None:
     assert options(command) == snapshot()[command]
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_options_of_training_settings_say_what_the_settings_say(name: str) -> None:
+    """`TrainSettings` is the one place that declares them."""
+    field = TrainSettings.model_fields[name]
+    (param,) = (param for param in COMMANDS["train"].params if param.name == name)
+    assert param.help.lower() == f"{field.description}.".lower()
+    shown = param.show_default if isinstance(param.show_default, str) else None
+    assert shown == (str(field.default) if name not in (*SHOWN, *SWITCHES) else SHOWN.get(name))
 
 
 def write() -> None:

@@ -5,8 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ctc_drafter.ctc.copies import Text
 from ctc_drafter.ctc.search import prefix_search
-from ctc_drafter.ctc.search_cpu import LowRankBias, best_prefixes
+from ctc_drafter.ctc.search_cpu import LowRankBias, _search_rows, best_prefixes
+from ctc_drafter.drafters.predictor import low_rank_bias
 from ctc_oracle import prefix_probs, sequence_probs
 
 B, F, V, R, M = 3, 4, 3, 2, 5
@@ -20,6 +22,7 @@ def problem(seed=0, batch=B, frames=F, rank=R, scale=1.5):
     shapes = (batch, frames, V), (batch, frames), (V, rank), (V, M), (V, M), (rank, M), (rank, V), (batch, M)
     frame_logits, blank_logits, *tables, states = (scale * torch.randn(*s, generator=generator) for s in shapes)
     tables = [table / 2 for table in tables]
+    tables[-1] = (3 * tables[-1]).to(torch.int8)
     tables.insert(4, 0.5 + torch.rand(rank, generator=generator))
     return frame_logits, blank_logits, tables, states
 
@@ -73,13 +76,11 @@ def assert_best(found, reference):
         assert probability == pytest.approx(known[prefix], abs=1e-6)
 
 
-@pytest.mark.parametrize("kind", [torch.float32, torch.int8])
 @pytest.mark.parametrize("rank", [0, 2, 9])
 @pytest.mark.parametrize("count", [1, 2, 5, 20, ALL])
-def test_the_best_prefixes_of_brute_force(count, rank, kind):
+def test_the_best_prefixes_of_brute_force(count, rank):
     """Repeats, children equal to the root, and rows of different sizes included."""
     given_ = problem(rank=rank)
-    given_[2][-1] = given_[2][-1].mul(3 if kind == torch.int8 else 1).to(kind)
     candidates = search(*given_, count=count, depth=F)
     assert candidates.scores.dtype == torch.float32
     assert candidates.tokens.dtype == candidates.parents.dtype == candidates.depths.dtype == torch.int64
@@ -93,7 +94,7 @@ def test_the_best_prefixes_of_brute_force(count, rank, kind):
 def test_the_example_of_the_docstring():
     """n = 3: a .53, b .38, ab .3."""
     logits, blank = torch.tensor([[[0.5, 0.2], [0.1, 0.6]]]).log(), torch.tensor([[0.3, 0.3]]).log()
-    nothing = LowRankBias(*(torch.zeros(shape).numpy() for shape in ((2, 0), (2, 0), (2, 0), (0, 0), (0,), (0, 2))))
+    nothing = low_rank_bias(None, torch.nn.Embedding(1, 1))
     candidates = best_prefixes(logits, blank, torch.tensor([0]), nothing, torch.zeros(1, 0), count=3, depth=2)
     assert paths(candidates, 0) == [
         ((0,), pytest.approx(0.53)),
@@ -135,8 +136,14 @@ def test_huge_logits_give_no_nan(scale):
     scale=st.sampled_from([0.1, 1.0, 4.0]),
 )
 def test_level_by_level_finds_the_same(seed, frames, count, depth, scale):
-    """The search of static shapes keeps the `count` best of each level, so also the best of all."""
-    frame_logits, blank_logits, tables, states = given_ = problem(seed, 1, frames, scale=scale)
+    """The search of static shapes keeps the `count` best of each level, so also the best of all.
+
+    Logits are of any scale. Biases are not: their products would be in the hundreds at scale 4, where float32 numbers
+    lie 3e-5 apart, and 1 in 250 such examples was off by more than the 2e-6 below.
+    """
+    frame_logits, blank_logits, *_ = problem(seed, 1, frames, scale=scale)
+    *_, tables, states = problem(seed, 1, frames, scale=min(scale, 1.0))
+    given_ = frame_logits, blank_logits, tables, states
     values = {
         (a, b): torch.tensor(bias_of(tables, states[0], (b,) if a < 0 else (a, b)), dtype=torch.float64)
         for a in range(-1, V)
@@ -154,3 +161,19 @@ def test_level_by_level_finds_the_same(seed, frames, count, depth, scale):
     found = [p for _, p in paths(search(*given_, count=count, depth=depth), 0)]
     kept = [p for p in reference if p > 1e-30]  # float32 knows no smaller ones
     assert found[: len(kept)] == pytest.approx(kept, abs=2e-6)  # float32 sums of other orders
+
+
+def test_arrays_with_gaps_give_the_same_and_are_not_compiled_anew():
+    """A draft in the middle of an answer must not wait for the compiler."""
+    frames, blanks, tables, states = problem(seed=4)
+    expected_ = search(frames, blanks, tables, states, count=9, depth=F)
+    before = list(_search_rows.signatures)
+    wide = (torch.stack([each, each], -1)[..., 0] for each in (frames, blanks, ROOTS, states))
+    frames, blanks, roots, states = wide
+    assert not any(each.is_contiguous() for each in (frames, blanks, roots, states))
+    bias = LowRankBias(*(table.numpy() for table in tables))
+    texts = Text(torch.stack([roots, roots, roots], 1)[:, 1:], torch.ones_like(roots))
+    found = best_prefixes(frames, blanks, roots, bias, states, count=9, depth=F, text=texts)
+    assert torch.equal(found.tokens, expected_.tokens)
+    assert torch.equal(found.scores, expected_.scores)
+    assert _search_rows.signatures == before

@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 
-from ctc_drafter.ctc.search_cpu import LowRankBias, best_chains
+from ctc_drafter.ctc.search_cpu import best_chains
 from ctc_drafter.drafters.baselines.chain_rule import expand_statically
 from ctc_drafter.drafters.predictor import Predictor, low_rank_bias
+from helpers import exact_in_int8
 
 VOCABULARY, DEPTH, HIDDEN = 60, 4, 16
 
@@ -23,12 +24,16 @@ def parts(width: int, rows: int = 3):
     return embed, predictor, logits, torch.randn(rows, HIDDEN), torch.tensor([5, 0, 59])[:rows]
 
 
-def in_float(predictor: Predictor, embed: torch.nn.Embedding) -> LowRankBias:
-    """The bias without int8."""
-    whole = low_rank_bias(predictor, embed)
-    return whole._replace(
-        scale=whole.scale * 0 + 1, output=predictor.output.weight.detach().t().contiguous().float().numpy()
-    )
+def by_levels(predictor: Predictor, embed: torch.nn.Embedding, logits, root, states, nodes: int):
+    """The search of static shapes, with the module itself for the bias."""
+
+    def step(prefixes, _places):
+        size, last = prefixes.shape[2], prefixes[:, :, -1]
+        previous = prefixes[:, :, -2] if size > 1 else torch.full_like(last, -1)
+        bias = predictor.output(predictor.state(previous, last, states, embed))
+        return logits[:, size - 1].unsqueeze(1) + bias
+
+    return expand_statically(step, root, nodes, DEPTH)
 
 
 def found_in(candidates, row: int) -> dict[tuple[int, ...], float]:
@@ -48,16 +53,10 @@ def found_in(candidates, row: int) -> dict[tuple[int, ...], float]:
 @torch.no_grad()
 def test_the_best_prefixes_under_a_predictor(width: int, nodes: int) -> None:
     embed, predictor, logits, start, root = parts(width)
+    exact_in_int8(predictor, embed)
     states = predictor.root_state(start)
-
-    def step(prefixes, _places):
-        size, last = prefixes.shape[2], prefixes[:, :, -1]
-        previous = prefixes[:, :, -2] if size > 1 else torch.full_like(last, -1)
-        bias = predictor.output(predictor.state(previous, last, states, embed))
-        return logits[:, size - 1].unsqueeze(1) + bias
-
-    slow = expand_statically(step, root, nodes, DEPTH)
-    fast = best_chains(logits, root, in_float(predictor, embed), states, count=nodes)
+    slow = by_levels(predictor, embed, logits, root, states, nodes)
+    fast = best_chains(logits, root, low_rank_bias(predictor, embed), states, count=nodes)
     for row in range(3):
         theirs = found_in(slow, row)
         best = dict(sorted(theirs.items(), key=lambda item: -item[1])[:nodes])
@@ -79,7 +78,7 @@ def test_int8_moves_scores_a_little() -> None:
     embed, predictor, logits, start, root = parts(12)
     predictor.output.weight.mul_(0.1)
     states = predictor.root_state(start)
-    exact = best_chains(logits, root, in_float(predictor, embed), states, count=20)
+    exact = by_levels(predictor, embed, logits, root, states, 20)
     rough = best_chains(logits, root, low_rank_bias(predictor, embed), states, count=20)
     for row in range(3):
         mine, theirs = found_in(rough, row), found_in(exact, row)

@@ -8,15 +8,15 @@ from hypothesis import strategies as st
 from ctc_drafter.ctc.copies import Text, copies_at, find_copies, newest_tokens
 from ctc_drafter.ctc.loss import prefix_log_probs
 from ctc_drafter.ctc.search import prefix_search
-from ctc_drafter.ctc.search_cpu import LowRankBias, best_prefixes
+from ctc_drafter.ctc.search_cpu import best_prefixes
 from ctc_drafter.decode.prefill import prefill
 from ctc_drafter.drafters.ctc import CTCDrafter
-from ctc_drafter.drafters.predictor import Predictor
+from ctc_drafter.drafters.predictor import Predictor, low_rank_bias
 from ctc_drafter.drafters.trainable import LossInputs, LossOptions
 from ctc_drafter.train.objective import anchor_copies, dropped
 from ctc_drafter.types import UserError
 from ctc_oracle import prefix_probs, sequence_probs
-from helpers import VOCABULARY, tiny_config, tiny_target
+from helpers import VOCABULARY, exact_in_int8, tiny_config, tiny_target, without_copies
 
 A, B_, C, D = range(4)
 V = 4
@@ -82,8 +82,10 @@ def problem(seed):
     with torch.no_grad():
         for weight in predictor.parameters():
             weight.normal_()
+    embed = torch.nn.Embedding(V, 6)
+    exact_in_int8(predictor, embed)
     text = torch.randint(V, (1, 9))
-    return 1.5 * torch.randn(1, 4, V), torch.randn(1, 4), predictor, torch.nn.Embedding(V, 6), torch.randn(1, 6), text
+    return 1.5 * torch.randn(1, 4, V), torch.randn(1, 4), predictor, embed, torch.randn(1, 6), text
 
 
 def expected(frames, blanks, predictor, embed, start, text, keep=lambda token: True):
@@ -122,14 +124,9 @@ def test_both_searches_find_what_brute_force_finds(seed):
     reference = expected(*given_)
     bias = predictor.search_bias(start, embed, lambda tokens: tokens, whole)
     levels = probabilities(prefix_search(frames, blanks, ends, bias, width=64, depth=3))
-    *tables, _scale, _output, copying, trust = predictor.tables(embed)
-    exact = predictor.output.weight.t().contiguous()
-    low_rank = LowRankBias(
-        *(t.contiguous().numpy() for t in (*tables, torch.ones(RANK), exact, copying, trust, torch.arange(V)))
-    )
-    first = best_prefixes(
-        frames, blanks, ends, low_rank, predictor.root_state(start), count=9, depth=3, min_probability=1e-7, text=whole
-    )
+    options = {"count": 9, "depth": 3, "min_probability": 1e-7, "text": whole}
+    tables = low_rank_bias(predictor, embed)
+    first = best_prefixes(frames, blanks, ends, tables, predictor.root_state(start), **options)
     for prefix, probability in levels.items():
         assert probability == pytest.approx(reference.get(prefix, 0), abs=2e-6)
     best = sorted((p for prefix, p in reference.items() if len(prefix) <= 3), reverse=True)
@@ -233,7 +230,7 @@ def test_dropped_copies_are_none_at_all():
         each.loss(
             LossInputs(blocks, prefixes, valid, copies=mine), target.embed, target.head, LossOptions("prefix", 0.8)
         )
-        for each, mine in ((drafter, dropped(copies, positions, 1.0)), (drafter.without_copies(), None))
+        for each, mine in ((drafter, dropped(copies, positions, 1.0)), (without_copies(drafter), None))
     ]
     torch.testing.assert_close(*found)
     assert torch.equal(dropped(copies, positions, 0.0), copies)
@@ -251,7 +248,7 @@ def test_copies_need_the_predictor():
 def test_without_copies_frames_are_the_same():
     target = tiny_target()
     whole = copying_drafter(target)
-    plain, root, blocks = whole.without_copies(), torch.tensor([9]), torch.randn(1, 6, 64)
+    plain, root, blocks = without_copies(whole), torch.tensor([9]), torch.randn(1, 6, 64)
     found = [each.candidates(blocks, root, each.prepared(target.embed, target.head), 8) for each in (whole, plain)]
     assert torch.equal(found[0].tokens, found[1].tokens)
     torch.testing.assert_close(found[0].scores, found[1].scores)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ctc_drafter.ctc.lattice import lattice
-from ctc_drafter.ctc.loss import FLOOR, ctc_loss, prefix_log_probs, prefix_loss
+from ctc_drafter.ctc.loss import FLOOR, ctc_loss, next_log_probs, prefix_log_probs, prefix_loss, teacher_loss
 from ctc_oracle import prefix_probs, sequence_probs
 
 F, V = 4, 3
@@ -247,3 +247,64 @@ def test_nothing_waits_for_the_host():
         loss = prefix_loss(found, labels, labels >= 0) + ctc_loss(found, labels, (labels >= 0).sum(1))
         loss.sum().backward()
         assert [tensor.grad.shape for tensor in inputs] == [tensor.shape for tensor in inputs]
+
+
+# The target's distribution in the label's place.
+
+
+def every_token(labels):
+    return torch.arange(V).expand(*labels.shape, V)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_probabilities_of_the_next_token_by_brute_force(biased):
+    """prefix(y1..yu v) / prefix(y1..yu) for every token v, the repeat of yu too."""
+    tokens, blanks, table = logits()
+    table = table if biased else None
+    labels = all_labels(3)
+    others = every_token(labels)
+    bias = (
+        torch.stack([torch.stack([table[tuple(y[:u])] for u in range(4)]) for y in labels.tolist()]) if table else None
+    )
+    count = len(labels)
+    found = lattice(tokens.expand(count, -1, -1), blanks.expand(count, -1), labels, bias, others)
+    ours, prefixes = next_log_probs(found, labels, others)
+    torch.testing.assert_close(prefixes, prefix_log_probs(found, labels))
+    known = prefix_probs(oracle(tokens, blanks, table)) | {(): 1.0}
+    for row, y in enumerate(labels.tolist()):
+        for u in range(3):
+            before = known.get(tuple(y[:u]), 0.0)
+            for v in range(V) if before else ():
+                expected = known.get((*y[:u], v), 0.0) / before
+                assert math.exp(float(ours[row, u, v])) == pytest.approx(expected, abs=1e-9)
+
+
+def test_a_sure_teacher_is_the_label():
+    tokens, blanks, table = logits()
+    labels = all_labels(3)[4:20]
+    bias = torch.stack([torch.stack([table[tuple(y[:u])] for u in range(4)]) for y in labels.tolist()])
+    valid = torch.tensor([[True, True, True], [True, False, False]] * 8)
+    leaves = [tokens.clone().requires_grad_(), bias.clone().requires_grad_()]
+    given = leaves[0].expand(16, -1, -1), blanks.expand(16, -1), labels, leaves[1]
+    sure = torch.zeros(16, 3, V, dtype=torch.float64).scatter_(2, labels.unsqueeze(-1), 1.0)
+    taught = teacher_loss(lattice(*given, every_token(labels)), labels, valid, every_token(labels), sure)
+    plain = prefix_loss(lattice(*given), labels, valid)
+    torch.testing.assert_close(taught, plain)
+    for ours, theirs in zip(
+        torch.autograd.grad(taught.sum(), leaves), torch.autograd.grad(plain.sum(), leaves), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_gradients_of_a_doubting_teacher():
+    tokens, blanks, table = logits(frames=3)
+    labels = torch.tensor([[0, 0], [1, 2]])
+    bias = torch.stack([torch.stack([table[tuple(y[:u])] for u in range(3)]) for y in labels.tolist()])
+    valid, others = torch.ones(2, 2, dtype=torch.bool), torch.tensor([[[0, 2], [1, 0]], [[2, 1], [0, 2]]])
+    doubt = torch.tensor([0.7, 0.3], dtype=torch.float64).expand(2, 2, 2)
+
+    def loss(tokens, blanks, bias):
+        found = lattice(tokens.expand(2, -1, -1), blanks.expand(2, -1), labels, bias, others)
+        return teacher_loss(found, labels, valid, others, doubt)
+
+    assert torch.autograd.gradcheck(loss, tuple(x.requires_grad_() for x in (tokens, blanks, bias)))

@@ -176,7 +176,8 @@ def test_a_real_drafter_under_a_budget_with_rows_that_leave():
         assert found.tokens == plain.tokens
 
 
-def test_measured_once(tmp_path, monkeypatch):
+def test_measured_once(tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO", "ctc_drafter")
     monkeypatch.setenv("CTC_DRAFTER_CACHE", str(tmp_path))
     target = tiny_target()
     drafter = tiny_drafter(target)
@@ -184,8 +185,11 @@ def test_measured_once(tmp_path, monkeypatch):
     assert (first.batches, first.sizes) == ((1, 2), (1, 2))
     assert all(0 < value < math.inf for line in first.plain for value in line)
     (file,) = tmp_path.iterdir()
+    said = ["measuring step times, once for this target, drafter and machine ..."]
+    assert caplog.messages == said, "a wait is no silent one"
     monkeypatch.setattr("ctc_drafter.decode.profile.measure", None)
     assert step_times(target, drafter, nodes=2, rows=2) == first
+    assert caplog.messages == said
     file.write_text("{")
     monkeypatch.setattr("ctc_drafter.decode.profile.measure", lambda *_args, **_more: first)
     assert step_times(target, drafter, nodes=2, rows=2) == first

@@ -49,7 +49,7 @@ def trees(draw):
     return tokens, parents
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=75)
 @given(
     trees(),
     st.lists(st.integers(0, WORDS - 1), min_size=1, max_size=5),

@@ -25,6 +25,8 @@ from helpers import tiny_target
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6], [2, 7], [5, 5, 9]]
 LENGTH = 10
 ENDING = [(), (0,), (1,), (2,), (0, 2), (0, 1, 2)]
+FEW = [(1,), (0, 2), (0, 1, 2)]
+SOME = [pytest.param(FEW, id="few"), pytest.param(ENDING, id="all", marks=pytest.mark.slow)]
 
 
 def fresh(target: Target, name: str):
@@ -58,10 +60,11 @@ def oracle(target: Target, ends: frozenset[int]) -> list[list[int]]:
     return [plain_generate(target, [p], max_new_tokens=LENGTH, eos=ends).tokens[0] for p in PROMPTS]
 
 
+@pytest.mark.parametrize("ending", SOME)
 @pytest.mark.parametrize("name", TRAINED)
-def test_answers_are_plain_decodings(target, firsts, name):
+def test_answers_are_plain_decodings(target, firsts, name, ending):
     drafter = fresh(target, name)
-    for rows in ENDING:
+    for rows in ending:
         ends = frozenset(firsts[row] for row in rows)
         expected = oracle(target, ends)
         assert {place for place, row in enumerate(expected) if len(row) == 1} >= set(rows)
@@ -71,13 +74,14 @@ def test_answers_are_plain_decodings(target, firsts, name):
             assert dict(generate_many(target, drafter, PROMPTS, in_flight=most, **options)) == dict(enumerate(expected))
 
 
+@pytest.mark.parametrize("ending", SOME)
 @pytest.mark.parametrize("name", TRAINED)
-def test_speculate_is_stock_generate(target, firsts, name):
+def test_speculate_is_stock_generate(target, firsts, name, ending):
     width = max(map(len, PROMPTS))
     ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in PROMPTS])
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in PROMPTS])
     drafter = fresh(target, name)
-    for rows in ENDING[1:]:
+    for rows in filter(None, ending):
         options = {"max_new_tokens": LENGTH, "eos_token_id": [firsts[row] for row in rows], "pad_token_id": 0}
         options |= {"attention_mask": mask, "do_sample": False}
         expected = target.model.generate(ids, **options)
@@ -93,26 +97,29 @@ def test_rows_of_a_server(name):
     service = Service(engine, served, tiny_models.tiny_tokenizer(), "tiny", Limits())
     limits = [1, LENGTH, 1, 1, LENGTH, LENGTH, 1]
     told: queue.SimpleQueue = queue.SimpleQueue()
-    jobs = []
+    completions = []
     for place, limit in enumerate(limits):
-        (job,) = service.jobs([PROMPTS[place % 3]], Sampling(temperature=0), limit)
-        job.deliver, job.eos = told.put, frozenset()
-        jobs.append(job)
+        (completion,) = service.completions([PROMPTS[place % 3]], Sampling(temperature=0), limit)
+        completion.deliver, completion.eos = told.put, frozenset()
+        completions.append(completion)
     with engine:
-        engine.submit(jobs)
+        engine.submit(completions)
         ended = 0
-        while ended < len(jobs):
+        while ended < len(completions):
             event = told.get(timeout=120)  # the first draft may wait for a compiler
             assert not isinstance(event, Failure)
             ended += isinstance(event, Finish)
-    for job, limit in zip(jobs, limits, strict=True):
-        assert job.tokens == plain_generate(served, [job.prompt], max_new_tokens=limit, eos=()).tokens[0]
+    for completion, limit in zip(completions, limits, strict=True):
+        assert completion.tokens == plain_generate(served, [completion.prompt], max_new_tokens=limit, eos=()).tokens[0]
 
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_selecting_joining_and_extending_in_any_order(target, name):
     """Drafts are those of a session whose rows came in one by one, whatever happened before the first draft."""
     drafter = fresh(target, name)
+    with torch.no_grad():  # the heads of an untrained Medusa are all the same, and rounding would order equal scores
+        for parameter in drafter.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
 
     def state(place: int):
         return prefill(target, [PROMPTS[place]], drafter.feature_layers)

@@ -87,7 +87,12 @@ PROCESSORS = {
 }
 
 
-@pytest.mark.parametrize("batch", [1, 2])
+# A batch of two has the row alone in it, beside one with padding.
+BATCHES = [pytest.param(1, marks=pytest.mark.slow), 2]
+
+
+@pytest.mark.sparing(6)
+@pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("options", PROCESSORS.values(), ids=PROCESSORS)
 def test_greedy_with_processors(options, batch):
     plain, ours = both(batch, {"max_new_tokens": NEW} | options)
@@ -158,7 +163,7 @@ STOPPING = {
 }
 
 
-@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("options", STOPPING.values(), ids=STOPPING)
 def test_stops_where_generate_stops(options, batch):
     plain, ours = both(batch, {"max_new_tokens": NEW} | options)
@@ -175,8 +180,7 @@ def test_stop_strings_need_a_tokenizer():
 MODEL, TOKENIZER = tiny_models.tiny_llama(), tiny_models.tiny_tokenizer()
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
-@given(
+STOPS = given(
     prompt=st.lists(st.integers(5, 279), min_size=1, max_size=6),
     seed=st.integers(0, 2**63 - 1),
     begin=st.integers(0, NEW - 1),
@@ -184,8 +188,23 @@ MODEL, TOKENIZER = tiny_models.tiny_llama(), tiny_models.tiny_tokenizer()
     right=st.lists(st.integers(0, 4), min_size=1, max_size=4),
     nodes=st.sampled_from([1, 4, 12]),
 )
+
+
+@settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck))
+@STOPS
 def test_stop_strings_cut_after_the_first_token_that_completes_one(prompt, seed, begin, size, right, nodes):
-    target = Target.wrap(MODEL)
+    check_stop_strings(prompt, seed, begin, size, right, nodes)
+
+
+@pytest.mark.slow
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@STOPS
+def test_many_stop_strings(prompt, seed, begin, size, right, nodes):
+    check_stop_strings(prompt, seed, begin, size, right, nodes)
+
+
+def check_stop_strings(prompt, seed, begin, size, right, nodes):
+    target = Target(MODEL)
     sampled = {"sampler": Sampled([seed]), "max_new_tokens": NEW, "eos": ()}
     full = plain_generate(target, [prompt], **sampled).tokens[0]
     stop = TOKENIZER.decode(full[begin : begin + size])

@@ -41,6 +41,7 @@ SETTINGS = {
 }
 
 
+@pytest.mark.sparing(4)
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("name", SETTINGS)
 def test_scores_and_logits_are_those_of_generate(name, batch):

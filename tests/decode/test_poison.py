@@ -70,6 +70,7 @@ def wrapped(model, cache: str) -> Target:
     return Target(model, cache)  # the trial's own tokens may be the poison
 
 
+@pytest.mark.sparing(4)
 @pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("rows", [[0], [1], [0, 1, 2]])
 @pytest.mark.parametrize("value", VALUES)
@@ -83,6 +84,7 @@ def test_greedy_answers_are_stock_ones(value, rows, cache):
         assert found == [expected[row] for row in rows], (wrong_after, pause, nodes)
 
 
+@pytest.mark.sparing(2)
 @pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize(
     ("family", "kernel"), [("GPT-2", "eager"), ("Gemma 3", "sdpa"), ("Mistral, sliding", "eager"), ("Mixtral", "sdpa")]
@@ -102,6 +104,7 @@ def test_other_architectures(family, kernel, cache):
     assert found.tokens == expected
 
 
+@pytest.mark.sparing
 @pytest.mark.parametrize("cache", CACHES)
 def test_neighbours_keep_their_drafts(cache):
     """Only the row that drafts poison takes plain steps."""
@@ -124,6 +127,7 @@ def test_neighbours_keep_their_drafts(cache):
     assert min(found.accepted[0][:-1]) == min(found.accepted[2][:-1]) == 4
 
 
+@pytest.mark.sparing
 @pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("rows", [[1], [0, 1, 2]])
 def test_sampled_and_processed_answers(rows, cache):
@@ -159,6 +163,7 @@ class NoNumbers:
         return scores
 
 
+@pytest.mark.sparing
 @pytest.mark.parametrize("cache", CACHES)
 def test_rows_that_join_and_leave(cache):
     model, expected, token = poisoned(float("nan"))
@@ -170,6 +175,7 @@ def test_rows_that_join_and_leave(cache):
     assert dict(found) == dict(enumerate(expected * 2))
 
 
+@pytest.mark.sparing(2)
 @pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("value", ["nan", "inf"])
 def test_token_0_in_padding(value, cache):
@@ -225,6 +231,7 @@ class UnevenSession(exactness.ScriptedSession):
         return Candidates(found.tokens.masked_fill(hidden, 0), found.parents, found.depths, scores)
 
 
+@pytest.mark.sparing
 @pytest.mark.parametrize("cache", CACHES)
 def test_a_target_that_is_broken_itself_is_decoded_as_by_plain_steps(cache):
     """It writes whatever argmax makes of no numbers, and ends; its neighbours do not notice."""
@@ -271,6 +278,7 @@ def test_what_it_costs():
     assert steps < count <= steps + 2
 
 
+@pytest.mark.sparing
 @pytest.mark.parametrize("cache", CACHES)
 def test_float16_that_overflows(cache):
     """An embedding near the largest number, which Gemma multiplies."""

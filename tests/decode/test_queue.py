@@ -19,6 +19,7 @@ PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6], [2, 7], [8, 2, 8, 1], [5], [31, 41, 59, 26,
 NEW = 16
 
 
+@pytest.mark.sparing(2)
 @pytest.mark.parametrize("in_flight", [1, 2, 4, 10])
 @pytest.mark.parametrize("seeds", [None, [9, 8, 7, 6, 5, 4]], ids=["greedy", "sampled"])
 def test_rows_that_join_are_rows_that_start(in_flight, seeds):

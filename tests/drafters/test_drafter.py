@@ -128,7 +128,7 @@ def test_saved_and_loaded_it_is_the_same(tmp_path):
     target = tiny_target()
     drafter = tiny_drafter(target)
     drafter.save_pretrained(tmp_path)
-    assert {file.name for file in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
+    assert {file.name for file in tmp_path.iterdir()} == {"config.json", "model.safetensors", "custom_generate"}
     loaded = CTCDrafter.from_pretrained(tmp_path)
     assert loaded.config.to_dict().keys() == drafter.config.to_dict().keys()
     for name, tensor in drafter.state_dict().items():

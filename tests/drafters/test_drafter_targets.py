@@ -98,6 +98,7 @@ def made(method: str, model: PreTrainedModel) -> TrainableDrafter:
     return trained.drafter.for_target(model.config, **{**trained.usual, **trained.sizes, **short}).eval()
 
 
+@pytest.mark.sparing(9)
 @pytest.mark.parametrize("method", TRAINED)
 @pytest.mark.parametrize("kind", SIZES)
 def test_a_drafter_is_made_saved_loaded_and_exact(kind: str, method: str, tmp_path: Path) -> None:

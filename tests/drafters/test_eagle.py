@@ -39,13 +39,16 @@ def rollout(target, drafter, features: torch.Tensor, known: list[int], drafted: 
         tokens = torch.tensor([*known, *drafted][: len(before)])
         states = torch.stack(before)
         pairs = torch.cat([layer.input_layernorm(target.embed(tokens)), layer.hidden_norm(states)], -1)
-        by = [part[0] for part in drafter.rotation(torch.arange(len(before)).unsqueeze(0))]
+        rotary = [part[0] for part in drafter.rotation(torch.arange(len(before)).unsqueeze(0))]
         attention = layer.self_attn
         split = [
             projection(pairs).unflatten(-1, (-1, config.head_dim)).transpose(0, 1)
             for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
         ]
-        queries, keys = apply_rotary(attention.q_norm(split[0]), by), apply_rotary(attention.k_norm(split[1]), by)
+        queries, keys = (
+            apply_rotary(attention.q_norm(split[0]), rotary),
+            apply_rotary(attention.k_norm(split[1]), rotary),
+        )
         share = config.num_attention_heads // config.num_key_value_heads
         keys, values = keys.repeat_interleave(share, 0), split[2].repeat_interleave(share, 0)
         weights = (queries[:, -1:] @ keys.transpose(1, 2) / math.sqrt(config.head_dim)).softmax(-1)
@@ -74,7 +77,7 @@ def test_training_sees_what_a_rollout_sees() -> None:
         expected = rollout(target, drafter, features[row, :place], text[: place + 1], labels[:-1])
         torch.testing.assert_close(target.head(blocks[row, column]), expected, atol=1e-4, rtol=1e-4)
         prefix = torch.tensor([[text[place], *labels]])
-        found = drafter.likelihood(blocks[row, column : column + 1], prefix, target.embed, target.head)
+        found = drafter.log_probs(blocks[row, column : column + 1], prefix, target.embed, target.head)
         steps = expected.log_softmax(-1).gather(1, torch.tensor(labels).unsqueeze(1)).squeeze(1)
         torch.testing.assert_close(found[0], steps, atol=1e-4, rtol=1e-4)
 

@@ -9,7 +9,7 @@ from ctc_drafter.drafters.ctc_session import CTCSession
 from ctc_drafter.drafters.prompt_lookup import PromptLookup
 from ctc_drafter.drafters.trainable import network_of
 from ctc_drafter.types import Candidates, UserError, padded
-from helpers import tiny_drafter, tiny_target
+from helpers import tiny_drafter, tiny_target, without_copies
 
 PROMPTS = [[3, 1, 4, 1, 5, 3, 1, 4], [2, 7, 2, 7, 2], [8]]
 TRAINED = 50  # the token that the scripted network drafts
@@ -178,7 +178,7 @@ def test_measurements_ask_the_network():
     assert (network.config.lookup_length, drafter.config.lookup_length) == (0, 9)
     assert network.predictor is drafter.predictor
     assert network_of(PromptLookup()) == PromptLookup()
-    assert drafter.without_copies().config.lookup_length == 0
+    assert without_copies(drafter).config.lookup_length == 0
 
 
 def test_a_negative_length_is_named():

@@ -51,7 +51,8 @@ def test_searches_find_what_they_find_where_the_others_are_impossible(root):
     frames, blanks = (torch.randn(1, FRAMES, *more, generator=generator) for more in ((TOKENS,), ()))
     shapes = (TOKENS, RANK), (TOKENS, WIDTH), (TOKENS, WIDTH), (RANK, WIDTH)
     tables = [torch.randn(*shape, generator=generator) for shape in shapes]
-    output, states = torch.randn(RANK, TOKENS, generator=generator), torch.randn(1, WIDTH, generator=generator)
+    output = torch.randint(-3, 4, (RANK, TOKENS), generator=generator, dtype=torch.int8)
+    states = torch.randn(1, WIDTH, generator=generator)
     impossible = torch.full_like(frames, -1e9)
     impossible[..., SOME] = frames[..., SOME]
 
@@ -67,7 +68,7 @@ def test_searches_find_what_they_find_where_the_others_are_impossible(root):
             mixed = (
                 tables[2][last] + states.unsqueeze(1) + tables[1][previous.clamp(min=0)] * (previous >= 0)[..., None]
             )
-            return (tables[0][last] + torch.nn.functional.silu(mixed) @ tables[3].t()) @ output[:, columns]
+            return (tables[0][last] + torch.nn.functional.silu(mixed) @ tables[3].t()) @ output[:, columns].float()
 
         levels = prefix_search(logits, blanks, roots, bias, width=3, depth=3, vocabulary=vocabulary)
         return first, levels

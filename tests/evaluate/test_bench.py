@@ -58,6 +58,7 @@ def test_every_contender_has_a_row_and_is_exact(unbroken: dict[str, Any]) -> Non
     assert unbroken["meta"]["drafters"]["ours"]["parameters"] > 1000
 
 
+@pytest.mark.sparing
 @pytest.mark.parametrize("batch_size", [1, 2])
 def test_records_add_up_to_rows(unbroken: dict[str, Any], batch_size: int) -> None:
     result = unbroken if batch_size == 1 else measured(batch_size=2, watched=0)
@@ -91,6 +92,7 @@ def first_turn_steps(task: str, nodes: int | str) -> list[int]:
     return [contender.run([text], False, None).stats.steps for text in texts]
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unbroken: dict[str, Any]) -> None:
     out, calls, original = tmp_path / "out.json", 0, methods.generate
     stop = 6 + 12 + 6 + 3  # warm-up, two turns and one turn of chat, then inside the extra runs
@@ -183,7 +185,7 @@ def test_command(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     tasks.write_text('{"prompt": "the cat", "category": "cats"}\n{"prompt": "mat"}\n')
     options = ["--target", str(target), "--drafter", f"label={drafter}", "--drafter", "prompt_lookup"]
     options += ["--tasks", str(tasks), "--nodes", "chain,4", "--max-new-tokens", "6", "--json", str(out)]
-    assert main(["bench", *options, "--watched", "1"]) == 0
+    assert main(["bench", *options, "--watched", "1", "--copies", "own"]) == 0
     result = json.loads(out.read_text())
     assert [(row["method"], row["nodes"]) for row in result["rows"]] == [
         *(("plain", None), ("label", "chain"), ("label", 4), ("prompt_lookup", "chain"), ("prompt_lookup", 4))

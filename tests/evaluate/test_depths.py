@@ -32,6 +32,7 @@ def deepest(target: Target, drafter: Drafter) -> int:
     return int(session.propose(state.logits.argmax(-1), 400, 0.0).depths.max())
 
 
+@pytest.mark.sparing(2)
 @pytest.mark.parametrize("name", TRAINED)
 def test_no_prefix_is_longer_and_output_stays(name: str) -> None:
     target = Target.wrap(tiny_llama())
@@ -49,6 +50,16 @@ def test_no_prefix_is_longer_and_output_stays(name: str) -> None:
         assert found.tokens == plain.tokens
     assert drafter.config.draft_length == 5
     assert generate(target, drafter, PROMPTS, max_new_tokens=12, nodes=12, min_probability=0.0).tokens == plain.tokens
+
+
+@pytest.mark.parametrize("name", ["dflash", "dspark", "ctc"])
+def test_blocks_with_convolutions_can_be_shorter(name: str) -> None:
+    target = Target.wrap(tiny_llama())
+    torch.manual_seed(0)
+    drafter = trained_method(name).drafter.for_target(target.config, draft_length=5, convolution=True).eval()
+    plain = plain_generate(target, PROMPTS, max_new_tokens=8)
+    found = generate(target, shortened(drafter, 3), PROMPTS, max_new_tokens=8, nodes=12, min_probability=0.0)
+    assert found.tokens == plain.tokens
 
 
 def test_entries() -> None:
@@ -75,12 +86,13 @@ def test_parse() -> None:
             parse_depths(text)
 
 
+@pytest.mark.slow
 def test_command_and_page(tmp_path: Path) -> None:
     target, drafter = save_pair(tmp_path)
     prompts, out = tmp_path / "p.jsonl", tmp_path / "bench-depths.json"
     prompts.write_text('{"prompt": "the cat"}\n{"prompt": "mat"}\n')
     options = ["--target", str(target), "--drafter", f"ours={drafter}", "--drafter", "prompt_lookup"]
-    options += ["--tasks", str(prompts), "--nodes", "4", "--max-new-tokens", "8", "--depths", "1,2"]
+    options += ["--tasks", str(prompts), "--nodes", "4", "--max-new-tokens", "8", "--depths", "1,2", "--copies", "own"]
     assert main(["bench", *options, "--json", str(out)]) == 0
     result = json.loads(out.read_text())
     assert [row["method"] for row in result["rows"]][1:] == [
@@ -88,4 +100,4 @@ def test_command_and_page(tmp_path: Path) -> None:
     ]  # fmt: skip
     text = page(read_results([out]))
     best = max((row for row in result["rows"] if row["method"].startswith("ours")), key=lambda row: row["gamma"])
-    assert f"| ours | {best['method'][-1]} | {best['gamma']:.2f} (" in text
+    assert f"| ours | {best['method'][-1]} | {best['gamma']:.2f} | " in text

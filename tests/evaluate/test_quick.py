@@ -58,7 +58,7 @@ def test_samples_that_cannot_be(tmp_path: Path) -> None:
 
 def test_the_shipped_sample_is_the_shipped_targets() -> None:
     rows = sample_rows()
-    target, _ = load_target(None, "float32", "cpu")
+    target, _ = load_target("tiny", "float32", "cpu")
     assert rows.manifest
     assert rows.manifest["config"] == config_hash(target.model.config)
     assert 300_000 <= sum(len(row.ids) for row in rows.rows) <= 500_000
@@ -66,10 +66,11 @@ def test_the_shipped_sample_is_the_shipped_targets() -> None:
     assert size < 1_500_000
 
 
+@pytest.mark.slow
 def test_command(tiny_quick: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd) -> None:
     out, work = tmp_path / "out.json", tmp_path / "work"
     options = ["bench", "--quick", *tiny_quick, "--json", str(out), "--work", str(work)]
-    options += ["--only", "ctc", "--only", "medusa"]
+    options += ["--only", "ctc", "--only", "medusa", "--copies", "own"]
     assert main(options) == 0
     result = json.loads(out.read_text())
     assert [(row["method"], row["nodes"]) for row in result["rows"]] == [

@@ -9,7 +9,8 @@ import pytest
 
 from bench_results import made_up
 from ctc_drafter.cli import main
-from ctc_drafter.evaluate.figures import Bootstrap, by_size, spread
+from ctc_drafter.evaluate.figures import COLOURS, MARKERS, by_category, by_size, spread, styles_of
+from ctc_drafter.evaluate.intervals import Bootstrap
 from ctc_drafter.evaluate.report_page import draw, page
 from ctc_drafter.evaluate.results import Results, read_results
 from ctc_drafter.types import UserError
@@ -46,7 +47,8 @@ def test_estimates_are_the_rows_figures(some: Results) -> None:
         assert beta
         assert gamma
         assert (beta.value, gamma.value) == pytest.approx((row["beta"], row["gamma"]))
-        assert beta.low <= beta.value <= beta.high
+        assert beta.interval
+        assert beta.interval[0] <= beta.value <= beta.interval[1]
     assert boot.beta(("nobody", 8)) is None
 
 
@@ -63,7 +65,8 @@ def test_intervals_cover_as_often_as_they_say() -> None:
         ]
         found = Bootstrap(Results("x", {}, [], records), "t").beta(("m", 8))
         assert found
-        hits += found.low <= 3.0 <= found.high
+        assert found.interval
+        hits += found.interval[0] <= 3.0 <= found.interval[1]
     assert 178 <= hits <= 199
 
 
@@ -72,15 +75,32 @@ def test_ratios_are_paired() -> None:
     records = [
         {"task": "t", "index": i, "category": "c", "method": method, "nodes": 8, "skipped": False, "turns": 0}
         | {"tokens": tokens, "steps": tokens / beta, "seconds": 1.0}
-        for i, tokens in enumerate((10, 50, 200, 400, 1000))
+        for i, tokens in enumerate((10, 50, 200, 400, 1000, 30, 70, 300))
         for method, beta in (("a", 1.0 + i), ("b", 1.5 * (1.0 + i)))
     ]
     boot = Bootstrap(Results("x", {}, [], records), "t")
     ratio, beta = boot.beta_ratio(("b", 8), ("a", 8)), boot.beta(("a", 8))
     assert ratio
     assert beta
-    assert (ratio.low, ratio.value, ratio.high) == pytest.approx((1.5, 1.5, 1.5))
-    assert beta.high - beta.low > 0.5
+    assert ratio.interval
+    assert beta.interval
+    assert (ratio.value, *ratio.interval) == pytest.approx((1.5, 1.5, 1.5))
+    assert beta.interval[1] - beta.interval[0] > 0.5
+
+
+@pytest.mark.parametrize(("prompts", "shown"), [(7, False), (8, True)])
+def test_fewer_than_8_prompts_have_no_interval(prompts: int, shown: bool) -> None:
+    few = results(prompts=prompts)
+    beta = Bootstrap(few, "gsm8k").beta(("medusa", 16))
+    assert beta
+    assert (beta.interval is not None) == shown
+    assert ("(" in str(beta)) == shown
+    assert any("–" in line for line in page([few]).splitlines() if line.startswith("| medusa")) == shown
+    assert by_category(few, "gsm8k") is None, "one category alone"
+    figure = by_category(results(prompts=prompts * 5), "mt_bench")  # five categories
+    assert figure
+    bars = [line for line in figure.axes[0].get_lines() if line.get_linewidth() == 1.0 and len(line.get_xdata()) == 2]
+    assert len(bars) == (5 * len(METHODS) if shown else 0)
 
 
 def test_the_page_says_what_was_measured(some: Results) -> None:
@@ -98,6 +118,7 @@ def test_the_page_says_what_was_measured(some: Results) -> None:
     assert "1,234,567" in text
 
 
+@pytest.mark.slow
 def test_every_figure_is_drawn_named_and_captioned(some: Results, tmp_path: Path) -> None:
     names = draw([some], tmp_path)
     text = page([some])
@@ -107,6 +128,52 @@ def test_every_figure_is_drawn_named_and_captioned(some: Results, tmp_path: Path
         assert (tmp_path / name).read_text().startswith("<?xml")
         assert (tmp_path / name.replace(".svg", ".png")).read_bytes().startswith(b"\x89PNG")
     assert text.count("](figures/") == len(names)
+
+
+def named(results: Results, *names: str, **methods: str) -> dict[str, int]:
+    facts = {"drafters": {name: {"method": method} for name, method in methods.items()}}
+    rows = [{"method": name, "nodes": 8} for name in (*names, *methods)]
+    return styles_of(Results("x", facts, rows, []))
+
+
+def test_a_method_has_one_colour_and_marker_everywhere(some: Results) -> None:
+    """Whatever else a file has, and in whatever order."""
+    everywhere = styles_of(
+        results(methods={"prompt_lookup": 1.6, "eagle": 3.0, "hydra": 3.0, "ctc": 3.4, "medusa": 2.5})
+    )
+    assert {name: everywhere[name] for name in METHODS} == styles_of(some)
+    assert everywhere["ctc"] == 0
+    assert len(set(everywhere.values())) == 5
+    many = named(some, *METHODS, **{f"own{i}": "medusa" for i in range(len(COLOURS) - len(METHODS))})
+    assert sorted(many.values()) == list(range(len(COLOURS)))
+    assert named(some, mine="medusa") == {"mine": everywhere["medusa"]}
+    assert named(some, "medusa", mine="medusa")["mine"] not in everywhere.values()
+    named(some, *map(str, range(40)))  # more than there are: some are alike
+    assert len(COLOURS) == len(MARKERS) == len(set(COLOURS)) == len(set(MARKERS))
+    figure = by_size(some, "beta", "β")
+    assert figure
+    drawn = {line.get_label(): line.get_color() for line in figure.axes[0].get_lines()}
+    assert drawn == {name: COLOURS[place] for name, place in styles_of(some).items()}
+
+
+def test_speedups_have_a_line_at_1(some: Results) -> None:
+    figure = by_size(some, "gamma", "γ", even=1.0)
+    assert figure
+    for axis in figure.axes:
+        assert [list(line.get_ydata()) for line in axis.get_lines()].count([1.0, 1.0]) == 1
+        assert "plain decoding" in {text.get_text() for text in axis.texts}
+        low, high = axis.get_ylim()
+        assert low < 1.0 < high
+
+
+def test_our_own_eagle_is_not_called_eagle() -> None:
+    made = results(methods={"ctc": 3.4, "eagle": 3.0})
+    text = page([made])
+    assert "| eagle |" not in text.replace("| EAGLE-style | eagle |", "")  # its method in the table of costs
+    assert text.count("| EAGLE-style |") > 4
+    figure = by_size(made, "beta", "β")
+    assert figure
+    assert {text.get_text() for text in figure.axes[0].texts} == {"ctc", "EAGLE-style"}
 
 
 def test_lines_are_told_apart_without_colour(some: Results) -> None:
@@ -130,6 +197,7 @@ def test_one_size_one_method_one_task(tmp_path: Path) -> None:
     assert "chains" in page([few])
 
 
+@pytest.mark.slow
 def test_command(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "docs").mkdir()
     made, out = made_up(6, methods={"ctc": 3.0}, sizes=("chain", 8)), tmp_path / "docs" / "results.md"

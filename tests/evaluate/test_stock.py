@@ -3,7 +3,8 @@
 import pytest
 
 from ctc_drafter.decode.generate import plain_generate
-from ctc_drafter.evaluate.hf_generate import HF, HF_LOOKUP, parse_also, stock_contenders
+from ctc_drafter.evaluate.also import also_contenders, parse_also
+from ctc_drafter.evaluate.hf_generate import HF, HF_LOOKUP
 from ctc_drafter.evaluate.methods import Decoding
 from ctc_drafter.types import UserError
 from helpers import tiny_target
@@ -17,7 +18,7 @@ def test_what_generate_writes_is_plain_decodings():
     eos = frozenset({free[0][7], free[2][3]})
     wanted = plain_generate(target, PROMPTS, max_new_tokens=20, eos=eos)
     assert len({len(row) for row in wanted.tokens}) > 1
-    for contender in stock_contenders(Decoding(target, eos, 20), (HF, HF_LOOKUP)):
+    for contender in also_contenders(Decoding(target, eos, 20), (HF, HF_LOOKUP)):
         for prompts, tokens in ((PROMPTS, wanted.tokens), (PROMPTS[:1], wanted.tokens[:1])):
             found = contender.run(prompts, False, None)
             assert found.tokens == tokens
@@ -33,7 +34,7 @@ def test_lookup_accepts_what_repeats():
     target = tiny_target()
     (tokens,) = plain_generate(target, [[3, 1]], max_new_tokens=60).tokens
     prompt = [3, 1, *tokens[:40]]
-    (contender,) = stock_contenders(Decoding(target, frozenset(), 16), (HF_LOOKUP,))
+    (contender,) = also_contenders(Decoding(target, frozenset(), 16), (HF_LOOKUP,))
     found = contender.run([prompt], False, None)
     assert found.tokens == plain_generate(target, [prompt], max_new_tokens=16).tokens
     assert len(found.accepted[0]) <= 15
@@ -52,17 +53,18 @@ def test_unknown_ways_are_refused():
             parse_also(text)
 
 
+@pytest.mark.slow
 def test_an_assistant_drafts(tmp_path):
     """The target itself as its assistant is right always, so that some step accepts more than one token."""
     target = tiny_target()
     target.model.save_pretrained(tmp_path / "same")
     tiny_target(vocab_size=32).model.save_pretrained(tmp_path / "other")
     decoding = Decoding(target, frozenset(), 20)
-    (contender,) = stock_contenders(decoding, (f"hf-assisted={tmp_path / 'same'}",))
+    (contender,) = also_contenders(decoding, (f"hf-assisted={tmp_path / 'same'}",))
     found = contender.run(PROMPTS, False, None)
     assert contender.method == "hf-assisted"
     assert found.tokens == plain_generate(target, PROMPTS, max_new_tokens=20).tokens
     assert found.stats.beta > 1.5  # it stops where it is unsure, as transformers has it
     for place, part in (("other", "another vocabulary"), ("none", "no assistant could be loaded")):
         with pytest.raises(UserError, match=part):
-            stock_contenders(decoding, (f"hf-assisted={tmp_path / place}",))
+            also_contenders(decoding, (f"hf-assisted={tmp_path / place}",))

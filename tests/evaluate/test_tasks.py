@@ -1,9 +1,19 @@
+import gzip
+import hashlib
+import json
+import logging
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
-from ctc_drafter.evaluate.tasks import SOURCES, Prompt, Task, read_prompts, read_tasks
+from ctc_drafter.cli import main
+from ctc_drafter.evaluate.tasks import SOURCES, Prompt, Source, Task, read_prompts, read_tasks
 from ctc_drafter.types import UserError
+from tiny_models import save_pair
 
 
 def write(path: Path, text: str) -> Path:
@@ -27,6 +37,40 @@ def test_formats(tmp_path: Path, row: str, name: str, category: str, turns: tupl
     assert (prompt.id, prompt.category, prompt.turns) == (name, category, turns)
 
 
+ASK = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "1"}, {"role": "user", "content": "y"}]
+
+
+def test_rows_of_data_sets(tmp_path: Path) -> None:
+    """The same rows that `distill` reads (`test_prompts.py` has them all), from the same kinds of files."""
+    rows = [
+        {"instruction": "x", "input": "z", "output": ""},
+        {"system_prompt": "s", "question": "x"},
+        {"conversations": [{"from": "system", "value": "s"}, {"from": "human", "value": "x"}, ASK[1]]},
+        {"messages": ASK, "id": 7},
+        {"messages": [ASK[0], ASK[2]]},
+    ]
+    expected = [
+        Prompt("a/1", "a", ("x\n\nz",)),
+        Prompt("a/2", "a", ("x",), "s"),
+        Prompt("a/3", "a", ("x",), "s"),
+        Prompt("7", "a", ("x", "y"), "", ("1",)),
+        Prompt("a/5", "a", ("x", "y")),
+    ]
+    lines = "\n".join(map(json.dumps, rows))
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    assert list(read_prompts(write(tmp_path / "a.jsonl", lines))) == expected
+    assert list(read_prompts(write(tmp_path / "a.json", json.dumps(rows)))) == expected
+    assert list(read_prompts(tmp_path / "a.jsonl.gz")) == expected
+
+
+def test_odd_turns_are_left_out_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    row = {"messages": [ASK[0], {"role": "tool", "content": "3"}]}
+    with caplog.at_level(logging.WARNING):
+        (prompt,) = read_prompts(write(tmp_path / "a.jsonl", json.dumps(row)))
+    assert prompt.turns == ("x",)
+    assert "turns left out: 1 a turn of messages whose role is none of" in caplog.text
+
+
 def test_text_file_has_a_prompt_a_line(tmp_path: Path) -> None:
     prompts = read_prompts(write(tmp_path / "p.txt", "one\n\n two\u2028still two \n"))
     assert [prompt.turns for prompt in prompts] == [("one",), ("two\u2028still two",)]
@@ -36,11 +80,13 @@ def test_text_file_has_a_prompt_a_line(tmp_path: Path) -> None:
     ("text", "part"),
     [
         ('{"prompt": "a"}\n{"prompt": ', "line 2: not JSON"),
-        ("[1]", "line 1: not a JSON object"),
-        ('{"text": "a"}', "line 1: no text"),
-        ('{"turns": []}', "line 1: no text"),
-        ('{"turns": ["a", 3]}', "line 1: no text"),
-        ('{"turns": ["a", " "]}', "line 1: no text"),
+        ("[1]", "line 1: not an object; write one object a line"),
+        ('{"text": "a"}', "line 1: no question, only a text"),
+        ('{"turns": []}', "line 1: turns is empty"),
+        ('{"turns": ["a", 3]}', "line 1: a turn of turns is no text"),
+        ('{"turns": ["a", " "]}', "line 1: an empty turn of turns"),
+        ('{"other": 1}', "line 1: no messages, conversations"),
+        ('{"messages": [{"role": "user"}]}', "line 1: a turn of messages has no content"),
         ("\n \n", "holds no prompt"),
     ],
 )
@@ -87,31 +133,83 @@ PUBLISHED = {
 }
 
 
+@pytest.fixture
+def published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Serves the benchmarks' files on this machine; the paths that were asked for. No library but Python's is there."""
+    asked: list[str] = []
+    files = {f"/{name}{''.join(Path(SOURCES[name].url).suffixes)}": row for name, row in PUBLISHED.items()}
+    contents = {
+        path: (gzip.compress if path.endswith(".gz") else bytes)(json.dumps(row).encode())
+        for path, row in files.items()
+    }
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_response(200 if self.path in contents else 404)
+            self.end_headers()
+            self.wfile.write(contents.get(self.path, b""))
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    monkeypatch.setenv("CTC_DRAFTER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    for library in ("aiohttp", "requests", "datasets", "httpx"):
+        monkeypatch.setitem(sys.modules, library, None)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        for path, content in contents.items():
+            url = f"http://127.0.0.1:{server.server_port}{path}"
+            name = path[1:].partition(".")[0]
+            monkeypatch.setitem(SOURCES, name, Source(url, hashlib.sha256(content).hexdigest()))
+        yield asked
+        server.shutdown()
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_published_benchmarks_are_downloaded(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-
-    def load_dataset(path: str, config: str | None, **options: object) -> list[dict[str, object]]:
-        asked.append((path, config, options["split"]))
-        return [PUBLISHED[name]]
-
-    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+def test_published_benchmarks_are_downloaded_once(name: str, published: list[str]) -> None:
     (task,) = read_tasks(None, [name])
-    assert asked == [(SOURCES[name].path, SOURCES[name].name, SOURCES[name].split)]
     row = PUBLISHED[name]
     assert task.prompts[0].category == row.get("category", name)
     assert list(task.prompts[0].turns) in (row.get("turns"), ["a"], ["def f():"])
+    assert read_tasks(None, [name]) == [task]
+    assert len(published) == 1
 
 
-def test_downloads_that_fail(monkeypatch: pytest.MonkeyPatch) -> None:
-    def load_dataset(*_args: object, **_options: object) -> None:
-        raise ConnectionError("no route\nto host")
+@pytest.mark.slow
+def test_bench_and_eval_download_their_default_tasks(published: list[str], tmp_path: Path, monkeypatch, capfd) -> None:
+    """Without --tasks-path, on a plain install."""
+    target, drafter = save_pair(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    options = ["--target", str(target), "--max-new-tokens", "4", "--limit", "1", "--nodes", "2"]
+    assert main(["eval", *options, "--drafter", str(drafter)]) == 0
+    assert main(["bench", *options, "--drafter", f"ctc={drafter}"]) == 0
+    assert published == ["/mt_bench.jsonl", "/gsm8k.jsonl"]
+    assert "gsm8k" in capfd.readouterr().out
 
-    monkeypatch.setattr("datasets.load_dataset", load_dataset)
-    with pytest.raises(UserError, match=r"gsm8k could not be downloaded \(no route\); give --tasks-path"):
+
+def test_downloads_that_fail(published: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = SOURCES["gsm8k"]
+    monkeypatch.setitem(SOURCES, "gsm8k", Source(source.url, "0" * 64))
+    with pytest.raises(
+        UserError, match=r"gsm8k could not be downloaded from http.*its SHA-256 is .*; give --tasks-path"
+    ):
         read_tasks(None, ["gsm8k"])
+    monkeypatch.setitem(SOURCES, "gsm8k", Source(f"{source.url}.gone", source.sha256))
+    with pytest.raises(UserError, match="404"):
+        read_tasks(None, ["gsm8k"])
+    assert not list(tmp_path.glob("cache/tasks/*"))
     with pytest.raises(UserError, match="task mine has no file"):
         read_tasks(None, ["mine"])
+
+
+def test_a_file_that_changed_in_the_cache_is_downloaded_again(published: list[str], tmp_path: Path) -> None:
+    tasks = read_tasks(None, ["gsm8k"])
+    (file,) = tmp_path.glob("cache/tasks/*")
+    file.write_text('{"question": "another"}')
+    assert read_tasks(None, ["gsm8k"]) == tasks
+    assert len(published) == 2
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,8 @@ def test_the_folder(tmp_path):
     assert (settings.carry, settings.draft_vocab_size, settings.embedding_scale) == (True, 3, 1.0)
     with pytest.raises(UserError, match="is not empty"):
         export(drafter, tiny_config(), "some/target", tmp_path / "out", 8)
+    with pytest.raises(UserError, match="train one with --no-convolution"):
+        export(tiny_drafter(tiny_target(), convolution=True), tiny_config(), "some/target", tmp_path / "mixed", 8)
 
 
 @pytest.mark.parametrize("sizes", [{}, {"draft_vocab_size": 3}, {"predictor_rank": 0}])
@@ -142,11 +144,13 @@ def test_values_are_repeated_for_the_tokens_of_their_request():
     assert expand(temperatures, torch.tensor([1, 3, 3]), 3, replace_from=0, replace_to=1).tolist() == [0.5, 1.0, 1.0]
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path, capsys):
     target, drafter = save_pair(tmp_path)
     options = ["--target", str(target), "--drafter", str(drafter), "--out", str(tmp_path / "out")]
     assert main(["export", *options, "--dtype", "float32"]) == 0
-    assert "4 frames" in capsys.readouterr().out
+    out = tmp_path / "out"
+    assert capsys.readouterr().out == f"{out}: speculators, 4 tokens a draft; vllm serve {out} runs it\n"
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert config["architectures"] == [ARCHITECTURE]
     assert config["speculators_config"]["verifier"]["name_or_path"] == str(target)

@@ -35,6 +35,7 @@ def small_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_smaller_target(small_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     work, shape = tmp_path / "tiny", Shape(layers=1, width=64, inner=96, kv_heads=1)
     monkeypatch.setattr(smaller_targets, "ANSWER_TOKENS", 8)

@@ -1,23 +1,24 @@
 """The page: its parser of streams under Node.js, and the whole of it in Chromium, where they are installed."""
 
+import hashlib
 import json
 import re
 import shutil
 import subprocess
-from contextlib import contextmanager
+import tomllib
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
-from benchmarks.page_pictures import CHROMIUM, CHROMIUM_OPTIONS, LOOKS
+from benchmarks.page_pictures import LOOKS
+from page_helpers import QUESTION, SHORT, STREAM, answers, ask, expected_answer, needs_chromium, opened
 from serve_helpers import KEY, NAME, blocked_service, plain_texts, running, tiny_service
 
 PAGE = Path(__file__).parents[2] / "src" / "ctc_drafter" / "serve" / "page"
+OWN = [file for file in PAGE.iterdir() if file.is_file()]
 NODE = shutil.which("node") or ""
-needs_chromium = pytest.mark.skipif(not CHROMIUM, reason="needs Chromium; on Debian: apt install chromium")
 needs_node = pytest.mark.skipif(not NODE, reason="needs Node.js; on Debian: apt install nodejs")
-QUESTION = "the cat sat?"
 
 
 def luminance(colour: str) -> float:
@@ -33,10 +34,9 @@ def contrast(one: str, other: str) -> float:
 
 
 def test_text_can_be_read_on_every_ground():
-    light, dark = (
-        dict(re.findall(r"--([a-z0-9-]+): (#[0-9a-f]{6});", block))
-        for block in re.findall(r":root \{(.*?)\}", (PAGE / "style.css").read_text(encoding="utf-8"), re.DOTALL)
-    )
+    style = (PAGE / "style.css").read_text(encoding="utf-8")
+    both = re.findall(r"--([a-z0-9-]+): light-dark\((#[0-9a-f]{6}), (#[0-9a-f]{6})\);", style)
+    light, dark = {name: one for name, one, _ in both}, {name: other for name, _, other in both}
     for colours in (light, dark):
         grounds = [name for name in colours if name in ("paper", "panel") or name.startswith("tint")]
         pairs = [("ink", ground) for ground in [*grounds, "bubble"]] + [("on-accent", "accent")]
@@ -48,8 +48,29 @@ def test_text_can_be_read_on_every_ground():
 
 
 def test_page_loads_nothing_from_other_hosts():
-    for file in PAGE.iterdir():
-        assert re.findall(r"(?:https?:)?//[a-z]", file.read_text(encoding="utf-8").replace("// ", "")) == [], file.name
+    for file in OWN:
+        text = file.read_text(encoding="utf-8").replace("// ", "").replace("http://www.w3.org/2000/svg", "")
+        found = re.findall(r"(?:https?:)?//[a-z]\S*", text)
+        assert file.name == "help.html" or found == [], file.name
+
+
+def test_scripts_of_others_are_unmodified_and_have_their_licences():
+    table = (PAGE / "vendor" / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\S+)` \| .*`(\S+LICENSE\S*)` \| `([0-9a-f]{64})` \|$", table, re.MULTILINE)
+    files = {file.name for file in (PAGE / "vendor").iterdir()}
+    assert files == {"README.md"} | {name for script, licence, _ in rows for name in (script, licence)}
+    for script, _, wanted in rows:
+        content = (PAGE / "vendor" / script).read_bytes()
+        assert hashlib.sha256(content).hexdigest() == wanted
+        assert len(content) < 100_000
+
+
+def test_the_pages_files_are_short_and_in_the_package():
+    root = PAGE.parents[3]
+    patterns = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["ctc_drafter"]
+    packed = {file for pattern in patterns for file in PAGE.parents[1].glob(pattern)}
+    assert {file for file in PAGE.rglob("*") if file.is_file()} <= packed
+    assert max(len(file.read_text(encoding="utf-8").splitlines()) for file in OWN) <= 400
 
 
 def test_what_scripts_ask_for_is_there():
@@ -98,9 +119,10 @@ def test_the_scripts_work_together(server, tmp_path):
     (expected,) = plain_texts(server.service, list(ids), 32)
     assert result["texts"] == [expected, expected]
     assert result["bursts"] == result["bonus"] > 5
-    assert "the same text" in result["verdict"][0]
-    assert "β" in result["figures"][0]
-    assert "β" not in result["figures"][1]
+    assert re.fullmatch(r"(\d+\.\d× (faster|slower)|As fast), same text", result["verdict"][0])
+    assert result["title"] == ["CTC drafter", "Plain decoding"]
+    assert "tokens per step" in result["figures"][0]
+    assert "tokens per step" not in result["figures"][1]
     assert result["model"] == NAME
     assert [title.split(" of ")[0] for title, _, _ in result["tree"]] == ["Step 1", "Step 2", "Step 3"]
     assert all("accepted" in summary and "already written" in body for _, summary, body in result["tree"])
@@ -116,34 +138,9 @@ def server():
         yield at
 
 
-@pytest.fixture(scope="module")
-def browser():
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_OPTIONS)
-        yield browser
-        browser.close()
-
-
-@contextmanager
-def opened(browser, server, look):
-    page = browser.new_page(**LOOKS[look])
-    faults: list[str] = []
-    page.on("pageerror", lambda error: faults.append(str(error)))
-    page.goto(server.url)
-    page.wait_for_selector("#settings[open]")  # the server wants its key
-    page.fill("#key", KEY)
-    page.press("#key", "Enter")
-    page.wait_for_selector(f"#model:text({NAME!r})")
-    yield page
-    page.close()
-    assert faults == []
-
-
 @pytest.fixture
 def page(browser, server):
-    with opened(browser, server, "light-desktop") as page:
+    with opened(browser, server) as page:
         yield page
 
 
@@ -153,27 +150,17 @@ def any_page(request, browser, server):
         yield page
 
 
-def ask(page, text=QUESTION):
-    page.fill("#prompt", text)
-    page.press("#prompt", "Enter")
-    page.wait_for_selector("#send:visible")
-
-
-def expected_answer(server) -> str:
-    messages = [{"role": "user", "content": QUESTION}]
-    ids = server.service.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-    return plain_texts(server.service, list(ids), 128)[0]
-
-
 @pytest.mark.slow
 @needs_chromium
 def test_page_sends_streams_and_compares(any_page, server):
     page = any_page
     page.check("#compare")
     ask(page)
-    answers = page.query_selector_all(".answer .text")
-    assert [each.text_content() for each in answers] == [expected_answer(server)] * 2
-    assert "the same text" in page.text_content(".verdict")
+    assert answers(page) == [expected_answer(server)] * 2
+    assert page.text_content(".verdict").endswith("same text")
+    assert page.evaluate("parseFloat(getComputedStyle(document.querySelector('.verdict strong')).fontSize)") >= 24
+    top = "document.querySelector('{}').getBoundingClientRect().top"
+    assert page.evaluate(f"{top.format('.verdict')} < {top.format('.answers')}"), "above the answers"
     assert page.text_content(".verdict") == page.text_content("#status"), "a screen reader hears it"
     assert len(page.query_selector_all(".answer .burst")) > 10
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "nothing scrolls sideways"
@@ -199,7 +186,7 @@ def test_a_tree_opens_by_keyboard(any_page):
     assert [title.split(" of ")[0] for title in titles] == ["Step 0", "Step 1", "Step 2"]
     page.keyboard.press("Escape")
     assert page.is_hidden("#tree")
-    assert page.evaluate("document.activeElement.className") == "look"
+    assert page.evaluate("document.activeElement.className") == "small look"
 
 
 def visible(text: str) -> str:
@@ -210,9 +197,9 @@ def visible(text: str) -> str:
 @needs_chromium
 def test_the_keyboard_reaches_everything_and_shows_where_it_is(page):
     ask(page)
-    page.focus("#fresh")
-    reached = ["fresh"]
-    for _ in range(20):
+    page.focus("#show-chats")
+    reached = ["show-chats"]
+    for _ in range(30):
         page.keyboard.press("Tab")
         name, style, width = page.evaluate(
             """(() => { const at = document.activeElement, { outlineStyle, outlineWidth } = getComputedStyle(at);
@@ -223,7 +210,10 @@ def test_the_keyboard_reaches_everything_and_shows_where_it_is(page):
         reached.append(name)
         assert style == "solid", name
         assert width >= 2, name
-    assert reached == ["fresh", "talk", "look", "prompt", "send", "compare", "SUMMARY", "temperature", "tokens", "key"]
+    tools = ["small copy", "small again", "small view", "small look"]
+    fields = ["system", "tokens", "temperature", "top-p", "top-k", "seed", "key"]
+    form = ["prompt", "send", "compare", "SUMMARY", *fields]
+    assert reached == ["show-chats", "fresh", "theme", "help", "talk", "small edit", "small more", *tools, *form]
 
 
 @needs_chromium
@@ -235,8 +225,9 @@ def test_what_a_screen_reader_is_told(page):
     for part in (
         *('region "Conversation"', 'list "Questions and answers"', 'article "CTC drafter"', "status: ", "Answer: "),
         *('form "Your question"', 'textbox "Your message"', 'switch "Compare with plain decoding"'),
+        *('button "Chats"', 'button "Dark colours"', 'link "Help"', 'button "Copy the answer of CTC drafter"'),
         *('spinbutton "Temperature"', 'textbox "API key"', 'complementary "Token tree"'),
-        *('heading "Step 1 of', 'button "Next step"', "drafted and checked in one pass"),
+        *('heading "Step 1 of', 'button "Next step"', "drafted and checked in one step"),
     ):
         assert part in told, part
     levels = [int(level) for level in re.findall(r"heading .*\[level=(\d)\]", told)]
@@ -272,13 +263,13 @@ def test_a_stopped_answer_is_kept_and_a_new_chat_is_empty(browser):
 @pytest.mark.slow
 @needs_chromium
 def test_a_question_that_is_not_answered_is_given_back(page, server):
-    page.route("**/v1/ctc/stream", lambda route: route.abort())
+    page.route(STREAM, lambda route: route.abort())
     ask(page)
     assert page.is_visible("#notice")
     assert page.input_value("#prompt") == QUESTION, "what was written is not lost"
     assert page.query_selector(".answer") is None
     assert page.is_visible("#welcome")
-    page.unroute("**/v1/ctc/stream")
+    page.unroute(STREAM)
     ask(page)
     assert page.is_hidden("#notice")
     assert page.text_content(".answer .text") == expected_answer(server)
@@ -290,6 +281,7 @@ def test_page_survives_a_server_restart(browser):
     page = browser.new_page()
     with running(tiny_service(), api_key=None) as first:
         page.goto(first.url)
+        page.eval_on_selector("#tokens", f"field => {{ field.value = {SHORT}; }}")  # the tiny context is soon full
         ask(page)
     ask(page, "and the hat?")
     assert page.is_visible("#notice")

@@ -70,36 +70,36 @@ def scripted(target: Target, depths=(4, 0, 2)) -> ScriptedDrafter:
 def serve(
     target: Target, drafter, change=lambda _job: None, at_once: bool = True
 ) -> tuple[list[Completion], list[list]]:
-    """All prompts decoded side by side, and each job's events; `change` has its way with the failing one."""
+    """All prompts decoded side by side, and each completion's events; `change` has its way with the failing one."""
     engine = Engine({"draft": Method(target, drafter, DecodingConfig(8, 0.0))}, batch_size=len(PROMPTS))
     service = Service(engine, target, tiny_models.tiny_tokenizer(), "tiny", Limits())
     told: queue.SimpleQueue = queue.SimpleQueue()
-    jobs = []
+    completions = []
     for place, prompt in enumerate(PROMPTS):
-        (job,) = service.jobs([prompt], Sampling(temperature=0), LENGTH)
-        job.eos, job.deliver = frozenset(), lambda event, place=place: told.put((place, event))
-        jobs.append(job)
-    change(jobs[FAILING])
-    events: list[list] = [[] for _ in jobs]
+        (completion,) = service.completions([prompt], Sampling(temperature=0), LENGTH)
+        completion.eos, completion.deliver = frozenset(), lambda event, place=place: told.put((place, event))
+        completions.append(completion)
+    change(completions[FAILING])
+    events: list[list] = [[] for _ in completions]
     with engine:
-        engine.submit(jobs)
+        engine.submit(completions)
         while not all(any(isinstance(e, Finish | Failure) for e in each) for each in events):
             place, event = told.get(timeout=60)
             events[place].append(event)
         assert engine.alive
-    return jobs, events
+    return completions, events
 
 
-def check(target: Target, jobs: list[Completion], events: list[list], message: str) -> None:
-    for place, (job, each, text) in enumerate(zip(jobs, events, expected(target), strict=True)):
+def check(target: Target, completions: list[Completion], events: list[list], message: str) -> None:
+    for place, (completion, each, text) in enumerate(zip(completions, events, expected(target), strict=True)):
         if place == FAILING:
             assert isinstance(each[-1], Failure)
             assert message in each[-1].message
-            assert job.tokens == text[: len(job.tokens)]
-            assert len(job.tokens) < LENGTH
+            assert completion.tokens == text[: len(completion.tokens)]
+            assert len(completion.tokens) < LENGTH
         else:
             assert isinstance(each[-1], Finish)
-            assert job.tokens == text
+            assert completion.tokens == text
 
 
 @pytest.fixture(params=CACHES)
@@ -110,23 +110,28 @@ def target(request) -> Target:
 LOG_SAYS_WHY = "log says why"
 
 
+@pytest.mark.sparing
 @pytest.mark.parametrize("at", [0, 1, 6])
 @pytest.mark.parametrize(
     ("error", "message"), [(UserError("no token is left"), "no token is left"), (ValueError("odd"), LOG_SAYS_WHY)]
 )
 def test_a_choice_that_fails(target, at, error, message):
-    jobs, events = serve(target, scripted(target), lambda job: setattr(job, "sampler", Fails(at, error)))
-    check(target, jobs, events, message)
-    assert len(jobs[FAILING].tokens) >= min(at, 1)
+    completions, events = serve(
+        target, scripted(target), lambda completion: setattr(completion, "sampler", Fails(at, error))
+    )
+    check(target, completions, events, message)
+    assert len(completions[FAILING].tokens) >= min(at, 1)
 
 
+@pytest.mark.sparing
 def test_a_processor_that_fails(target):
     length = len(PROMPTS[FAILING]) + 5
     sampler = Greedy(LogitsProcessorList([Bad(length)]))
-    jobs, events = serve(target, scripted(target), lambda job: setattr(job, "sampler", sampler))
-    check(target, jobs, events, LOG_SAYS_WHY)
+    completions, events = serve(target, scripted(target), lambda completion: setattr(completion, "sampler", sampler))
+    check(target, completions, events, LOG_SAYS_WHY)
 
 
+@pytest.mark.sparing
 def test_a_row_without_numbers(target):
     """Its own text holds what the target cannot compute; sampling has nothing to draw then."""
     texts = expected(target)
@@ -139,15 +144,16 @@ def test_a_row_without_numbers(target):
         text for place, text in enumerate(texts) if place != FAILING
     ]
 
-    def change(job):
-        job.prompt, job.sampler = [*job.prompt, poison], Sampled(3)
+    def change(completion):
+        completion.prompt, completion.sampler = [*completion.prompt, poison], Sampled(3)
 
-    jobs, events = serve(target, drafter, change)
+    completions, events = serve(target, drafter, change)
     assert "not numbers" in events[FAILING][-1].message
-    for place, (job, text) in enumerate(zip(jobs, texts, strict=True)):
-        assert place == FAILING or job.tokens == text
+    for place, (completion, text) in enumerate(zip(completions, texts, strict=True)):
+        assert place == FAILING or completion.tokens == text
 
 
+@pytest.mark.sparing
 def test_a_text_that_cannot_be_shown(target):
     class Broken:
         stopped, length, shown, calls = False, 0, 0, 0
@@ -158,27 +164,29 @@ def test_a_text_that_cannot_be_shown(target):
                 raise KeyError("a tokenizer's own")
             return ""
 
-    jobs, events = serve(target, scripted(target), lambda job: setattr(job, "shown", Broken()))
-    check(target, jobs, events, LOG_SAYS_WHY)
+    completions, events = serve(target, scripted(target), lambda completion: setattr(completion, "shown", Broken()))
+    check(target, completions, events, LOG_SAYS_WHY)
 
 
+@pytest.mark.sparing
 def test_a_client_that_cannot_be_told(target):
-    def change(job):
-        tell = job.deliver
+    def change(completion):
+        tell = completion.deliver
 
         def deliver(event):
             tell(event)
-            if len(job.tokens) > 3 and not isinstance(event, Failure):
+            if len(completion.tokens) > 3 and not isinstance(event, Failure):
                 raise RuntimeError("gone")
 
-        job.deliver = deliver
+        completion.deliver = deliver
 
-    jobs, events = serve(target, scripted(target), change)
-    for place, (job, text) in enumerate(zip(jobs, expected(target), strict=True)):
-        assert place == FAILING or job.tokens == text
+    completions, events = serve(target, scripted(target), change)
+    for place, (completion, text) in enumerate(zip(completions, expected(target), strict=True)):
+        assert place == FAILING or completion.tokens == text
     assert any(isinstance(event, Failure) for event in events[FAILING])
 
 
+@pytest.mark.sparing
 @pytest.mark.parametrize("broken", ["propose", "extend", "select", "join"])
 @pytest.mark.parametrize("after", [0, 3])
 def test_a_drafter_that_fails_costs_drafts_and_no_answers(target, broken, after, caplog):
@@ -198,9 +206,9 @@ def test_a_drafter_that_fails_costs_drafts_and_no_answers(target, broken, after,
         return session
 
     drafter.begin = begun
-    jobs, _ = serve(target, drafter, lambda job: setattr(job, "limit", 5))
-    for job, text in zip(jobs, expected(target), strict=True):
-        assert job.tokens == text[: job.limit]
+    completions, _ = serve(target, drafter, lambda completion: setattr(completion, "limit", 5))
+    for completion, text in zip(completions, expected(target), strict=True):
+        assert completion.tokens == text[: completion.limit]
     assert broken == "select" or "a drafter's own" in caplog.text
 
 
@@ -218,6 +226,7 @@ def test_a_step_that_fails_for_everybody_is_everybodys_error(monkeypatch, target
     assert all(isinstance(each[-1], Failure) for each in events)
 
 
+@pytest.mark.sparing
 @pytest.mark.parametrize("decode", ["generate", "generate_many", "plain_generate"])
 @pytest.mark.parametrize("at", [0, 4])
 def test_in_the_library_the_error_names_the_row(target, decode, at):

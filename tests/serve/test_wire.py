@@ -48,7 +48,6 @@ def wire(url: str, body: dict | None) -> list:
         text = error.read().decode()
     text = re.sub(r'"(chatcmpl|cmpl)-[0-9a-f]{24}"', r'"\1"', text)
     text = re.sub(r'"created":\d+', '"created":0', text)
-    text = re.sub(r"-\d+\.\d+(e-\d+)?", lambda found: f"{float(found[0]):.3f}", text)  # log-probabilities
     lines = [line.removeprefix("data: ") for line in text.splitlines() if line]
     return [json.loads(line) if line.startswith("{") else line for line in lines]
 
@@ -69,10 +68,20 @@ def told(answer: object, usage: bool) -> object:
     return [told(each, usage) for each in answer] if isinstance(answer, list) else answer
 
 
+def near(answer: object) -> object:
+    """The snapshot's answer, equal to one whose log-probabilities round to its three decimals, or would but for what
+    another processor rounds otherwise."""
+    if isinstance(answer, dict):
+        return {name: near(value) for name, value in answer.items()}
+    if isinstance(answer, list):
+        return [near(each) for each in answer]
+    return pytest.approx(answer, abs=0.0006) if isinstance(answer, float) else answer
+
+
 @pytest.mark.parametrize("name", REQUESTS)
 def test_the_wire_is_what_it_was(answers: dict[str, list], name: str) -> None:
     before = json.loads(SNAPSHOT.read_text(encoding="utf-8"))[name]
-    assert answers[name] == told(before, "usage" in name)
+    assert answers[name] == near(told(before, "usage" in name))
 
 
 def test_the_end_of_our_stream_has_no_empty_fields() -> None:
@@ -92,6 +101,7 @@ def test_openais_client_finds_no_empty_fields_in_a_stream() -> None:
     assert not any("usage" in chunk.model_fields_set for chunk in (first, *pieces, last))
 
 
+@pytest.mark.slow
 def test_openais_types_are_imported_by_the_server_alone() -> None:
     """They take a second, which no other command and no program that drafts should wait for."""
     code = "import sys, ctc_drafter, ctc_drafter.cli; sys.exit('openai' in sys.modules or 'fastapi' in sys.modules)"

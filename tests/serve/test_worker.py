@@ -3,6 +3,7 @@
 import logging
 import queue
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -14,13 +15,20 @@ import tiny_models
 from ctc_drafter import cli, load
 from ctc_drafter.decode.batch import Batch, DecodingConfig, Method
 from ctc_drafter.serve import server
-from ctc_drafter.serve.engine import Engine, Worker
+from ctc_drafter.serve.engine import Engine, Worker, time_plain_steps
 from ctc_drafter.serve.protocol import Sampling
 from ctc_drafter.serve.requests import Failure, Finish
 from ctc_drafter.target.model import Target
 from ctc_drafter.types import UserError
+from helpers import tiny_target
 from serve_helpers import tiny_service, wait_until
 from tiny_models import save_pair
+
+
+def test_waits_before_the_address_are_told(caplog):
+    caplog.set_level("INFO", "ctc_drafter")
+    assert set(time_plain_steps(tiny_target(), 3)) == {1, 2, 3}
+    assert caplog.messages == ["timing plain steps ..."]
 
 
 def test_tasks_follow_each_other_on_one_thread():
@@ -43,7 +51,7 @@ def test_a_task_that_was_called_off_is_left_out():
     assert worker.begin(lambda: seen.append("no")).cancel()
     last = worker.begin(lambda: seen.append("yes"))
     gate.set()
-    last.result(timeout=20)
+    last.result(timeout=60)
     assert seen == ["yes"]
     worker.close()
 
@@ -72,6 +80,7 @@ def test_the_engine_decodes_where_its_model_was_loaded(monkeypatch):
     assert not worker.thread.is_alive()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [(), ("--budget",)])
 def test_serve_loads_tries_and_decodes_on_one_thread(monkeypatch, tmp_path, options):
     """From the command line to an answer; the web side alone is left out."""
@@ -89,9 +98,9 @@ def test_serve_loads_tries_and_decodes_on_one_thread(monkeypatch, tmp_path, opti
     def answer_one(listener, service, *_):
         with service.engine:
             told = queue.SimpleQueue()
-            (job,) = service.jobs([[5, 6, 7]], Sampling(temperature=0), 8)
-            job.deliver = told.put
-            service.engine.submit([job])
+            (completion,) = service.completions([[5, 6, 7]], Sampling(temperature=0), 8)
+            completion.deliver = told.put
+            service.engine.submit([completion])
             while not isinstance(told.get(timeout=60), (Finish, Failure)):
                 pass
 
@@ -110,11 +119,11 @@ def test_an_engine_that_ends_by_an_error_says_why_and_leaves_nobody_waiting(monk
     service = tiny_service()
     engine, told = service.engine, queue.SimpleQueue()
     monkeypatch.setattr(engine, "_take", lambda: 1 / 0)
-    (job,) = service.jobs([[5, 6, 7]], Sampling(temperature=0), 8)
-    job.deliver = told.put
+    (completion,) = service.completions([[5, 6, 7]], Sampling(temperature=0), 8)
+    completion.deliver = told.put
     with caplog.at_level(logging.CRITICAL), engine:
-        engine.submit([job])
-        assert isinstance(told.get(timeout=20), Failure)
+        engine.submit([completion])
+        assert isinstance(told.get(timeout=60), Failure)
         wait_until(lambda: not engine.alive)
         assert not engine.load().open
     assert "division by zero" in caplog.text
@@ -135,8 +144,20 @@ def test_bad_options_are_refused_before_anything_is_loaded(monkeypatch, capsys, 
     assert message in capsys.readouterr().err
 
 
+def test_a_port_that_is_taken_is_said_before_anything_is_loaded(monkeypatch, capsys):
+    monkeypatch.setattr(load, "load_target", lambda *_: pytest.fail("it was loaded"))
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        assert cli.main(["serve", "--port", str(port)]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith(f"error: cannot listen on 127.0.0.1, port {port}: ")
+    assert message.endswith("give another --host or --port\n")
+    assert message.count("\n") == 1
+
+
 @pytest.mark.slow
-def test_ctrl_c_while_a_model_is_loaded_ends_the_process_in_order(tmp_path):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)])
+def test_a_signal_while_a_model_is_loaded_ends_the_process_in_order(number, code):
     """Not by an abort: the thread that loads is inside torch then."""
     script = """
 import signal, sys, torch
@@ -153,12 +174,13 @@ sys.exit(cli.main(["serve", "--port", "0"]))
         try:
             assert process.stdout.readline() == b"loading\n"
             time.sleep(0.5)
-            process.send_signal(signal.SIGINT)
+            process.send_signal(number)
             _, err = process.communicate(timeout=60)
         finally:
             process.kill()
-    assert process.returncode == 130
-    assert err.endswith(b"interrupted\n")
+    assert process.returncode == code
+    assert err.endswith(b"interrupted\n" if number == signal.SIGINT else b"")
+    assert b"Traceback" not in err
 
 
 def test_a_folder_named_by_a_dot_has_its_own_name(monkeypatch, tmp_path):

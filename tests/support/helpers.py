@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Sequence
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ctc_drafter.drafters.ctc import CTCDrafter
+from ctc_drafter.drafters.ctc import COPYING, CTCDrafter
+from ctc_drafter.drafters.predictor import Predictor
 from ctc_drafter.evaluate import exactness
 from ctc_drafter.target.model import Target
+from ctc_drafter.types import Candidates
 
 VOCABULARY = 97
 
@@ -30,15 +34,41 @@ def tiny_config(**overrides) -> LlamaConfig:
     return LlamaConfig(**{**sizes, **overrides})
 
 
+MADE: dict[str, tuple[Target, torch.Tensor]] = {}
+
+
 def tiny_target(seed: int = 0, dtype: torch.dtype = torch.float32, **overrides) -> Target:
-    torch.manual_seed(seed)
-    return Target.wrap(LlamaForCausalLM(tiny_config(**overrides)).to(dtype).eval())
+    """A copy of its own for each test, but made and tried once in a process; the generator stands as it did then."""
+    key = repr((seed, dtype, sorted(overrides.items())))
+    if key not in MADE:
+        torch.manual_seed(seed)
+        made = Target.wrap(LlamaForCausalLM(tiny_config(**overrides)).to(dtype).eval())
+        MADE[key] = made, torch.get_rng_state()
+    torch.set_rng_state(MADE[key][1])
+    return Target(copy.deepcopy(MADE[key][0].model))
 
 
 def tiny_drafter(target: Target, seed: int = 0, **overrides) -> CTCDrafter:
     torch.manual_seed(seed)
     drafter = CTCDrafter.for_target(target.config, **{"frames": 5, "draft_length": 4, **overrides})
     return drafter.to(target.dtype).eval()
+
+
+@torch.no_grad()
+def without_copies(drafter: CTCDrafter) -> CTCDrafter:
+    """The same drafter where nobody knows the text, as in engines: it drafts what its frames say."""
+    config = copy.deepcopy(drafter.config)
+    config.copies = config.lookup_length = 0
+    plain = type(drafter)(config)
+    plain.load_state_dict({key: value for key, value in drafter.state_dict().items() if not key.startswith(COPYING)})
+    return plain.to(drafter.device, drafter.dtype).eval()
+
+
+@torch.no_grad()
+def exact_in_int8(predictor: Predictor, embed: torch.nn.Module) -> None:
+    """Rounds W2 to numbers that int8 can say, so that the searches on a CPU read what the module computes."""
+    *_, scale, output, _copying, _trust = predictor.tables(embed)
+    predictor.output.weight.copy_((scale.unsqueeze(1) * output).t())
 
 
 def chi_square_p(counts: torch.Tensor, expected: torch.Tensor, least: float = 10.0) -> float:
@@ -57,3 +87,16 @@ class ScriptedDrafter(exactness.ScriptedDrafter):
 
     def __init__(self, scripts: Sequence[Sequence[int]], wrong_after: int | Sequence[int], depth: int = 4):
         super().__init__(scripts, wrong_after, VOCABULARY, depth)
+
+
+def paths(candidates: Candidates, row: int = 0) -> dict[tuple[int, ...], float]:
+    """The prefixes of one row with their probabilities."""
+    known: list[tuple[int, ...]] = []
+    found = {}
+    for place, token in enumerate(candidates.tokens[row].tolist()):
+        parent = int(candidates.parents[row, place])
+        known.append((*(known[parent] if parent >= 0 else ()), token))
+        if candidates.scores[row, place] > float("-inf"):
+            found[known[-1]] = math.exp(candidates.scores[row, place])
+            assert int(candidates.depths[row, place]) == len(known[-1])
+    return found

@@ -10,6 +10,7 @@ class Stub {
     Object.assign(this, { scrollHeight: 0, scrollTop: 0, clientHeight: 0, parent: null });
     const classes = () => new Set((this.attributes.class ?? "").split(" ").filter(Boolean));
     const change = (apply) => { const all = classes(); apply(all); this.attributes.class = [...all].join(" "); };
+    this.dataset = {};
     this.classList = {
       add: (name) => change((all) => all.add(name)),
       toggle: (name, on) => change((all) => (on ? all.add(name) : all.delete(name))),
@@ -20,9 +21,11 @@ class Stub {
   set textContent(text) { this.children = [text]; }
   setAttribute(name, value) { if (name === "hidden") this.hidden = true; else this.attributes[name] = String(value); }
   removeAttribute(name) { delete this.attributes[name]; }
+  prepend(...children) { const rest = this.children; this.children = []; this.append(...children, ...rest); }
+  get parentNode() { return this.parent ?? new Stub("div"); }
   append(...children) { for (const child of children) { this.children.push(child); if (child instanceof Stub) child.parent = this; } }
   replaceChildren(...children) { this.children = []; this.append(...children); }
-  after(child) { this.parent.append(child); }
+  after(child) { this.parent?.append(child); }
   remove() { this.parent.children = this.parent.children.filter((child) => child !== this); this.parent = null; }
   get isConnected() { return Object.values(named).includes(this) || Boolean(this.parent?.isConnected); }
   addEventListener(name, listener) { (this.listeners[name] ??= []).push(listener); }
@@ -42,6 +45,7 @@ for (const [, tag, rest] of readFileSync(`${page}/index.html`, "utf-8").matchAll
   named[rest.match(/ id="([^"]*)"/)[1]] = made;
 }
 globalThis.document = { createElement: (tag) => new Stub(tag), getElementById: (id) => named[id], activeElement: null };
+document.body = new Stub("body");
 const ask = globalThis.fetch;
 globalThis.fetch = (path, options) => ask(url + path, options);
 
@@ -62,6 +66,7 @@ const result = {
   bursts: turn.find("burst").length,
   bonus: turn.find("bonus").length,
   verdict: turn.find("verdict").map((each) => each.textContent),
+  title: turn.find("answer").map((each) => each.attributes["aria-label"]),
   figures: turn.find("figures").map((each) => each.textContent),
   model: named.model.textContent,
 };

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from openai import OpenAI
@@ -59,10 +60,10 @@ def blocked_service(batch_size: int = 1, queue: int = 1, **limits: float) -> tup
 
 
 @contextmanager
-def running(service: Service, api_key: str | None = KEY, port: int = 0) -> Iterator[Running]:
-    """Serves from another thread until the block ends; port 0 takes a free one."""
+def running(service: Service, api_key: str | None = KEY, port: int = 0, **options: Any) -> Iterator[Running]:
+    """Serves from another thread until the block ends; port 0 takes a free one. options: of `make_server`."""
     with bind("127.0.0.1", port) as listener, service.engine:
-        server = make_server(service, api_key)
+        server = make_server(service, api_key, **options)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
         try:
@@ -74,7 +75,7 @@ def running(service: Service, api_key: str | None = KEY, port: int = 0) -> Itera
             assert not thread.is_alive()
 
 
-def wait_until(condition, seconds: float = 20.0) -> None:
+def wait_until(condition, seconds: float = 60.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited too long"
@@ -132,6 +133,8 @@ class Turnstile(NoDrafter):
 
         thread = threading.Thread(target=drip)
         thread.start()
-        yield
-        done.set()
-        thread.join()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()

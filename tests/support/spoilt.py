@@ -10,7 +10,9 @@ import torch
 
 from benchmarks.family_checks import Cell, Plain, same
 from ctc_drafter.decode import batch
+from ctc_drafter.target import chain_cache
 from ctc_drafter.target.cache import compact
+from ctc_drafter.target.chain_cache import ChainCache
 from ctc_drafter.target.model import Target
 
 CELLS = (Cell(32, "always", 3), Cell(8, "sometimes", 3), Cell(32, "never", 3), Cell(32, "sometimes", 3))
@@ -66,8 +68,45 @@ def unnoticed(target: Target, plain: Plain) -> list[str]:
         return [*left, "nothing moves"] if unchanged(target, plain) else left
 
 
+def nothing_is_cut(layer, before, drops, size) -> None:
+    """Rejected tokens stay in the state."""
+    cut(layer, before, [0] * len(drops), size)
+
+
+def forgets_what_it_has_not_read(cache) -> None:
+    """What was accepted behind the snapshot is not read again."""
+    settle(cache)
+    cache.unread = [[] for _ in cache.unread]
+
+
+cut, settle = chain_cache.cut, ChainCache.settle
+
+
+def unnoticed_in_chains(target: Target, plain: Plain) -> list[str]:
+    """The ways of spoiling chains that leave every text as it is."""
+    left = []
+    with patch.object(chain_cache, "cut", nothing_is_cut):
+        left += ["nothing is cut"] if unchanged(target, plain) else []
+    if any(map(chain_cache.has_recurrent_states, read_once(target))):
+        with patch.object(ChainCache, "settle", forgets_what_it_has_not_read):
+            left += ["nothing is read again"] if unchanged(target, plain) else []
+    return left
+
+
+@torch.inference_mode()
+def read_once(target: Target) -> list:
+    """The layers of the target's cache after a first token."""
+    cache = target.new_cache()
+    cache.feed(target, [[5]])
+    return cache.inner.layers
+
+
 def unchanged(target: Target, plain: Plain) -> bool:
-    return all(same(target, plain, cell) for cell in CELLS)
+    """Whether every text is what it was. A forward that no longer fits its cache is noticed, too."""
+    try:
+        return all(same(target, plain, cell) for cell in CELLS)
+    except RuntimeError:
+        return False
 
 
 @torch.inference_mode()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -36,6 +37,19 @@ def tiny_tokenizer(template: str | None = TEMPLATE) -> PreTrainedTokenizerFast:
 def tiny_llama(seed: int = 0, context: int = 512, vocab_size: int = 280, layers: int = 2) -> LlamaForCausalLM:
     sizes = {"vocab_size": vocab_size, "num_hidden_layers": layers, "max_position_embeddings": context}
     return helpers.tiny_target(seed, **sizes, bos_token_id=0, eos_token_id=1).model
+
+
+def tiny_chat_model(seed: int = 0, shift: float = 6.0) -> LlamaForCausalLM:
+    """A `tiny_llama` that writes letters and ends its turns: their logits rise along what all hidden states share."""
+    model, tokenizer = tiny_llama(seed), tiny_tokenizer()
+    wanted = [tokenizer.eos_token_id, *tokenizer(" etaoinshrdlucmfwyp", add_special_tokens=False).input_ids]
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        model.model.embed_tokens.weight += 0.4  # a part that all states share
+        states = model.model(torch.randint(280, (8, 64))).last_hidden_state.flatten(0, 1)
+        mean = states.mean(0)
+        model.lm_head.weight[wanted] += shift * mean / (states @ mean).mean()
+    return model
 
 
 def tiny_drafter(model: LlamaForCausalLM, seed: int = 1) -> CTCDrafter:

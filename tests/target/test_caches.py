@@ -62,6 +62,7 @@ def test_unknown_caches_are_refused():
         Target.wrap(tiny_target().model, "quantized")
 
 
+@pytest.mark.sparing
 @pytest.mark.parametrize("kind", CACHES)
 def test_rows_outgrow_a_static_cache_and_leave_it(kind):
     """Answers cross the first block of slots; one row ends early and another goes on."""
@@ -109,6 +110,7 @@ class Largest(TorchDispatchMode):
         return result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", CACHES)
 @pytest.mark.parametrize("kernel", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", ["Llama", "Gemma 3"])
@@ -125,25 +127,23 @@ def test_no_tensor_grows_with_the_square_of_the_prompt(family, kernel, kind):
 
 
 LONG = """
-import resource, sys, torch
+import sys, torch
 torch.set_num_threads(1)
 from transformers import LlamaForCausalLM
 sys.path.insert(0, sys.argv[1])
 from helpers import ScriptedDrafter, tiny_config
+from memory import peak_memory
 from ctc_drafter.decode.generate import generate
 from ctc_drafter.target.model import Target
-
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 config = tiny_config(num_hidden_layers=1, max_position_embeddings=20000, attn_implementation=sys.argv[2])
 model = LlamaForCausalLM(config).eval()
 target = Target.wrap(model, sys.argv[3])
 prompt = [1 + i * i % 96 for i in range(16000)]
 generate(target, ScriptedDrafter([prompt[:64]], 2), [prompt[:64]], max_new_tokens=4)
-before = peak()
+before = peak_memory()
 tokens = generate(target, ScriptedDrafter([prompt], 2), [prompt], max_new_tokens=16).tokens[0]
-print(len(tokens), peak() - before)
+print(len(tokens), (peak_memory() - before) / 2**20)
 """
 
 

@@ -80,18 +80,22 @@ def test_features_and_logits_are_the_targets():
 @pytest.mark.parametrize("family", ["Llama", "Mistral, sliding", "Gemma 3", "GPT-2", "OPT"])
 def test_families(family):
     target = Target(family_model(family))
-    check(target, compile_target(target, backend="aot_eager"), [text(40), *PROMPTS[:2]], 16)
+    prompts = (
+        [text(40), *PROMPTS[:2]] if family == "Gemma 3" else [text(40)]
+    )  # other rows take other graphs, in seconds
+    check(target, compile_target(target, backend="aot_eager"), prompts, 16, nodes=4)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_code_says_what_the_model_says():
     """The whole way, with packed weights."""
-    target = tiny_target(max_position_embeddings=512)
+    target = tiny_target(max_position_embeddings=512, num_hidden_layers=2)
     drafter = tiny_drafter(target)
-    check(target, compile_target(target, drafter.feature_layers), [text(BLOCK - 6), *PROMPTS[:2]], 14)
+    check(target, compile_target(target, drafter.feature_layers), [text(BLOCK - 6), *PROMPTS[:2]], 14, nodes=4)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_compiled_is_refused():
     def broken(_graph, _inputs):
         raise RuntimeError("no compiler here")

@@ -38,6 +38,7 @@ def test_what_is_silently_wrong_is_caught_without_any_static_check(name):
         self_test(Target(family_model(name)))
 
 
+@pytest.mark.sparing(12)
 @pytest.mark.parametrize("kind", CACHES)
 @pytest.mark.parametrize("name", ACCEPTED)
 def test_what_is_exact_passes_with_a_wide_margin(name, kind):
@@ -154,6 +155,7 @@ def test_a_long_window_costs_three_forwards_more_as_short_as_the_others():
     assert max(tokens) < 40
 
 
+@pytest.mark.sparing
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size", [64, 512, 4096])
 def test_a_window_that_is_one_too_wide_is_caught_however_long_it_is(size, dtype):

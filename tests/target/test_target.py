@@ -5,6 +5,7 @@ import torch
 import transformers
 from transformers import DynamicCache
 
+from ctc_drafter.target.chain_test import Chain
 from ctc_drafter.target.features import decoder_blocks
 from ctc_drafter.target.model import Target
 from ctc_drafter.types import UserError
@@ -48,27 +49,27 @@ def test_encoder_decoders_are_refused():
     assert "encoder-decoder" in refused(config, transformers.AutoModelForSeq2SeqLM)
 
 
-def test_recurrent_targets_are_refused():
-    config = transformers.MambaConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, state_size=4)
-    assert "linear_attention" in refused(config)
-
-
-def test_hybrid_targets_are_refused():
-    config = transformers.Qwen3NextConfig(
+def test_what_can_follow_no_tree_follows_chains():
+    """Recurrent and hybrid ones, and alibi, which counts slots; exact: see test_chains.py."""
+    mamba = transformers.MambaConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, state_size=4)
+    hybrid = transformers.Qwen3NextConfig(
         **SIZES, num_key_value_heads=2, head_dim=8, intermediate_size=32, num_experts=2, num_experts_per_tok=1,
         moe_intermediate_size=16, shared_expert_intermediate_size=16, linear_num_value_heads=2,
         linear_num_key_heads=2, linear_key_head_dim=8, linear_value_head_dim=8,
         layer_types=["linear_attention", "full_attention"],
     )  # fmt: skip
-    assert "linear_attention" in refused(config)
-
-
-def test_alibi_targets_are_refused():
-    assert "position_ids" in refused(
-        transformers.BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4)
-    )
+    bloom = transformers.BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4)
     falcon = transformers.FalconConfig(**SIZES, alibi=True)
-    assert "alibi" in refused(falcon)
+    for config, way in ((mamba, Chain(stepped=True)), (hybrid, Chain()), (bloom, Chain()), (falcon, Chain())):
+        assert Target.wrap(transformers.AutoModelForCausalLM.from_config(config).eval()).chain == way
+    assert tiny_target().chain is None
+
+
+def test_what_follows_neither_is_refused_with_both_reasons():
+    config = transformers.RwkvConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2)
+    reason = refused(config)
+    assert "cannot follow a tree" in reason
+    assert "over a chain" in reason
 
 
 def test_kernels_without_tree_masks_are_refused():

@@ -11,7 +11,7 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 import helpers
-from ctc_drafter import speculate
+from ctc_drafter import Speculator, speculate
 from ctc_drafter.decode.generate import plain_generate
 from ctc_drafter.decode.sampling import Sampled, warpers
 from ctc_drafter.drafters.baselines.heads import MedusaDrafter
@@ -80,6 +80,7 @@ class Calls:
     def __init__(self, target: Target, drafter: object):
         self.target, self.model = target, target.model
         self.decode = speculate(drafter, nodes=6, min_probability=0.0)
+        self.fast = Speculator(target.model, drafter, nodes=6, min_probability=0.0)
 
     def generated(self, prompt: list[int], count: int, **options: object) -> list[int]:
         row = torch.tensor([prompt])
@@ -91,6 +92,13 @@ class Calls:
 
     def drafted(self, prompt: list[int], count: int) -> list[int]:
         return self.generated(prompt, count, do_sample=False, custom_generate=self.decode)
+
+    def by_object(self, prompt: list[int], count: int) -> list[int]:
+        row = torch.tensor([prompt])
+        options = {"attention_mask": torch.ones_like(row), "eos_token_id": None, "pad_token_id": 0, "do_sample": False}
+        found = self.fast.generate(row, max_new_tokens=count, **options)[0, len(prompt) :].tolist()
+        assert self.fast.stats.tokens == count, "the stats of this thread's call"
+        return found
 
     def sampled(self, prompt: list[int], count: int) -> list[int]:
         options = {"do_sample": True, "temperature": 0.8, "top_k": 0, "seeds": [sum(prompt)]}
@@ -124,13 +132,14 @@ class Calls:
         return [before[0], after]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ctc", "medusa", "prompt lookup"])
 def test_eighty_calls_of_four_threads_give_what_each_gives_alone(target: Target, name: str) -> None:
     """Two threads draft, greedily and sampled; beside them stock `generate`, plain decoding and training's features."""
     calls = Calls(target, shared_drafter(name, target))
     turns = [
         [(calls.drafted, calls.stock), (calls.sampled, calls.plain_sampled)],
-        [(calls.drafted, calls.stock)],
+        [(calls.by_object, calls.stock)],
         [(calls.drafted, calls.stock), (calls.stock, calls.stock), (calls.plain, calls.stock)],
         [(calls.features, calls.hidden), (calls.sampled, calls.plain_sampled), (calls.plain, calls.stock)],
     ]

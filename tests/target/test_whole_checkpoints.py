@@ -175,6 +175,7 @@ def test_an_index_that_names_tensors_which_its_shard_lacks(tmp_path):
     refused(tmp_path, f"{name} is missing")
 
 
+@pytest.mark.sparing(2)
 @pytest.mark.parametrize(
     "family", ["Llama", "Gemma 3", "GPT-2", "OPT", "GPT-NeoX", "Falcon, rotary", "DeepSeek-V3", "GPT-OSS"]
 )
@@ -244,6 +245,7 @@ def test_quantised_targets_without_their_library(tmp_path, method):
     refused(tmp_path)
 
 
+@pytest.mark.sparing(3)
 @pytest.mark.parametrize(
     "values",
     [
@@ -285,6 +287,7 @@ def test_pickles_are_refused_without_torchs_advice(tmp_path):
     assert "weights_only" not in refused(tmp_path)
 
 
+@pytest.mark.slow
 def test_drafters_without_some_tensors_are_refused(tmp_path):
     target, drafter = save_pair(tmp_path)
     found, tokenizer = load_target(str(target), "float32", "cpu")

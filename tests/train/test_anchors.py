@@ -168,11 +168,15 @@ def test_the_usual_chunk_shrinks_with_the_vocabulary() -> None:
 
 
 MEMORY = """
-import resource, torch
+import torch
+from dataclasses import replace
 from torch import nn
+from ctc_drafter.drafters.chunked import chunked_sum
 from ctc_drafter.drafters.ctc import CTCDrafter
+from ctc_drafter.drafters.lm_head import usual_chunk
 from ctc_drafter.drafters.trainable import LossInputs, LossOptions
 from helpers import tiny_config
+from memory import peak_memory
 torch.manual_seed(0)
 V, H, N = 131072, 64, 512
 config = tiny_config(vocab_size=V, hidden_size=H)
@@ -180,12 +184,14 @@ drafter = CTCDrafter.for_target(config, frames=8, draft_length=7).train()
 embed, head = nn.Embedding(V, H).requires_grad_(False), nn.Linear(H, V, bias=False).requires_grad_(False)
 for weight in drafter.parameters():
     weight.grad = torch.zeros_like(weight) + 1e-30  # touched, so that it is there already
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-before = peak()
+before = peak_memory()
 blocks, prefixes = torch.randn(N, 9, H, requires_grad=True), torch.randint(V, (N, 8))
 inputs = LossInputs(blocks, prefixes, torch.ones(N, 7).bool())
-drafter.chunked_loss(inputs, embed, head, LossOptions()).backward()
-print((peak() - before) / 1e9)
+size = usual_chunk(V, 7)
+chunks = inputs.split(size)
+part = lambda states, n: drafter.loss(replace(chunks[n], states=states), embed, head, LossOptions()).sum()
+chunked_sum(part, blocks, size, drafter.parameters()).backward()
+print((peak_memory() - before) / 1e9)
 """
 
 

@@ -67,25 +67,66 @@ def test_progress_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "tokens/s" in shown
 
 
-@pytest.mark.parametrize("calls", [1, 3, 6])
+def stopping(monkeypatch: pytest.MonkeyPatch, answers: int, error: BaseException) -> None:
+    """The error instead of the next answer after so many."""
+    real = distill_module.plain_generate_many
+
+    def stopped(*args, **kwargs):
+        for count, found in enumerate(real(*args, **kwargs)):
+            if count == answers:
+                raise error
+            yield found
+
+    monkeypatch.setattr(distill_module, "plain_generate_many", stopped)
+
+
+@pytest.mark.sparing(2)
+@pytest.mark.parametrize("answers", [0, 1, 3, 6, 13])
 def test_interrupted_and_repeated(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unbroken: dict[str, str], calls: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unbroken: dict[str, str], answers: int
 ) -> None:
-    left = [calls]
-
-    def failing(*args, **kwargs):
-        left[0] -= 1
-        if left[0] < 0:
-            raise KeyboardInterrupt
-        return plain_generate(*args, **kwargs)
-
-    monkeypatch.setattr(distill_module, "plain_generate", failing)
+    """Every answer that had ended is kept, in a shard or in the journal."""
+    stopping(monkeypatch, answers, KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path)
-    assert len(list(tmp_path.glob("shard-*"))) == calls // 2
     monkeypatch.undo()
-    assert run(tmp_path).found == calls // 2 * 4
+    done = run(tmp_path)
+    assert (done.found, done.rows) == (answers, 14 - answers)
     assert contents(tmp_path) == unbroken
+
+
+def test_a_torn_line_of_the_journal_is_dropped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unbroken: dict[str, str]
+) -> None:
+    stopping(monkeypatch, 3, KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path)
+    monkeypatch.undo()
+    journal = tmp_path / "journal.jsonl"
+    text = journal.read_text()
+    assert len(text.splitlines()) == 3
+    journal.write_text(text[:-9])
+    stopping(monkeypatch, 0, KeyboardInterrupt())  # what is written next does not stick to half a line
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path)
+    monkeypatch.undo()
+    assert journal.read_text() == "".join(text.splitlines(keepends=True)[:2])
+    assert run(tmp_path).found == 2
+    assert contents(tmp_path) == unbroken
+
+
+def test_answers_are_on_disk_once_a_minute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now, synced, real = [0.0], [], os.fsync
+    monkeypatch.setattr(distill_module.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(now[0]) or real(descriptor))
+    manifest = json.loads(json.dumps({"prompts": 14, "prompts_hash": "x"}))
+    with distill_module.Shards(tmp_path, PROMPTS, 14, manifest, False) as shards:
+        synced.clear()
+        for place in range(10):
+            now[0] += 25
+            shards.add(place, [1, 2], False)
+            assert len((tmp_path / "journal.jsonl").read_text().splitlines()) == place + 1
+    assert synced == [75, 150, 225]
 
 
 @pytest.mark.slow  # a second interpreter; in this one, the tests above and below
@@ -113,12 +154,11 @@ def test_sigkill_while_a_shard_is_written(tmp_path: Path, unbroken: dict[str, st
     )
     killed = subprocess.run([sys.executable, "-c", script, str(tmp_path)], env={**os.environ, "PYTHONPATH": path})
     assert killed.returncode == -signal.SIGKILL
-    assert sorted(file.name for file in tmp_path.iterdir()) == [
-        ".shard-00001.jsonl.tmp",
-        "manifest.json",
-        "shard-00000.jsonl",
-    ]
-    run(tmp_path)
+    there = sorted(file.name for file in tmp_path.iterdir())
+    assert len([name for name in there if name.startswith("shard-")]) in (1, 2)  # one of four rows, one of two
+    assert len([name for name in there if name.startswith(".shard-")]) == 1
+    assert {"manifest.json", "journal.jsonl"} < set(there)
+    assert run(tmp_path).found >= 8
     assert contents(tmp_path) == unbroken
 
 
@@ -133,14 +173,47 @@ def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unbroken: di
     monkeypatch.setattr(os, "fsync", fsync)
     with pytest.raises(UserError, match=f"cannot write to {tmp_path}: No space left.*same command again"):
         run(tmp_path)
-    assert [file.name for file in sorted(tmp_path.iterdir())] == [
-        "manifest.json",
-        "shard-00000.jsonl",
-        "shard-00001.jsonl",
-    ]
+    assert len(list(tmp_path.glob("shard-*"))) == 2
     monkeypatch.undo()
-    run(tmp_path)
+    assert run(tmp_path).found >= 12  # the answers of the shard that could not be written are in the journal
     assert contents(tmp_path) == unbroken
+
+
+@pytest.mark.parametrize("stops", [None, 2, 4])
+def test_more_prompts_behind_the_same_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unbroken: dict[str, str], stops: int | None
+) -> None:
+    """`--limit` may grow: what is there is kept, and the folder ends as one of a single run does."""
+    assert run(tmp_path, PROMPTS[:6]).rows == 6
+    if stops is not None:
+        stopping(monkeypatch, stops, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, PROMPTS[:11])
+        monkeypatch.undo()
+    done = run(tmp_path)
+    assert done.found == 6 + (stops or 0)
+    assert contents(tmp_path) == unbroken
+
+
+def test_killed_while_a_short_shard_is_opened_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unbroken: dict[str, str]
+) -> None:
+    for fails in (1, 2):
+        out, real, writes = tmp_path / str(fails), distill_module.write_atomic, [0]
+        run(out, PROMPTS[:6])
+
+        def killed(path, lines, writes=writes, real=real, fails=fails):
+            writes[0] += 1
+            if writes[0] == fails:
+                raise KeyboardInterrupt
+            real(path, lines)
+
+        monkeypatch.setattr(distill_module, "write_atomic", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(out)
+        monkeypatch.undo()
+        assert run(out).found == 6
+        assert contents(out) == unbroken
 
 
 @pytest.mark.parametrize(
@@ -150,6 +223,7 @@ def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unbroken: di
         ({"shard_size": 3}, "shard_size was 4, is now 3"),
         ({"prompts": PROMPTS[:-1]}, "prompts was 14, is now 13"),
         ({"prompts": PROMPTS[::-1]}, "prompts_hash"),
+        ({"prompts": [*PROMPTS[::-1], Prompt("more", [1])]}, "prompts was 14, is now 15"),
         ({"name": "other"}, "target was"),
     ],
 )
@@ -164,27 +238,30 @@ def test_folder_of_another_run(tmp_path: Path, unbroken: dict[str, str], change:
 def test_too_little_memory_names_a_batch_that_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unbroken: dict[str, str]
 ) -> None:
-    real, calls = distill_module.plain_generate, []
-
-    def short(target: Target, prompts: list[list[int]], **options):
-        calls.append(len(prompts))
-        if len(calls) == 4:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(target, prompts, **options)
-
-    monkeypatch.setattr(distill_module, "plain_generate", short)
-    with pytest.raises(UserError, match="too little memory for 2 answers at a time; give --batch-size 1: finished"):
+    stopping(monkeypatch, 6, torch.OutOfMemoryError("CUDA out of memory"))
+    with pytest.raises(UserError, match="too little memory for 2 answers at a time; give --batch-size 1: finished ans"):
         run(tmp_path)
-    assert run(tmp_path, batch_size=1).found == 4
+    monkeypatch.undo()
+    assert run(tmp_path, batch_size=1).found == 6
     shards = {name: text for name, text in unbroken.items() if name.startswith("shard")}
     assert {name: text for name, text in contents(tmp_path).items() if name.startswith("shard")} == shards
 
-    def broken(*_: object, **__: object) -> None:
-        raise RuntimeError("something else")
-
-    monkeypatch.setattr(distill_module, "plain_generate", broken)
+    stopping(monkeypatch, 0, RuntimeError("something else"))
     with pytest.raises(RuntimeError, match="something else"):
         run(tmp_path / "other")
+
+
+def test_a_folder_of_folders_is_trained_on_as_one(tmp_path: Path) -> None:
+    run(tmp_path / "all" / "a", PROMPTS[:8])
+    run(tmp_path / "all" / "b", PROMPTS[8:], max_new_tokens=6)
+    run(tmp_path / "all", PROMPTS[:3], seed=0)
+    whole = DistilledDataset.load([tmp_path / "all"])
+    apart = DistilledDataset.load([tmp_path / "all" / name for name in ("a", "b")])
+    assert len(whole) == 17
+    assert len(apart) == 14
+    run(tmp_path / "all" / "other", seed=1)
+    with pytest.raises(UserError, match="come from different targets"):
+        DistilledDataset.load([tmp_path / "all"])
 
 
 def test_folders_of_one_target_trained_on(tmp_path: Path) -> None:
@@ -237,6 +314,13 @@ def test_split_follows_the_id(tmp_path: Path) -> None:
     assert 0 < len(held_out) < 10
     run(tmp_path / "b", PROMPTS[::-1])
     assert {row.key for row in DistilledDataset.load([tmp_path / "b"]).split(0.3)[1].rows} == keys[1]
+
+
+def test_a_file_of_prompts_is_no_folder_of_answers(tmp_path: Path) -> None:
+    (tmp_path / "my.jsonl").write_text('{"prompt": "the cat"}\n')
+    with pytest.raises(UserError, match=r"my\.jsonl is a file.*ctc-drafter distill --prompts .*my\.jsonl") as raised:
+        DistilledDataset.load([tmp_path / "my.jsonl"])
+    assert "\n" not in str(raised.value)
 
 
 def test_unusable_folders(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from transformers import AutoConfig
 
 from ctc_drafter.cli import main
 from ctc_drafter.drafters.ctc import CTCDrafter
+from ctc_drafter.drafters.registry import TRAINED, blank_drafter
 from ctc_drafter.drafters.trainable import AnchorBatch, LossOptions
 from ctc_drafter.train.estimate import (
     Answers,
@@ -17,6 +18,7 @@ from ctc_drafter.train.estimate import (
     Plan,
     TextSize,
     distill_cost,
+    duration,
     estimate,
     memory_errors,
     savings,
@@ -86,14 +88,28 @@ def test_steps_and_operations(found: Estimate) -> None:
 
 
 @pytest.mark.slow
-def test_every_saving_saves(found: Estimate) -> None:
-    options = savings(plan())
+@pytest.mark.parametrize("method", TRAINED)
+def test_chunks_of_anchors_are_counted_for_every_method(method: str) -> None:
+    """A step in three chunks does the operations of a step in one."""
+    loss = {"loss": TRAINED[method].training["loss"]} if "loss" in TRAINED[method].training else {}
+    parts, whole = plan(anchor_chunk=6, **loss), plan(anchor_chunk=ROWS * ANCHORS, **loss)
+    fresh = blank_drafter(method)
+    found, expected = (estimate(dataclasses.replace(each, fresh=fresh)) for each in (parts, whole))
+    assert found.flops == expected.flops > 0
+
+
+@pytest.mark.slow
+def test_every_saving_saves() -> None:
+    """With more logits in a chunk than weights, whose gradients are held for each chunk."""
+    large = {"anchors": 30, "anchor_chunk": 64}
+    options = savings(plan(**large))
     assert [saved for _, saved in options] == sorted((saved for _, saved in options), reverse=True)
-    assert {"--set anchor_chunk=4", "--dtype bfloat16"} <= {option for option, _ in options}
-    smaller = estimate(plan(anchor_chunk=4))
-    assert dict(options)["--set anchor_chunk=4"] == found.memory - smaller.memory > 0
+    assert {"--set anchor_chunk=32", "--dtype bfloat16"} <= {option for option, _ in options}
+    smaller = estimate(plan(**large | {"anchor_chunk": 32}))
+    assert dict(options)["--set anchor_chunk=32"] == estimate(plan(**large)).memory - smaller.memory > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA"), RuntimeError("can't allocate memory")])
 def test_too_little_memory_names_what_helps(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ctc_drafter.train.estimate.savings", lambda _: [("--batch-size 4", 2_500_000_000)])
@@ -103,6 +119,7 @@ def test_too_little_memory_names_what_helps(error: Exception, monkeypatch: pytes
         raise RuntimeError("a bug")
 
 
+@pytest.mark.slow
 def test_what_a_distillation_costs() -> None:
     config = tiny_config(**SIZES, tie_word_embeddings=False)
     answers = Answers(prompts=10, prompt_tokens=30, new_tokens=20, rows=4)
@@ -121,6 +138,7 @@ def test_what_a_distillation_costs() -> None:
     assert distill_cost(sliding, torch.bfloat16, answers).writing_bytes > 0
 
 
+@pytest.mark.slow
 def test_on_the_command_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     from tiny_models import save_pair
 
@@ -132,7 +150,7 @@ def test_on_the_command_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) 
     train = ["train", *common, "--data", str(tmp_path / "a"), "--out", str(tmp_path / "d"), "--held-out", "0"]
     assert main([*train, "--estimate", "--flops", "1e12", "--batch-size", "2", "--anchors", "4"]) == 0
     shown = capfd.readouterr().out
-    assert "hours at 1 TFLOP/s (given)" in shown
+    assert "seconds at 1 TFLOP/s (given)" in shown
     assert "steps: 1" in shown
     assert not (tmp_path / "d").exists()
 
@@ -142,3 +160,11 @@ def test_recomputing_keeps_less(found: Estimate) -> None:
     wide = dataclasses.replace(plan(), text=TextSize(3, 360, 120))
     more = wide.with_settings(anchors=60, anchor_chunk=60)
     assert estimate(more.with_settings(recompute=True)).step < estimate(more).step
+
+
+@pytest.mark.parametrize(
+    ("hours", "said"),
+    [(1234.56, "1,234.6 hours"), (1.0, "1.0 hours"), (0.5, "30.0 minutes"), (0.01, "36 seconds"), (0.0, "0 seconds")],
+)
+def test_short_times_are_no_hours(hours: float, said: str) -> None:
+    assert duration(hours) == said

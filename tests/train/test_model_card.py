@@ -15,8 +15,8 @@ from huggingface_hub.utils import filter_repo_objects
 from ctc_drafter.cli import main
 from ctc_drafter.drafters.ctc import CTCDrafter
 from ctc_drafter.evaluate.figures import learning_curves
+from ctc_drafter.rows import describe_corpus
 from ctc_drafter.train import publish
-from ctc_drafter.train.prompts import describe_corpus
 from ctc_drafter.train.publish import OURS, TrainJob, train_for_target
 from ctc_drafter.train.settings import TrainSettings
 from ctc_drafter.types import UserError
@@ -63,6 +63,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_training_ends_with_card_picture_and_upload(answers: Path, tmp_path: Path, monkeypatch, capfd) -> None:
     stub = StubHub()
     monkeypatch.setattr(publish, "HfApi", lambda: stub)
@@ -73,7 +74,8 @@ def test_a_training_ends_with_card_picture_and_upload(answers: Path, tmp_path: P
     assert main(["train", *options, *sizes, "--push-to-hub", "some/drafter", "--private"]) == 0
     assert "https://hub/some/drafter" in capfd.readouterr().out
     assert stub.private == {"some/drafter": True}
-    usual = ["README.md", "config.json", "model.safetensors", "train.json", "train_log.jsonl"]
+    usual = ["README.md", "config.json", "custom_generate/generate.py", "model.safetensors", "train.json"]
+    usual += ["train_log.jsonl"]
     assert stub.files == sorted([*usual, "training.png", "training.svg"])
 
     card = (out / "README.md").read_text()

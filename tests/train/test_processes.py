@@ -78,7 +78,11 @@ def launch(out: Path, arguments: str = "") -> None:
         )
         for rank in range(2)
     ]
-    said = [process.communicate(timeout=600)[0] for process in processes]
+    try:
+        said = [process.communicate(timeout=600)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()  # one that waits for the other would wait on
     assert [process.returncode for process in processes] == [0, 0], "\n".join(said)
 
 

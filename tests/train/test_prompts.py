@@ -6,7 +6,9 @@ import logging
 from pathlib import Path
 
 import pytest
+from tokenizers import processors
 
+from ctc_drafter.chat import encode_text
 from ctc_drafter.train.data import DistilledDataset
 from ctc_drafter.train.prompts import read_prompts
 from ctc_drafter.types import UserError
@@ -38,6 +40,122 @@ def texts(path: Path | str, **options) -> list[str]:
 def test_formats(tmp_path: Path, row: dict) -> None:
     file = write_jsonl(tmp_path / "a.jsonl", [row])
     assert texts(file) == ["<|bos|><|user|>the cat<|end|><|assistant|>"]
+
+
+ASKED = "<|bos|><|user|>the cat<|end|><|assistant|>"
+ASK, SAT = {"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat"}
+PARTS = [{"type": "text", "text": "the "}, {"type": "text", "text": "cat"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "asked"),
+    [
+        ({"instruction": "the cat", "input": "", "output": "x"}, "the cat"),
+        ({"instruction": "the cat", "input": "a hat", "output": "x"}, "the cat\n\na hat"),
+        (
+            {"instruction": "the cat", "context": "a hat", "response": "x", "category": "qa"},
+            "the cat\n\na hat",
+        ),  # Dolly
+        ({"question": "the cat", "choices": ["a", "b"], "answer": 1}, "the cat\n\nA. a\nB. b"),  # MMLU
+        ({"question": "the cat", "choices": {"text": ["a", "b"], "label": ["1", "2"]}}, "the cat\n\n1. a\n2. b"),  # ARC
+        ({"conversations": [ASK, SAT]}, "the cat"),
+        ({"messages": [{"from": "human", "value": "the cat"}, {"from": "gpt", "value": "sat"}]}, "the cat"),
+        ({"conversation": [ASK, SAT], "model": "m"}, "the cat"),  # lmsys
+        ({"prompt": [ASK], "completion": [SAT]}, "the cat"),  # TRL
+        ({"messages": [{"role": "user", "content": PARTS}]}, "the cat"),
+        ({"prompt": ["the cat", "later"]}, "the cat"),
+        ({"messages": None, "prompt": "the cat"}, "the cat"),
+        ({"problem": "the cat", "solution": "x"}, "the cat"),
+        ({"question": "the cat", "document": "a hat"}, "the cat\n\na hat"),
+    ],
+)
+def test_formats_of_data_sets(tmp_path: Path, row: dict, asked: str) -> None:
+    assert texts(write_jsonl(tmp_path / "a.jsonl", [row])) == [ASKED.replace("the cat", asked)]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"system_prompt": "be brief", "question": "the cat", "response": "x"},  # OpenOrca
+        {"system": "be brief", "conversations": [{"from": "human", "value": "the cat"}]},
+        {"messages": [{"role": "developer", "content": "be brief"}, ASK]},
+        {"system": "unused", "messages": [{"role": "system", "content": "be brief"}, ASK]},
+    ],
+)
+def test_system_prompts(tmp_path: Path, row: dict) -> None:
+    found = texts(write_jsonl(tmp_path / "a.jsonl", [row]))
+    assert found == [ASKED.replace("<|bos|>", "<|bos|><|system|>be brief<|end|>")]
+
+
+def test_earlier_questions_and_answers_as_pairs(tmp_path: Path) -> None:
+    row = {"instruction": "the cat", "history": [["hat", "mat"]]}
+    found = texts(write_jsonl(tmp_path / "a.jsonl", [row]))
+    assert found == [ASKED.replace("<|bos|>", "<|bos|><|user|>hat<|end|><|assistant|>mat<|end|>")]
+
+
+def test_one_question_about_three_texts(tmp_path: Path) -> None:
+    rows = [{"instruction": "Summarise the text.", "input": text, "output": ""} for text in ("cat", "hat", "mat")]
+    found = read_prompts(write_jsonl(tmp_path / "a.jsonl", rows), tiny_tokenizer())
+    assert len(found.prompts) == found.counts["used"] == 3
+
+
+@pytest.mark.parametrize(
+    ("turns", "reason", "found"),
+    [
+        ([ASK, {"role": "assistant", "content": ""}], "a turn of messages whose content is empty", {ASKED}),
+        ([ASK, {"role": "tool", "content": "3"}], "whose role is none of system", {ASKED}),
+        ([ASK, {"role": "assistant", "content": None, "tool_calls": [1]}], "has no content, value or text", {ASKED}),
+        ([ASK, {"content": "x"}], "a turn of messages has no role or from", {ASKED}),
+        ([ASK, {"role": "assistant", "content": [{"type": "image"}]}], "whose content has parts without text", {ASKED}),
+        # The question of an answer that is missing may be asked, but is no history.
+        ([{"role": "user", "content": "hat"}, {"role": "assistant", "content": " "}, ASK], "is empty",
+         {ASKED, ASKED.replace("the cat", "hat")}),
+        # An answer without its question is no history either.
+        ([{"role": "user", "content": [{"type": "image"}]}, SAT, ASK], "parts without text", {ASKED}),
+    ],
+)  # fmt: skip
+def test_an_odd_turn_costs_that_turn(tmp_path: Path, turns: list[dict], reason: str, found: set[str]) -> None:
+    file = write_jsonl(tmp_path / "a.jsonl", [{"messages": turns}])
+    assert {text for seed in range(8) for text in texts(file, seed=seed)} == found
+    read = read_prompts(file, tiny_tokenizer())
+    (said,) = read.odd
+    assert reason in said
+    assert read.odd[said] == read.counts["used"] == 1
+    assert said in str(read)
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"other": 1}, "no messages, conversations, conversation, turns, prompt, instruction, question"),
+        ({"messages": [{"role": "user", "text": None}]}, "a turn of messages has no content, value or text"),
+        ({"conversations": [{"speaker": "user", "content": "x"}]}, "a turn of conversations has no role or from"),
+        ({"messages": [{"role": "narrator", "content": "x"}]}, "a turn of messages whose role is none of system"),
+        ({"messages": [SAT]}, "messages has no user turn"),
+        ({"messages": []}, "messages is empty"),
+        ({"conversation": "x"}, "conversation is no list"),
+        ({"instruction": "x", "input": {"a": 1}}, "input is no text"),
+        ({"question": "x", "choices": "a b"}, "choices is no list of texts"),
+        ({"question": " "}, "empty question"),
+        ({"prompt": {"a": 1}}, "prompt is no list"),
+    ],
+)
+def test_reasons_name_the_key(tmp_path: Path, row: dict, reason: str) -> None:
+    file = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "good"}, row])
+    assert any(found.startswith(f"bad ({reason}") for found in read_prompts(file, tiny_tokenizer()).counts)
+
+
+@pytest.mark.parametrize("begins", [False, True])
+def test_begin_tokens_of_texts_are_those_of_completions(tmp_path: Path, begins: bool) -> None:
+    """One where the tokenizer puts one or the text has one, none otherwise; never two."""
+    file = write_jsonl(tmp_path / "a.jsonl", [{"text": "cat sat"}, {"text": "<|bos|>hat sat"}])
+    tokenizer = tiny_tokenizer()
+    if begins:
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing("<|bos|> $A", None, [("<|bos|>", 0)])
+    found = {tuple(prompt.ids) for prompt in read_prompts(file, tokenizer, cuts=1).prompts}
+    cat, hat = (tokenizer(text, add_special_tokens=False).input_ids for text in ("cat", "hat"))
+    assert found == {(*([0] if begins else []), *cat), (0, *hat)}
+    assert found == {tuple(encode_text(tokenizer, text)) for text in ("cat", "<|bos|>hat")}
 
 
 def test_turns_are_drawn_with_their_history(tmp_path: Path) -> None:
@@ -125,8 +243,8 @@ def test_cuts_end_inside_answers_and_texts(tmp_path: Path) -> None:
     rows = [{"messages": answered}, {"text": "a hat too"}, {"messages": [TALK[2], TALK[2]]}]
     file = write_jsonl(tmp_path / "a.jsonl", rows)
     opening = "<|bos|><|user|>the cat<|end|><|assistant|>"
-    asked = [text for text in texts(file, cuts=5) if text.startswith(opening) or not text.startswith("<|bos|><|")]
-    assert asked == sorted([opening, opening + "the", opening + "the cat", "<|bos|>a", "<|bos|>a hat"])
+    asked = [text for text in texts(file, cuts=5) if text.startswith(opening) or not text.startswith("<|bos|>")]
+    assert asked == sorted([opening, opening + "the", opening + "the cat", "a", "a hat"])
     assert len(texts(file, cuts=1)) == 4
     assert texts(file, cuts=1) == texts(file, cuts=1)
 
@@ -145,13 +263,17 @@ def test_a_json_list_and_a_text_file(tmp_path: Path) -> None:
 
 
 def test_a_data_set_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder of that name stands for the hub: the same library reads both."""
+    """A folder elsewhere stands for the hub: the same library reads both."""
+    import datasets
+
+    real = datasets.load_dataset
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, *a, **options: real(f"hub/{name}", *a, **options))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    Path("some/chats").mkdir(parents=True)
-    write_jsonl(Path("some/chats/train.jsonl"), [{"prompt": "the cat"}, {"messages": TALK[:1]}, {"turns": ["hat"]}])
-    write_jsonl(Path("some/chats/test.jsonl"), [{"prompt": "held back"}])
+    Path("hub/some/chats").mkdir(parents=True)
+    write_jsonl(Path("hub/some/chats/train.jsonl"), [{"prompt": "the cat"}, {"messages": TALK[:1]}, {"turns": ["hat"]}])
+    write_jsonl(Path("hub/some/chats/test.jsonl"), [{"prompt": "held back"}])
     opening = "<|bos|><|user|>{}<|end|><|assistant|>"
     assert texts("hub:some/chats") == sorted(map(opening.format, ["the cat", "hat"]))
     assert texts("hub:some/chats:test") == [opening.format("held back")]

@@ -1,8 +1,12 @@
 """Answers from a real server of this package, and from ones that behave worse."""
 
+import asyncio
+import gzip
 import json
 import threading
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -13,7 +17,7 @@ from ctc_drafter.cli import main
 from ctc_drafter.train import distill_server
 from ctc_drafter.train.data import DistilledDataset
 from ctc_drafter.train.distill import GREEDY, Distilled, Sampling, distill
-from ctc_drafter.train.distill_server import Server, distill_remotely
+from ctc_drafter.train.distill_server import Server, _probe, distill_remotely, server_key
 from ctc_drafter.train.prompts import Prompt
 from ctc_drafter.types import UserError
 from serve_helpers import KEY, NAME, Running, running, tiny_service
@@ -39,6 +43,7 @@ def shards(out: Path) -> dict[str, str]:
     return {file.name: file.read_text() for file in sorted(out.glob("shard-*"))}
 
 
+@pytest.mark.sparing
 @pytest.mark.parametrize(
     "sampling", [Sampling(), Sampling(temperature=0.8, top_p=0.9, seed=3)], ids=["greedy", "drawn"]
 )
@@ -56,6 +61,7 @@ def test_the_shards_are_those_of_distillation_in_process(server: Running, tmp_pa
         ask(server.url, tmp_path / "local", sampling=sampling)
 
 
+@pytest.mark.slow
 def test_goes_on_where_it_was_cut_off(server: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ask(server.url, tmp_path / "whole")
     answers, real = [0], distill_server.answer_ids
@@ -159,3 +165,151 @@ def test_on_the_command_line(server: Running, tmp_path: Path, capfd: pytest.Capt
     assert "2 answers" in capfd.readouterr().out
     assert main([*options, "--out", str(tmp_path / "b")]) == 0
     assert shards(tmp_path / "a") == shards(tmp_path / "b")
+
+
+def test_openais_own_key_goes_to_openai_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--server` names any host, and the variable is set on many machines."""
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    monkeypatch.delenv("CTC_DRAFTER_SERVER_API_KEY", raising=False)
+    assert server_key("https://api.openai.com/v1", None) == "sk-secret"
+    for url in (
+        "http://127.0.0.1:8000/v1",
+        "http://api.openai.com/v1",
+        "https://api.openai.com.evil.example/v1",
+        "https://api.openai.com@evil.example/v1",
+        "https://evil.example/api.openai.com",
+    ):
+        assert server_key(url, None) is None, url
+        assert server_key(url, "given") == "given"
+    monkeypatch.setenv("CTC_DRAFTER_SERVER_API_KEY", "mine")
+    assert server_key("http://127.0.0.1:8000/v1", None) == "mine"
+
+
+def test_nothing_of_the_environment_goes_along(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("OPENAI_API_KEY", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID", "OPENAI_WEBHOOK_SECRET", "OPENAI_ADMIN_KEY"):
+        monkeypatch.setenv(name, "users-secret")
+    monkeypatch.setenv("OPENAI_CUSTOM_HEADERS", "X-Key: users-secret")
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://users-secret.example")
+    seen: list[bytes] = []
+
+    class Echo(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            seen.append(str(self.headers).encode() + self.rfile.read(int(self.headers["Content-Length"])))
+            self.send_error(404)
+
+        def log_message(self, *_: object) -> None: ...
+
+    with answering(Echo) as url, pytest.raises(UserError):
+        asyncio.run(_probe(Server(url, "m", retries=0), Prompt("a", [1])))
+    assert seen
+    assert not any(b"users-secret" in request for request in seen)
+
+
+def replying(body: bytes, kind: str = "application/json", status: int = 200, **headers: str) -> type:
+    class Reply(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.send_response(status)
+            for name, value in {"Content-Type": kind, "Content-Length": str(len(body)), **headers}.items():
+                self.send_header(name.replace("_", "-"), value)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None: ...
+
+    return Reply
+
+
+@contextmanager
+def answering(handler: type) -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/v1"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def reply(**choice: object) -> bytes:
+    first = {"index": 0, "text": "a", "finish_reason": "length", "logprobs": None} | choice
+    return json.dumps({"id": "x", "object": "text_completion", "created": 1, "model": "m", "choices": [first]}).encode()
+
+
+@pytest.mark.sparing(3)
+@pytest.mark.parametrize(
+    "handler",
+    [
+        replying(b"<html>hello</html>", "text/html"),
+        replying(b"", "application/json"),
+        replying(b"null"),
+        replying(b"[]"),
+        replying(b"{}"),
+        replying(b'{"choices": null}'),
+        replying(b'{"choices": []}'),
+        replying(b'{"choices": [null]}'),
+        replying(b'{"choices": ["a"]}'),
+        replying(reply(text=None)),
+        replying(reply(text=7, token_ids=[1])),
+        replying(reply(token_ids=["x"])),
+        replying(reply(token_ids=[1.5])),
+        replying(reply(token_ids=[10**30])),
+        replying(reply(token_ids=[-1])),
+        replying(reply(token_ids=[[1]])),
+        replying(reply(token_ids=[None])),
+        replying(reply(token_ids=[1] * 100)),
+        replying(reply(text="a" * 10_000_000, token_ids=None)),
+        replying(reply(text="\ud800")),
+        replying(gzip.compress(b" " * (80 << 20)), Content_Encoding="gzip"),
+        replying(b"\x1b[31mred\x1b]0;title\x07", "text/plain", 404),
+    ],
+)
+def test_a_hostile_server_costs_a_line_or_a_row_and_nothing_else(handler, tmp_path, capfd, caplog) -> None:
+    """What it says is not believed: rows that cannot be are left out, everything else is one line."""
+    config, tokenizer = tiny_llama().config, tiny_tokenizer()
+    prompts = [Prompt("a", [5, 9, 2])]
+    with answering(handler) as url:
+        where = Server(url, "m", retries=0, timeout=5.0)
+        said, done = None, None
+        try:
+            done = distill_remotely(where, config, tokenizer, prompts, tmp_path / "out", max_new_tokens=8, eos=[1])
+        except UserError as error:
+            said = str(error)
+        if said is not None:
+            assert "\n" not in said
+            assert "\x1b" not in said
+            assert url in said
+        else:
+            for row in DistilledDataset.load([tmp_path / "out"]).rows if done.rows else ():
+                assert len(row.ids) <= 3 + 8 + 1
+                assert all(0 <= token < 280 for token in row.ids.tolist())
+    assert "\x1b" not in caplog.text + "".join(capfd.readouterr())
+
+
+def test_a_server_that_asks_for_years_of_patience_is_asked_again_soon(tmp_path) -> None:
+    begin = time.monotonic()
+    busy = replying(b"{}", status=503, Retry_After="1000000000")
+    with answering(busy) as url, pytest.raises(UserError):
+        asyncio.run(_probe(Server(url, "m", retries=1, timeout=5.0), Prompt("a", [1])))
+    assert time.monotonic() - begin < 60
+
+
+def test_a_server_that_drips_its_answer_is_given_up(tmp_path) -> None:
+    """A byte now and then resets the client's own clock; a request has one for the whole."""
+
+    class Drip(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.end_headers()
+            with suppress(OSError):
+                for _ in range(1000):
+                    self.wfile.write(b" ")
+                    self.wfile.flush()
+                    time.sleep(0.05)
+
+        def log_message(self, *_: object) -> None: ...
+
+    begin = time.monotonic()
+    with answering(Drip) as url, pytest.raises(UserError, match="took longer than"):
+        asyncio.run(_probe(Server(url, "m", retries=0, timeout=0.3), Prompt("a", [1])))
+    assert time.monotonic() - begin < 20

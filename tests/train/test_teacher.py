@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ctc_drafter.drafters.registry import trained_method
-from ctc_drafter.drafters.trainable import AnchorBatch, LossOptions, states_after
+from ctc_drafter.drafters.trainable import AnchorBatch, LossOptions
 from ctc_drafter.train.objective import label_anchors
 from ctc_drafter.train.trainer import train_drafter
 from ctc_drafter.types import UserError
@@ -66,12 +66,12 @@ def test_each_token_is_compared_with_what_the_target_says_there(name: str) -> No
     assert float(losses[0]) == pytest.approx(total, rel=1e-3)
 
 
-def test_states_after_an_anchor_are_its_roots_first() -> None:
+def test_states_after_an_anchor_begin_with_its_root() -> None:
     states = torch.arange(20.0).view(2, 10, 1)
     positions = torch.tensor([[0, 8], [3, 3]])
-    anchors = label_anchors(TOKENS, LENGTHS, positions, torch.ones(2, 2, dtype=torch.bool), LENGTH)
-    expected = [[[0, 1, 2], [8, 9, 9]], [[13, 14, 15], [13, 14, 15]]]
-    assert states_after(states, anchors).squeeze(-1).tolist() == expected
+    anchors = label_anchors(TOKENS, LENGTHS, positions, torch.tensor([[True, True], [True, False]]), LENGTH)
+    expected = [[0, 1, 2], [8, 9, 9], [13, 14, 15]]
+    assert anchors.states_after(states).squeeze(-1).tolist() == expected
 
 
 def test_a_perfect_drafter_has_nothing_to_learn_but_the_targets_doubt() -> None:

@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import TrainerControl
 
 from ctc_drafter.drafters.ctc import CTCDrafter
 from ctc_drafter.provenance import check_writer, config_hash, weights_hash
 from ctc_drafter.train import trainer as trainer_module
+from ctc_drafter.train.checkpoints import DueCheckpoints, Stopped, latest_checkpoint
 from ctc_drafter.train.data import DistilledDataset, DistilledRow, collate
 from ctc_drafter.train.settings import TrainSettings
 from ctc_drafter.train.trainer import DrafterTrainer, Trained, train_drafter
@@ -95,6 +97,80 @@ def test_sigkill_and_resume(tmp_path: Path, unbroken: tuple[Path, Trained]) -> N
     same_run(tmp_path, short_run(tmp_path), unbroken)
 
 
+def test_a_full_disk_is_one_line_and_the_run_goes_on(
+    tmp_path: Path, unbroken: tuple[Path, Trained], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, failed = torch.save, []
+
+    def full(value: Any, place: Any, *args: Any, **options: Any) -> None:
+        if "checkpoint-6" in str(place):
+            failed.append(place)
+            raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
+        real(value, place, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        with pytest.raises(UserError, match="cannot write to"):
+            short_run(tmp_path)
+    assert len(failed) == 1
+    assert latest_checkpoint(tmp_path / "checkpoints") == tmp_path / "checkpoints" / "checkpoint-3"
+    same_run(tmp_path, short_run(tmp_path), unbroken)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+def test_told_to_stop_it_leaves_a_checkpoint(
+    number: signal.Signals, tmp_path: Path, unbroken: tuple[Path, Trained], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = DrafterTrainer.anchor_losses, []
+
+    def loss(*args: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 9:  # in the fifth step, behind the checkpoint of the third
+            os.kill(os.getpid(), number)
+        return real(*args)
+
+    before = signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        patch.setattr(DrafterTrainer, "anchor_losses", loss)
+        with pytest.raises(Stopped) as caught:
+            short_run(tmp_path, eval_every=100)
+    assert caught.value.code == 128 + number
+    assert signal.getsignal(number) is before
+    assert latest_checkpoint(tmp_path / "checkpoints") == tmp_path / "checkpoints" / "checkpoint-5"
+    assert not (tmp_path / "model.safetensors").exists()
+    assert short_run(tmp_path, eval_every=100).steps == 9
+    tensors, expected = load_file(tmp_path / "model.safetensors"), load_file(unbroken[0] / "model.safetensors")
+    assert all(torch.equal(tensors[name], expected[name]) for name in expected.keys() | tensors.keys())
+
+
+def test_checkpoints_by_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every so many seconds since the last one, whatever the number of steps."""
+    now = [0.0]
+    monkeypatch.setattr("ctc_drafter.train.checkpoints.time.monotonic", lambda: now[0])
+    due, saved = DueCheckpoints(300.0), []
+    for step in range(1, 12):
+        now[0] += 70.0
+        control = TrainerControl(should_save=step == 3)
+        due.on_step_end(None, None, control)
+        if control.should_save:
+            saved.append(step)
+            due.on_save(None, None, control)
+        assert not control.should_training_stop
+    assert saved == [3, 8]
+    due.asked = signal.SIGTERM
+    control = due.on_step_end(None, None, TrainerControl())
+    assert control.should_training_stop
+    assert control.should_save
+
+
+def test_the_trainer_asks_the_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer_module, "DueCheckpoints", lambda: DueCheckpoints(0.0))
+    short_run(tmp_path, steps=2, save_every=100, eval_every=100)
+    assert {folder.name for folder in (tmp_path / "checkpoints").iterdir()} == {"checkpoint-1", "checkpoint-2"}
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("at", [1, pytest.param(2, marks=pytest.mark.slow), 3])
 def test_cut_off_while_a_checkpoint_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unbroken: tuple[Path, Trained], at: int
@@ -115,6 +191,7 @@ def test_cut_off_while_a_checkpoint_is_written(
     same_run(tmp_path, short_run(tmp_path), unbroken)
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_not_trained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = short_run(tmp_path, steps=3)
     weights = load_file(tmp_path / "model.safetensors")
@@ -125,6 +202,7 @@ def test_a_finished_run_is_not_trained_on(tmp_path: Path, monkeypatch: pytest.Mo
     assert all(torch.equal(tensor, weights[name]) for name, tensor in load_file(tmp_path / "model.safetensors").items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("file", "kept"),
     [("model.safetensors", -10), ("optimizer.pt", 0), ("trainer_state.json", None), ("files.json", -10)],
@@ -180,6 +258,7 @@ def test_data_of_another_target(tmp_path: Path) -> None:
         train_drafter(target, drafter, DistilledDataset([]), None, tmp_path, settings(steps=1))
 
 
+@pytest.mark.slow
 def test_a_run_that_came_to_nothing_may_be_mended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As the message about memory advises; what has a checkpoint is still one run."""
 
@@ -248,6 +327,7 @@ def test_accumulated_batches_give_the_loss_of_the_whole(tmp_path: Path) -> None:
     torch.testing.assert_close(sum(shares), whole)
 
 
+@pytest.mark.sparing
 @pytest.mark.parametrize("loss", ["prefix", "ctc"])
 def test_learns_a_text(tmp_path: Path, loss: str) -> None:
     target, drafter = pair()
@@ -262,6 +342,7 @@ def test_learns_a_text(tmp_path: Path, loss: str) -> None:
     assert last["eval_beta_64"] >= last["eval_beta_16"] > 2
 
 
+@pytest.mark.slow
 def test_bf16_is_close_to_float32(tmp_path: Path) -> None:
     losses = []
     for bf16 in (False, True):

@@ -47,6 +47,7 @@ def test_padding_never_agrees() -> None:
     assert agreement(build_tree(torch.tensor([9]), candidates, 2), torch.tensor([[9, 1, 2]])).tolist() == [1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("nodes", NODES)
 def test_steps_of_generate_are_the_offline_lengths(learnt, nodes: int) -> None:
     target, drafter, rows = learnt

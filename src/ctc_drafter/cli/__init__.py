@@ -9,43 +9,60 @@ from typing import Annotated, Literal
 
 import typer
 
-from ctc_drafter.cli.evaluate import bench, evaluate, exactness, profile, report
+from ctc_drafter.cli.bench import bench, report
+from ctc_drafter.cli.chat import chat
+from ctc_drafter.cli.distill import distill
+from ctc_drafter.cli.evaluate import evaluate, exactness, profile
+from ctc_drafter.cli.groups import AnswerOptions, ModelOptions, PlainOption, grouped
+from ctc_drafter.cli.help import registered, resumable
 from ctc_drafter.cli.options import (
     BatchOption,
     BudgetOption,
     CompileOption,
-    DeviceOption,
+    ConfigOption,
     DrafterOption,
     DtypeOption,
+    ExactOption,
     FloorOption,
     JsonOption,
     NewTokensOption,
     NodesOption,
-    SeedOption,
+    RevisionOption,
     TargetOption,
     ThreadsOption,
+    TokenizerOption,
+    TrustOption,
     meta,
     refuse,
 )
-from ctc_drafter.cli.train import distill, recipe, train
+from ctc_drafter.cli.train import recipe, train
 
 app = typer.Typer(
     help="Lossless speculative decoding with a CTC drafter.",
-    no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
 
 
-@app.command()
-def demo(
-    target: TargetOption = None,
-    drafter: DrafterOption = None,
-    max_new_tokens: NewTokensOption = 128,
-    nodes: NodesOption = None,
-    dtype: DtypeOption = "float32",
-    device: DeviceOption = "auto",
+def show_version(wanted: bool) -> None:
+    if wanted:
+        from ctc_drafter import __version__
+
+        print(f"ctc-drafter {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def about(
+    version: Annotated[  # its callback shows it
+        bool, typer.Option("--version", is_eager=True, callback=show_version, help="Show the version, and exit.")
+    ] = False,
 ) -> None:
+    pass
+
+
+@grouped
+def demo(model: ModelOptions, max_new_tokens: NewTokensOption = 128, nodes: NodesOption = None) -> None:
     """Decodes three prompts without and with the drafter, and prints the speedup."""
     from rich.console import Console
 
@@ -53,76 +70,70 @@ def demo(
     from ctc_drafter.decode.batch import DEFAULT_NODES
     from ctc_drafter.load import load_pair
 
-    lm, tokenizer, draft = load_pair(target, drafter, dtype, device)
+    wanted = model.loading()
+    lm, tokenizer, draft = load_pair(*model.names(), wanted)
+    assert draft is not None
     console = Console(highlight=False)
     run_demo(lm, draft, tokenizer, console, nodes=nodes or DEFAULT_NODES, max_new_tokens=max_new_tokens)
 
 
-@app.command()
+@grouped
 def generate(
-    prompt: Annotated[str | None, typer.Option("--prompt", help="Prompt to answer; the answer is streamed.")] = None,
+    model: ModelOptions,
+    answers: AnswerOptions,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", help="Prompt to answer, - for standard input; the answer is streamed.")
+    ] = None,
     prompts_file: Annotated[
         Path | None,
-        typer.Option("--prompts-file", help="JSONL file of prompts, or a text file with one prompt per line."),
+        typer.Option(
+            "--prompts-file", help="Prompts: .jsonl, .jsonl.gz or .json, or a text file with one prompt per line."
+        ),
     ] = None,
-    target: TargetOption = None,
-    drafter: DrafterOption = None,
     max_new_tokens: NewTokensOption = 256,
     batch_size: BatchOption = 1,
-    nodes: NodesOption = None,
-    dtype: DtypeOption = "float32",
-    device: DeviceOption = "auto",
-    plain: Annotated[bool, typer.Option("--plain", help="Decode without a drafter, one token per step.")] = False,
     raw: Annotated[
         bool, typer.Option("--raw", help="Continue the prompt as plain text, without the chat template.")
     ] = False,
-    temperature: Annotated[
-        float, typer.Option("--temperature", min=0.0, help="Sampling temperature; 0 decodes greedily.")
-    ] = 0.0,
-    top_p: Annotated[float, typer.Option("--top-p", help="Nucleus sampling threshold.")] = 1.0,
-    top_k: Annotated[
-        int, typer.Option("--top-k", min=0, help="Sample from the k most probable tokens only; 0 for all.")
-    ] = 0,
-    seed: SeedOption = 0,
     stop: Annotated[
         list[str] | None, typer.Option("--stop", help="Stop string that ends an answer; may be repeated.")
     ] = None,
-    budget: BudgetOption = False,
     compiled: CompileOption = False,
+    exact: ExactOption = False,
     json_out: JsonOption = None,
 ) -> None:
     """Generates the target's answer to a prompt, or to every prompt of a file."""
-    from ctc_drafter.cli.answer import Answerer, AnswerSettings, answer
-    from ctc_drafter.decode.batch import DEFAULT_NODES
+    from ctc_drafter.cli.answer import Answerer, answer
+    from ctc_drafter.decode.sampling import ModelSampling
     from ctc_drafter.evaluate.tasks import Prompt, read_prompts
     from ctc_drafter.files import check_place
-    from ctc_drafter.load import compiled_for, load_drafter, load_target, pair
+    from ctc_drafter.load import compiled_for, exact_for, load_pair
 
+    wanted = model.loading()
     if (prompt is None) == (prompts_file is None):
         refuse("give either --prompt or --prompts-file")
+    if prompt == "-":
+        prompt = read_stdin()
     if prompt is not None and not prompt.strip():
         refuse("the prompt is empty; give some text to --prompt")
     check_place(json_out)
-    settings = AnswerSettings(
-        max_new_tokens,
-        batch_size,
-        nodes or DEFAULT_NODES,
-        raw,
-        temperature,
-        top_k,
-        top_p,
-        seed,
-        tuple(stop or ()),
-        budget,
-    )
+    settings = answers.settings(max_new_tokens, batch_size, raw, stop or ())
     prompts = read_prompts(prompts_file) if prompts_file else (Prompt("prompt", "prompt", (prompt or "",)),)
-    names = (target, None) if plain and target else pair(target, drafter)
-    lm, tokenizer = load_target(names[0], dtype, device)
-    draft = None if plain else load_drafter(names[1], lm, tokenizer)
+    names = model.names(answers.plain)
+    lm, tokenizer, draft = load_pair(*names, wanted)
+    settings = settings.filled(ModelSampling.of(lm.model))
     if compiled:
         lm = compiled_for(lm, draft, settings.nodes, batch_size)
-    details = meta(*names) | ({"drafter": None} if plain else {})
-    answer(Answerer(lm, draft, tokenizer, settings), prompts, details, json_out, sys.stdout)
+    if exact:
+        lm = exact_for(lm)
+    answer(Answerer(lm, draft, tokenizer, settings), prompts, meta(*names), json_out, sys.stdout)
+
+
+def read_stdin() -> str:
+    try:
+        return sys.stdin.read().strip()
+    except UnicodeDecodeError:
+        refuse("standard input is not UTF-8 text")
 
 
 # Exports a drafter for other engines.
@@ -131,6 +142,9 @@ def generate(
 def export(
     out: Annotated[Path, typer.Option("--out", help="Output folder, new or empty.")],
     target: TargetOption = None,
+    revision: RevisionOption = None,
+    trust_remote_code: TrustOption = False,
+    tokenizer_name: TokenizerOption = None,
     drafter: DrafterOption = None,
     layout: Annotated[Literal["speculators"], typer.Option("--format", help="Checkpoint format.")] = "speculators",
     width: Annotated[
@@ -144,32 +158,31 @@ def export(
     from ctc_drafter.chat import fingerprint
     from ctc_drafter.drafters.ctc import CTCDrafter
     from ctc_drafter.drafters.registry import open_drafter
+    from ctc_drafter.files import disk_errors
     from ctc_drafter.integrations.export import export as write
-    from ctc_drafter.load import load_config, pair, shipped
-    from ctc_drafter.quickstart import DRAFTER_DIR, TARGET_DIR
+    from ctc_drafter.load import drafter_place, load_config, pair
+    from ctc_drafter.target.names import resolve
 
     names = pair(target, drafter)
-    name = names[0] or shipped(TARGET_DIR)
-    config, tokenizer, _ = load_config(name)
-    found = open_drafter(names[1] or shipped(DRAFTER_DIR))
+    config, tokenizer, _ = load_config(names[0], revision, trust_remote_code, tokenizer_name)
+    found = open_drafter(str(drafter_place(names[1])))
     if not isinstance(found, CTCDrafter):
-        refuse(f"engines run CTC drafters only, and {drafter} is another; give --drafter the folder of one")
+        refuse(f"engines run CTC drafters only, and {names[1]} is another; give --drafter the folder of one")
     found.check_target(config, fingerprint(tokenizer))
+    name = resolve(names[0], revision)
     place = str(Path(name).resolve()) if Path(name).is_dir() else name
-    left_out = write(found.to(getattr(torch, dtype)), config, place, out, width)
-    note = f"; engines draft without {', '.join(left_out)}" if left_out else ""
-    print(f"{out}: {layout}, {found.config.frames} frames{note}")
+    with disk_errors(out):
+        left_out = write(found.to(getattr(torch, dtype)), config, place, out, width)
+    print(f"{out}: {layout}, {found.config.frames} tokens a draft; vllm serve {out} runs it")
+    if left_out:
+        parts = ["copies from the text" if part == "predictor.copying" else part for part in left_out]
+        print(f"engines draft without {', '.join(parts)}: expect fewer tokens per step there than here")
 
 
-for command in (profile, bench, report, exactness, distill, train, recipe, export):
-    app.command()(command)
-app.command(name="eval")(evaluate)
-
-
-@app.command()
+@grouped
 def serve(
-    target: TargetOption = None,
-    drafter: DrafterOption = None,
+    model: ModelOptions,
+    config: ConfigOption = None,  # noqa: ARG001  # its settings are the other options' defaults
     host: Annotated[
         str, typer.Option("--host", help="Address to listen on; 0.0.0.0 for all interfaces.")
     ] = "127.0.0.1",
@@ -179,6 +192,31 @@ def serve(
     api_key: Annotated[
         str | None, typer.Option("--api-key", envvar="CTC_DRAFTER_API_KEY", help="API key that clients must send.")
     ] = None,
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allowed-host",
+            help="Host name that requests may be sent to, besides localhost; may be repeated. * for any.",
+            show_default="localhost, or any with another --host",
+        ),
+    ] = None,
+    allow_origin: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allow-origin",
+            help="Origin of web pages that may use the API from a browser; may be repeated. * for any.",
+            show_default="none",
+        ),
+    ] = None,
+    keep_alive: Annotated[
+        float, typer.Option("--keep-alive", min=0.0, help="Seconds that an idle connection is kept.")
+    ] = 75.0,
+    log_level: Annotated[
+        Literal["debug", "info", "warning", "error"], typer.Option("--log-level", help="Least level of the log.")
+    ] = "info",
+    log_format: Annotated[
+        Literal["text", "json"], typer.Option("--log-format", help="Format of the log, one line per request.")
+    ] = "text",
     name: Annotated[
         str | None, typer.Option("--name", help="Model name in the API.", show_default="the target's name")
     ] = None,
@@ -195,6 +233,12 @@ def serve(
     ] = None,
     max_body: Annotated[int, typer.Option("--max-body", min=1, help="Maximum size of a request body in bytes.")] = 1
     << 20,
+    lenient: Annotated[
+        bool,
+        typer.Option(
+            "--lenient", help="Leave out unknown fields of requests and count them, instead of refusing them."
+        ),
+    ] = False,
     timeout: Annotated[
         float, typer.Option("--timeout", help="Timeout of an answer in seconds, queueing included.")
     ] = 300.0,
@@ -205,9 +249,7 @@ def serve(
     floor: FloorOption = None,
     budget: BudgetOption = False,
     compiled: CompileOption = False,
-    plain: Annotated[bool, typer.Option("--plain", help="Decode without a drafter, one token per step.")] = False,
-    dtype: DtypeOption = "float32",
-    device: DeviceOption = "auto",
+    plain: PlainOption = False,
     threads: ThreadsOption = None,
 ) -> None:
     """Runs an OpenAI-compatible server, with a page that visualises drafts and accepted tokens."""
@@ -215,33 +257,36 @@ def serve(
 
     from ctc_drafter.decode.batch import DEFAULT_FLOOR, DEFAULT_NODES, DecodingConfig
     from ctc_drafter.decode.profile import budget_for
-    from ctc_drafter.load import compiled_for, load_drafter, load_target, pair
+    from ctc_drafter.load import compiled_for, load_pair
     from ctc_drafter.serve.engine import Worker
+    from ctc_drafter.serve.metrics import log_to_stderr
     from ctc_drafter.serve.server import make_engine
     from ctc_drafter.serve.server import serve as run_server
     from ctc_drafter.serve.service import Limits, Service
 
-    limits = Limits(max_new_tokens, max_prompt, max_body, timeout, grace)
+    log_to_stderr(log_level, log_format)
+    wanted = model.loading()
+    limits = Limits(max_new_tokens, max_prompt, max_body, timeout, grace, lenient)
+    if api_key is None:
+        api_key = os.environ.get("CTC_DRAFTER_API_KEY")  # an empty one is refused, not taken for none
     if threads:
         torch.set_num_threads(threads)
-    names = (target, None) if plain and target else pair(target, drafter)
+    names = model.names(plain)
     size = nodes or DEFAULT_NODES
-    public = name or (Path(target).resolve().name if target and Path(target).is_dir() else target)
-    public = public or "ctc-drafter-quickstart"
+    public = name or public_name(names[0])
     worker = Worker("engine")
 
     def ready() -> Service:
-        lm, tokenizer = load_target(names[0], dtype, device)
-        draft = None if plain else load_drafter(names[1], lm, tokenizer)
+        lm, tokenizer, draft = load_pair(*names, wanted)
         if compiled:
             lm = compiled_for(lm, draft, size, batch_size)
         pays = budget_for(lm, draft, size, batch_size) if budget and draft is not None else None
-        config = DecodingConfig(size, DEFAULT_FLOOR if floor is None else floor, budget=pays)
-        engine = make_engine(lm, draft, batch_size, queue, config, worker)
+        decoding = DecodingConfig(size, DEFAULT_FLOOR if floor is None else floor, budget=pays)
+        engine = make_engine(lm, draft, batch_size, queue, decoding, worker)
         return Service(engine, lm, tokenizer, public, limits)
 
     try:
-        run_server(lambda: worker.do(ready), api_key, host, port)
+        run_server(lambda: worker.do(ready), api_key, host, port, allowed_host or (), allow_origin or (), keep_alive)
     except KeyboardInterrupt:
         # The worker is inside torch, and Python would abort the process when it ends such a thread.
         print("interrupted", file=sys.stderr, flush=True)
@@ -249,17 +294,40 @@ def serve(
     worker.close()
 
 
+def public_name(target: str) -> str:
+    """What a target is called in the API: folders and files without their place."""
+    if target == "tiny":
+        return "ctc-drafter-quickstart"
+    path = Path(target)
+    if path.is_dir():
+        return path.resolve().name
+    return path.stem if path.suffix.lower() == ".gguf" else target
+
+
+registered(app, "demo", demo)
+registered(app, "generate", generate)
+registered(app, "chat", chat)
+registered(app, "serve", serve, context_settings={"auto_envvar_prefix": "CTC_DRAFTER"})
+registered(app, "recipe", resumable(recipe))
+registered(app, "distill", resumable(distill))
+registered(app, "train", resumable(train))
+for command in (bench, profile, exactness, report, export):
+    registered(app, command.__name__, command)
+registered(app, "eval", evaluate)
+
+
 def bad_input(error: Exception) -> str | None:
     """The one-line message of an error that the user can fix; None for a bug."""
     if hasattr(error, "format_message"):  # typer's own: unknown options, values out of range
         return str(error.format_message()).replace("\n", " ")
-    from ctc_drafter.types import UserError, missing_extra
+    from ctc_drafter.types import UserError, missing_extra, printable
 
-    return " ".join(str(error).split()) if isinstance(error, UserError) else missing_extra(error)
+    return " ".join(printable(str(error)).split()) if isinstance(error, UserError) else missing_extra(error)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a command; returns the exit code: 0, 2 for bad input, 130 after Ctrl-C."""
+    """Runs a command; returns the exit code: 0, 2 for bad input, 130 after Ctrl-C. Without arguments: the help."""
+    arguments = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:
         return int(app(args=arguments, prog_name="ctc-drafter", standalone_mode=False) or 0)
     except Exception as error:

@@ -1,27 +1,35 @@
-"""`ctc-drafter distill`, `train` and `recipe`: from prompts to a trained drafter."""
+"""`ctc-drafter train` and `recipe`: from distilled answers to a trained drafter."""
 
 from __future__ import annotations
 
+import inspect
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ctc_drafter.cli.distill import distill, show_warning
 from ctc_drafter.cli.options import (
-    BatchOption,
     DeviceOption,
     Dtype,
     DtypeOption,
-    LimitOption,
-    NewTokensOption,
+    RevisionOption,
     SeedOption,
     TargetOption,
     TemplateOption,
+    TokenizerOption,
+    TrustOption,
+    arguments,
     refuse,
 )
+from ctc_drafter.cli.sizes import check_sizes, sizes_by_option
+from ctc_drafter.train.settings import TrainSettings
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
     from ctc_drafter.train.estimate import Plan
     from ctc_drafter.train.recipe import Recipe
 
@@ -33,144 +41,91 @@ FlopsOption = Annotated[
 ]
 
 
-def distill(
-    prompts: Annotated[
-        str,
-        typer.Option(
-            "--prompts", help="Prompts: file (.jsonl, .jsonl.gz, .json, .txt), folder, or hub:owner/name[:split]."
-        ),
-    ],
-    out: Annotated[Path, typer.Option("--out", help="Output folder of the answers; the same command resumes it.")],
-    target: TargetOption = None,
-    pattern: Annotated[str, typer.Option("--pattern", help="Glob pattern of the files to read.")] = "*",
-    limit: LimitOption = None,
-    per_file: Annotated[
-        int | None, typer.Option("--per-file", min=1, help="Maximum number of prompts per file.", show_default="all")
-    ] = None,
-    max_prompt_tokens: Annotated[
-        int | None,
-        typer.Option("--max-prompt-tokens", min=1, help="Skip prompts longer than this.", show_default="any"),
-    ] = None,
-    cuts: Annotated[
-        int, typer.Option("--cuts", min=0, help="Extra prompts per conversation that end within its answer.")
-    ] = 0,
-    max_new_tokens: NewTokensOption = 256,
-    batch_size: BatchOption = 16,
-    shard_size: Annotated[int, typer.Option("--shard-size", min=1, help="Answers per output file.")] = 256,
-    temperature: Annotated[
-        float, typer.Option("--temperature", min=0.0, help="Sampling temperature; 0 decodes greedily.")
-    ] = 0.0,
-    top_p: Annotated[float, typer.Option("--top-p", help="Nucleus sampling threshold.")] = 1.0,
-    seed: SeedOption = 0,
-    chat_template: TemplateOption = None,
-    server: Annotated[
-        str | None,
-        typer.Option("--server", help="URL of an OpenAI-compatible server that runs the target, http://.../v1."),
-    ] = None,
-    model: Annotated[
-        str | None, typer.Option("--model", help="Model name of the target on the server.", show_default="--target")
-    ] = None,
-    api_key: Annotated[
-        str | None, typer.Option("--api-key", envvar="OPENAI_API_KEY", help="API key of the server.", show_envvar=True)
-    ] = None,
-    concurrency: Annotated[
-        int, typer.Option("--concurrency", min=1, help="Maximum number of concurrent requests.")
-    ] = 32,
-    retries: Annotated[
-        int, typer.Option("--retries", min=0, help="Retries per request, with exponential backoff.")
-    ] = 8,
-    dtype: DtypeOption = "float32",
-    device: DeviceOption = "auto",
-) -> None:
-    """Generates the target's answers to prompts, which drafters are trained on."""
-    from ctc_drafter.load import load_config, load_target, read_template
-    from ctc_drafter.train.data import MANY_CUT, cut_message
-    from ctc_drafter.train.distill import Sampling
-    from ctc_drafter.train.distill import distill as run_distill
-    from ctc_drafter.train.distill_server import Server, distill_remotely
-    from ctc_drafter.train.prompts import describe_corpus, read_prompts
+# Training settings with an option of their own; `--set` takes the others.
+NAMED = ("steps", "epochs", "learning_rate", "batch_size", "anchors", "loss", "bf16", "features", "features_limit")
+SHOWN = {"loss": "the method's", "steps": "by --epochs", "features_limit": "the disk"}  # in place of the default
+SWITCHES = {name for name in NAMED if TrainSettings.model_fields[name].annotation is bool}
 
-    if model and not server:
-        refuse("--model is what a server calls the target; give --server as well")
-    sampling = Sampling(temperature, top_p, seed)
-    lm = None
-    if server:
-        config, tokenizer, eos = load_config(target)
-    else:
-        lm, tokenizer = load_target(target, dtype, device)
-    read_template(tokenizer, chat_template)
-    found = read_prompts(
-        prompts,
-        tokenizer,
-        pattern=pattern,
-        limit=limit,
-        per_file=per_file,
-        max_prompt_tokens=max_prompt_tokens,
-        cuts=cuts,
-        seed=seed,
+
+def setting_option(name: str) -> inspect.Parameter:
+    """The option of a training setting, as `TrainSettings` declares it. Its value is None where it is not given, and
+    False for a switch: defaults and bounds are `TrainSettings.parse`'s."""
+    field = TrainSettings.model_fields[name]
+    said = field.description or ""
+    shown = False if name in SWITCHES else SHOWN.get(name, str(field.default))
+    text = f"{said[0].upper()}{said[1:]}."
+    option = typer.Option(f"--{name.replace('_', '-')}", help=text, show_default=shown)
+    kind: Any = field.annotation
+    kind, unset = (bool, False) if name in SWITCHES else (kind | None, None)
+    return inspect.Parameter(
+        name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=unset, annotation=Annotated[kind, option]
     )
-    name = target or "shipped"
-    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "shard_size": shard_size, "sampling": sampling}
-    options["source"] = describe_corpus(prompts)
-    if lm is not None:
-        done = run_distill(lm, tokenizer, found.prompts, out, batch_size=batch_size, name=name, **options)
-    else:
-        where = Server(server or "", model or name, api_key, concurrency, retries)
-        done = distill_remotely(where, config, tokenizer, found.prompts, out, eos=eos, name=name, **options)
-    left_out = "".join(f", {count} were left out ({reason})" for reason, count in done.left_out.items())
-    print(
-        f"{out}: {done.rows} answers with {done.tokens} tokens in {done.seconds:.0f} s, {done.found} were there, "
-        f"{done.too_long} prompts were too long{left_out}"
-    )
-    if done.rows and done.cut > MANY_CUT * done.rows:
-        show_warning(cut_message(done.cut / done.rows))
 
 
+def with_settings(command: Callable[..., None]) -> Callable[..., None]:
+    """Gives a command the options of `NAMED` for its `**named`, behind `--method`; typer reads the signature."""
+    own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "named"]
+    place = 1 + [p.name for p in own].index("method")
+    both = [*own[:place], *map(setting_option, NAMED), *own[place:]]
+    command.__signature__ = inspect.Signature(both)  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in both}
+    return command
+
+
+@with_settings
 def train(
     data: Annotated[list[Path], typer.Option("--data", help="Output folder of distill; may be repeated.")],
     out: Annotated[Path, typer.Option("--out", help="Output folder of the drafter; the same command resumes it.")],
     target: TargetOption = None,
+    revision: RevisionOption = None,
+    trust_remote_code: TrustOption = False,
+    tokenizer: TokenizerOption = None,
     method: Annotated[
         str,
         typer.Option(
-            "--method", help="Drafting method: ctc, ctc-paper, medusa, hydra, hydra++, dflash, dspark or eagle."
+            "--method",
+            help="Drafting method: ctc, ctc-paper, medusa, hydra, hydra++, dflash, dflash2, dspark or eagle.",
         ),
     ] = "ctc",
-    steps: Annotated[
-        int | None, typer.Option("--steps", help="Optimizer steps; overrides --epochs.", show_default="by --epochs")
-    ] = None,
-    epochs: Annotated[float | None, typer.Option("--epochs", help="Passes over the training data.")] = None,
-    learning_rate: Annotated[
-        float | None, typer.Option("--learning-rate", help="Peak of the cosine learning rate schedule.")
-    ] = None,
-    batch_size: Annotated[int | None, typer.Option("--batch-size", help="Rows per forward pass.")] = None,
-    anchors: Annotated[
-        int | None, typer.Option("--anchors", help="Positions of each row whose continuations are trained per step.")
-    ] = None,
-    loss: Annotated[
-        Literal["prefix", "ctc", "teacher"] | None,
-        typer.Option(
-            "--loss",
-            help="Prefix likelihood, full-sequence CTC, or the target's probabilities.",
-            show_default="the method's",
-        ),
-    ] = None,
-    bf16: Annotated[bool, typer.Option("--bf16", help="Train under bfloat16 autocast.")] = False,
     seed: SeedOption = 0,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="Any other training setting as NAME=VALUE; may be repeated.")
     ] = None,
-    frames: Annotated[int | None, typer.Option("--frames", help="CTC frames per draft.")] = None,
-    draft_length: Annotated[
-        int | None, typer.Option("--draft-length", help="Maximum draft length in tokens, at most --frames.")
+    frames: Annotated[
+        int | None, typer.Option("--frames", help="CTC frames per draft.", show_default="the method's")
     ] = None,
-    draft_layers: Annotated[int | None, typer.Option("--draft-layers", help="Decoder layers of the drafter.")] = None,
+    draft_length: Annotated[
+        int | None,
+        typer.Option(
+            "--draft-length", help="Maximum draft length in tokens, at most --frames.", show_default="the method's"
+        ),
+    ] = None,
+    draft_layers: Annotated[
+        int | None, typer.Option("--draft-layers", help="Decoder layers of the drafter.", show_default="the method's")
+    ] = None,
     predictor_rank: Annotated[
-        int | None, typer.Option("--predictor-rank", help="Rank of the predictor's low-rank bias; 0 for no predictor.")
+        int | None,
+        typer.Option(
+            "--predictor-rank",
+            help="Rank of the predictor's low-rank bias; 0 for no predictor.",
+            show_default="the method's",
+        ),
     ] = None,
     carry: Annotated[
         bool | None,
-        typer.Option("--carry/--no-carry", help="Add the newest token's features to every input of the block."),
+        typer.Option(
+            "--carry/--no-carry",
+            help="Add the newest token's features to every input of the block.",
+            show_default="the method's",
+        ),
+    ] = None,
+    convolution: Annotated[
+        bool | None,
+        typer.Option(
+            "--convolution/--no-convolution",
+            help="Mix neighbouring places of the block by two-tap convolutions.",
+            show_default="the method's",
+        ),
     ] = None,
     copies: Annotated[
         int | None,
@@ -199,22 +154,13 @@ def train(
         typer.Option("--init", help="Checkpoint to start from: ours, DFlash's or Medusa's.", show_default="none"),
     ] = None,
     max_length: Annotated[
-        int | None, typer.Option("--max-length", min=2, help="Truncate rows to this many tokens.")
+        int | None,
+        typer.Option("--max-length", min=2, help="Truncate rows to this many tokens.", show_default="no limit"),
     ] = None,
     chat_template: TemplateOption = None,
     held_out: Annotated[
         float, typer.Option("--held-out", min=0.0, max=0.5, help="Share of rows held out for validation.")
     ] = 0.02,
-    features: Annotated[
-        Literal["online", "cached"] | None,
-        typer.Option(
-            "--features", help="Target features: computed at every step, or cached in files.", show_default="online"
-        ),
-    ] = None,
-    features_limit: Annotated[
-        float | None,
-        typer.Option("--features-limit", help="Disk limit of the feature cache in GB.", show_default="the disk"),
-    ] = None,
     shard_target: Annotated[
         bool, typer.Option("--shard-target", help="Shard the target's layers over the processes (FSDP2).")
     ] = False,
@@ -230,6 +176,7 @@ def train(
     resume: Annotated[bool, typer.Option("--resume/--no-resume", help="Resume from the newest checkpoint.")] = True,
     dtype: DtypeOption = "float32",
     device: DeviceOption = "auto",
+    **named: Any,
 ) -> None:
     """Trains a drafter on the target's answers."""
     import shlex
@@ -238,21 +185,24 @@ def train(
     from ctc_drafter.drafters.warm_start import read_start
     from ctc_drafter.evaluate.figures import save_learning_curves
     from ctc_drafter.train.publish import TrainJob, train_for_target
-    from ctc_drafter.train.settings import TrainSettings
 
-    named: dict[str, Any] = {"steps": steps, "epochs": epochs, "learning_rate": learning_rate, "batch_size": batch_size}
-    named |= {"anchors": anchors, "loss": loss, "bf16": bf16 or None, "seed": seed}
-    named |= {"features": features, "features_limit": features_limit}
-    given = pairs(settings or []) | {k: v for k, v in named.items() if v is not None}
+    if ":" in device:
+        refuse(f"training takes the first GPU that it sees; instead of --device {device} set CUDA_VISIBLE_DEVICES")
+    given = pairs(settings or []) | {"seed": seed}
+    given |= {name: value for name, value in named.items() if value is not (False if name in SWITCHES else None)}
     chosen = TrainSettings.parse(trained_method(method).training | given)
     sizes: dict[str, Any] = {"frames": frames, "draft_length": draft_length, "num_hidden_layers": draft_layers}
     sizes |= {"predictor_rank": predictor_rank, "draft_vocab_size": draft_vocabulary, "carry": carry}
-    sizes |= {"copies": copies, "lookup_length": lookup}
+    sizes |= {"convolution": convolution, "copies": copies, "lookup_length": lookup}
+    check_sizes(method, sizes)
     job = TrainJob(
         data=data,
         out=out,
         settings=chosen,
         target=target,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        tokenizer=tokenizer,
         method=method,
         sizes=sizes,
         start=read_start(init) if init else None,
@@ -267,10 +217,11 @@ def train(
         device=device,
         command=shlex.join(["ctc-drafter", *sys.argv[1:]]),
     )
-    if estimate:
-        show_estimate(job.plan(job.rows()[0]), flops, device)
-        return
-    done = train_for_target(job, save_learning_curves, show_warning)
+    with sizes_by_option():
+        if estimate:
+            show_estimate(job.plan(job.rows()[0]), flops, device)
+            return
+        done = train_for_target(job, save_learning_curves, show_warning)
     if done is None:
         return
     trained = done.trained
@@ -283,17 +234,30 @@ def train(
 
 
 def recipe(
-    file: Annotated[Path, typer.Argument(help="YAML recipe; see the folder recipes/.")],
+    name: Annotated[
+        str | None, typer.Argument(metavar="RECIPE", help="Name of a recipe (see --list), or a YAML file.")
+    ] = None,
+    listed: Annotated[
+        bool, typer.Option("--list", help="List the recipes that come with the package, and exit.")
+    ] = False,
     out: Annotated[Path, typer.Option("--out", help="Output folder of answers and drafter.")] = Path("runs/recipe"),
     target: Annotated[str | None, typer.Option("--target", help="Target that replaces the recipe's.")] = None,
+    revision: RevisionOption = None,
+    trust_remote_code: TrustOption = False,
+    tokenizer: TokenizerOption = None,
     dtype: Annotated[
         Dtype | None, typer.Option("--dtype", help="Floating-point type that replaces the recipe's.")
     ] = None,
     prompts: Annotated[str | None, typer.Option("--prompts", help="Prompts that replace the recipe's.")] = None,
+    answers: Annotated[
+        Path | None,
+        typer.Option("--answers", help="Train on answers that were distilled before: a folder of distill's folders."),
+    ] = None,
     server: Annotated[
         str | None,
         typer.Option("--server", help="URL of an OpenAI-compatible server that runs the target, for distillation."),
     ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the commands, and exit.")] = False,
     estimate: Annotated[
         bool, typer.Option("--estimate", help="Print the disk, memory and time that training needs, and exit.")
     ] = False,
@@ -309,25 +273,49 @@ def recipe(
     """Runs distillation and training of a recipe, and prints both commands."""
     import shlex
 
-    from ctc_drafter.train.recipe import commands, read_recipe
+    from ctc_drafter.load import load_config
+    from ctc_drafter.train.recipe import command_lines, find_recipe, packaged_recipes, plan_of, read_recipe, stages
 
-    found = read_recipe(file)
-    found = found.model_copy(update={key: value for key, value in (("target", target), ("dtype", dtype)) if value})
-    if estimate:
-        show_recipe(found, flops, bandwidth, device)
+    if listed:
+        for each, place in packaged_recipes().items():
+            print(f"{each:20} {read_recipe(place).target}")
         return
-    own = {"prompts": prompts, "server": server}
-    stages = commands(found, out, distill=found.distill | {k: v for k, v in own.items() if v})
-    app = typer.Typer(pretty_exceptions_enable=False)
-    for command in (distill, train):
-        app.command()(command)
-    for line in stages:
-        print(shlex.join(["ctc-drafter", *line]), flush=True)
-        app(args=[*line, "--device", device], prog_name="ctc-drafter", standalone_mode=False)
-
-
-def show_warning(message: str) -> None:
-    print(f"warning: {message}", file=sys.stderr)
+    if name is None:
+        refuse(f"which recipe? Give a YAML file, or one of {', '.join(packaged_recipes())}")
+    found = read_recipe(find_recipe(name))
+    config = None
+    if target:  # with a chat template of its own
+        found = found.model_copy(update={"target": target, "revision": None, "chat_template": None})
+        config = load_config(target, revision, trust_remote_code, tokenizer)[0] if estimate else None
+    given = {"revision": revision, "dtype": dtype}
+    found = found.model_copy(update={key: value for key, value in given.items() if value})
+    if answers and (prompts or server):
+        refuse("--answers are there already; leave out --prompts and --server")
+    if estimate and answers:
+        show_estimate(plan_of(found, config), flops, device)
+        return
+    if estimate:
+        show_recipe(found, flops, bandwidth, device, config)
+        return
+    both = {"trust_remote_code": trust_remote_code, "tokenizer": tokenizer}
+    own = {"prompts": prompts, "server": server, **both}
+    parts = stages(found, out, {name: value for name, value in own.items() if value}, answers)
+    parts[-1][1].update({name: value for name, value in both.items() if value})
+    training = dict(parts[-1][1])
+    others = TrainSettings.known(training.pop("set", None) or {})
+    training = others | arguments(train, training)
+    # A fault shows before hours of distillation.
+    TrainSettings.parse({name: value for name, value in training.items() if name in TrainSettings.model_fields})
+    distilling = [arguments(distill, values) for _, values in parts[:-1]]
+    lines = [shlex.join(["ctc-drafter", *line]) for line in command_lines(parts)]
+    if dry_run:
+        print("\n".join(lines))
+        return
+    for line, values in zip(lines[:-1], distilling, strict=True):
+        print(line, flush=True)
+        distill(**values, device=device)
+    print(lines[-1], flush=True)
+    train(**training, device=device)
 
 
 def pairs(settings: list[str]) -> dict[str, Any]:
@@ -358,14 +346,21 @@ def show_estimate(plan: Plan, flops: float | None, device: str) -> float:
     return rate
 
 
-def show_recipe(recipe: Recipe, flops: float | None, bandwidth: float | None, device: str) -> None:
-    """As `show_estimate`, with the cost of the distillation; bandwidth: bytes per second, measured if not given."""
+def show_recipe(
+    recipe: Recipe,
+    flops: float | None,
+    bandwidth: float | None,
+    device: str,
+    config: PreTrainedConfig | None = None,
+) -> None:
+    """As `show_estimate`, with the cost of the distillation; bandwidth: bytes per second, measured if not given.
+    config: of another target than the recipe's."""
     from ctc_drafter.load import chosen_device
     from ctc_drafter.train.estimate import measured_bandwidth
     from ctc_drafter.train.recipe import distillation, plan_of
 
-    rate = show_estimate(plan_of(recipe), flops, device)
+    rate = show_estimate(plan_of(recipe, config), flops, device)
     speed = bandwidth or measured_bandwidth(chosen_device(device))
     source = "given" if flops and bandwidth else "measured here where not given"
-    for what, much in distillation(recipe, rate, speed, source):
+    for what, much in distillation(recipe, rate, speed, source, config):
         print(f"{what}: {much}")

@@ -31,15 +31,21 @@ class Lattice:
     emit:  [N, U, F], log P(y_{u+1} | frame t, prefix y1..yu), u = 0..U-1.
     stay:  [N, U+1, F], log P(y_u | frame t, prefix y1..yu); row 0 is -inf: the root cannot be repeated.
     blank: [N, U+1, F], log P(blank | frame t, prefix y1..yu).
+    others: [N, U, K, F], log P(v | frame t, prefix y1..yu) of K more tokens v after each prefix; None for none.
     """
 
     emit: torch.Tensor
     stay: torch.Tensor
     blank: torch.Tensor
+    others: torch.Tensor | None = None
 
 
 def lattice(
-    frame_logits: torch.Tensor, blank_logits: torch.Tensor, labels: torch.Tensor, bias: torch.Tensor | None
+    frame_logits: torch.Tensor,
+    blank_logits: torch.Tensor,
+    labels: torch.Tensor,
+    bias: torch.Tensor | None,
+    others: torch.Tensor | None = None,
 ) -> Lattice:
     """The lattice of each anchor's labels, in float64 if the frame logits are, else in float32.
 
@@ -47,21 +53,26 @@ def lattice(
     blank_logits: [N, F].
     labels: int64 [N, U], below V; negative ones are padding, whose entries mean nothing.
     bias: [N, U+1, V], row u is added to every frame's token logits after prefix y1..yu; None for none.
+    others: int64 [N, U, K], tokens whose probability after each prefix y1..yu, u < U, is asked for, too.
     Differentiable once; autocast does not lower its precision. Raises UserError when the shapes do not match.
     """
     _check_shapes(frame_logits, blank_logits, labels, bias)
     dtype = torch.float64 if frame_logits.dtype == torch.float64 else torch.float32
-    labels = labels.clamp(min=0)
-    blank = blank_logits.to(dtype)[:, None].expand(-1, labels.shape[1] + 1, -1)
+    length = labels.shape[1]
+    more = labels.new_zeros(*labels.shape, 0) if others is None else others
+    labels, more = labels.clamp(min=0), more.clamp(min=0)
+    blank = blank_logits.to(dtype)[:, None].expand(-1, length + 1, -1)
     if bias is None:
-        log_sum, emit = _FrameSums.apply(frame_logits.to(dtype), labels)
-        stay = emit
+        log_sum, scores = _FrameSums.apply(frame_logits.to(dtype), torch.cat([labels, more.flatten(1)], 1))
+        before, after, beside = 0.0, 0.0, 0.0
     else:
-        log_sum, scores, biases = _BiasedSums.apply(frame_logits.to(dtype), bias.to(dtype), labels)
-        emit, stay = scores + biases[:, :-1, :1], scores + biases[:, 1:, 1:]
+        log_sum, scores, biases = _BiasedSums.apply(frame_logits.to(dtype), bias.to(dtype), labels, more)
+        before, after, beside = biases[:, :-1, :1], biases[:, 1:, 1:2], biases[:, :-1, 2:, None]
     norm = torch.logaddexp(log_sum, blank)
     root = norm.new_full((norm.shape[0], 1, norm.shape[2]), -math.inf)
-    return Lattice(emit - norm[:, :-1], torch.cat([root, stay - norm[:, 1:]], 1), blank - norm)
+    emit, stay = scores[:, :length] + before - norm[:, :-1], scores[:, :length] + after - norm[:, 1:]
+    others = None if others is None else scores[:, length:].unflatten(1, more.shape[1:]) + beside - norm[:, :-1, None]
+    return Lattice(emit, torch.cat([root, stay], 1), blank - norm, others)
 
 
 def shifted_exp(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -116,14 +127,18 @@ class _FrameSums(Function):
 
 
 class _BiasedSums(Function):
-    """log sum_v exp(a[t, v] + m[u, v]) as [N, U+1, F], a at the labels as [N, U, F], and m at the label
-    after and before each prefix as [N, U+1, 2]; the first row has none before, the last none after."""
+    """log sum_v exp(a[t, v] + m[u, v]) as [N, U+1, F]; a at the labels and at `more int64 [N, U, K]`, the tokens of
+    all prefixes end to end, as [N, U+UK, F]; and m at the label after and before each prefix and at its `more` as
+    [N, U+1, 2+K]; the first row has no label before, the last none after and no more."""
 
     @staticmethod
-    def forward(ctx: Any, logits: torch.Tensor, bias: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        where = _at_labels(labels, logits.shape[1])
+    def forward(
+        ctx: Any, logits: torch.Tensor, bias: torch.Tensor, labels: torch.Tensor, more: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        where = _at_labels(torch.cat([labels, more.flatten(1)], 1), logits.shape[1])
         pad = torch.nn.functional.pad
         around = torch.stack([pad(labels, (0, 1)), pad(labels, (1, 0))], -1)
+        around = torch.cat([around, pad(more, (0, 0, 0, 1))], -1)
         exps, shift = shifted_exp(logits)
         bias_exps, bias_shift = shifted_exp(bias)
         sums = biased_sums(exps, bias_exps)
@@ -141,7 +156,7 @@ class _BiasedSums(Function):
         grad = _product(weights.transpose(1, 2), bias_exps).mul_(exps)
         grad_bias = _product(weights, exps).mul_(bias_exps)
         grad.scatter_add_(2, where, grad_scores.transpose(1, 2))
-        return grad, grad_bias.scatter_add_(2, around, grad_biases), None
+        return grad, grad_bias.scatter_add_(2, around, grad_biases), None, None
 
 
 def _at_labels(labels: torch.Tensor, frames: int) -> torch.Tensor:

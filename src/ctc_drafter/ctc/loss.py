@@ -27,8 +27,49 @@ def prefix_log_probs(lattice: Lattice, labels: torch.Tensor) -> torch.Tensor:
     labels: int64 [N, U], those of the lattice.
     Returns [N, U] in the lattice's dtype; `FLOOR`, without gradient, where no alignment reaches y1..yu.
     """
-    new, _ = _recursion(lattice, labels)
+    new, *_ = _recursion(lattice, labels)
     return _hold(torch.logsumexp(new, -1))
+
+
+def next_log_probs(lattice: Lattice, labels: torch.Tensor, others: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """log of the probability that token v comes next after y1..yu, for the K tokens `others int64 [N, U, K]` of each
+    u < U that the lattice was made for: prefix(u v) / prefix(u), `[N, U, K]`; and `prefix_log_probs`, `[N, U]`.
+
+    `FLOOR`, or about that, where no alignment reaches y1..yu v.
+    """
+    new, _, mass, blank = _recursion(lattice, labels)
+    assert lattice.others is not None
+    prefixes = _hold(torch.logsumexp(new, -1))
+    last = torch.nn.functional.pad(labels[:, :-1], (1, 0), value=-1)  # the root is no token that could be repeated
+    repeats = (others == last.unsqueeze(-1)).unsqueeze(-1)
+    standing = torch.where(repeats, blank.unsqueeze(2), mass.unsqueeze(2))
+    joint = _hold(torch.logsumexp(standing + lattice.others, -1))
+    before = torch.nn.functional.pad(prefixes[:, :-1], (1, 0))
+    return joint - before.unsqueeze(-1), prefixes
+
+
+def teacher_loss(
+    lattice: Lattice,
+    labels: torch.Tensor,
+    valid: torch.Tensor,
+    others: torch.Tensor,
+    probabilities: torch.Tensor,
+    decay: float = 0.8,
+) -> torch.Tensor:
+    """`prefix_loss` where the target's distribution takes the label's place in each of its factors.
+
+    -log prefix(u) is the sum of -log P(y_i | y1..y(i-1)) for i up to u; here each is the cross-entropy between
+    probabilities `[N, U, K]`, of the tokens `others int64 [N, U, K]` after y1..y(i-1), and the drafter's. Equal to
+    `prefix_loss` where they are 1 for the label. Knowledge distillation: Hinton et al. (2015).
+    """
+    found, prefixes = next_log_probs(lattice, labels, others)
+    counts = valid & (prefixes > FLOOR)
+    weights = decay ** torch.arange(labels.shape[1], device=found.device, dtype=found.dtype) * counts
+    total = weights.sum(1)
+    factors = weights.flip(1).cumsum(1).flip(1) * counts  # of each factor: the weights of all prefixes that have it
+    reachable = (found > FLOOR / 2) & counts.unsqueeze(-1)
+    entropy = -(probabilities * found.where(reachable, 0.0)).sum(-1)
+    return (factors * entropy).sum(1) / total.where(total > 0, 1.0)
 
 
 def prefix_loss(lattice: Lattice, labels: torch.Tensor, valid: torch.Tensor, decay: float = 0.8) -> torch.Tensor:
@@ -51,7 +92,7 @@ def ctc_loss(lattice: Lattice, labels: torch.Tensor, lengths: torch.Tensor) -> t
     Returns [N], in nats; 0, without gradient, where no alignment exists (too few frames), as
     `torch.nn.functional.ctc_loss` does with `zero_infinity=True`.
     """
-    _, end = _recursion(lattice, labels)
+    _, end, *_ = _recursion(lattice, labels)
     score = _hold(end.gather(1, lengths[:, None])[:, 0])
     return -score.where(score > FLOOR, 0.0)
 
@@ -65,22 +106,26 @@ def ctc_objective(lattice: Lattice, labels: torch.Tensor, valid: torch.Tensor) -
     return ctc_loss(lattice, labels, (valid & (needed <= frames)).sum(1))
 
 
-def _recursion(lattice: Lattice, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """log new_t(u) for u = 1..U as [N, U, F], and log [blank_F(u) + token_F(u)] for u = 0..U as [N, U+1]."""
+def _recursion(lattice: Lattice, labels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """log new_t(u) for u = 1..U as [N, U, F]; log [blank_F(u) + token_F(u)] for u = 0..U as [N, U+1]; and before each
+    frame t, for u = 0..U-1 as [N, U, F]: log [blank(u) + token(u)] and log blank(u)."""
     emits, stays, blanks = (part.clamp(min=FLOOR).unbind(-1) for part in (lattice.emit, lattice.stay, lattice.blank))
     differs = torch.ones_like(labels, dtype=torch.bool)
     differs[:, 1:] = labels[:, 1:] != labels[:, :-1]
     token = torch.full_like(lattice.blank[..., 0], FLOOR)
     blank = token.clone()
     blank[:, 0] = 0.0
-    pad, news = torch.nn.functional.pad, []
+    pad, news, masses, empties = torch.nn.functional.pad, [], [], []
     for emit, stay, empty in zip(emits, stays, blanks, strict=True):
         mass = torch.logaddexp(blank, token)
-        new = torch.where(differs, mass[:, :-1], blank[:, :-1]) + emit
+        masses.append(mass[:, :-1])
+        empties.append(blank[:, :-1])
+        new = torch.where(differs, masses[-1], empties[-1]) + emit
         blank = mass + empty
         token = torch.logaddexp(pad(new, (1, 0), value=FLOOR), token + stay)
         news.append(new)
-    return torch.stack(news, -1), torch.logaddexp(blank, token)
+    new, before, empty = (torch.stack(each, -1) for each in (news, masses, empties))
+    return new, torch.logaddexp(blank, token), before, empty
 
 
 def _hold(scores: torch.Tensor) -> torch.Tensor:

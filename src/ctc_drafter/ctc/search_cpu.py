@@ -36,7 +36,7 @@ class LowRankBias(NamedTuple):
 
     `output[:, v] @ (scale * (table[last] + inner @ silu(earlier[previous] + later[last] + root)))`, without `earlier`
     right after the root. table `[T, r]`, earlier and later `[T, M]`, inner `[r, M]`, scale `[r]`: float32.
-    output `[r, V]`: float32, or int8, which is read in half the time. r = 0 for no bias.
+    output `[r, V]`: int8, which is read in half the time of float32. r = 0 for no bias.
 
     What the prefix copies (`copies.py`) gets `copying[l] @ silu(..) + trust[l]` more, for the length l + 1 of the copy.
     copying `[longest, M]`, trust `[longest]`: float32, none to copy nothing. columns `int64 [T]`: each token's column.
@@ -95,17 +95,18 @@ def best_prefixes(
     if text is None:
         text = Text(root.unsqueeze(1), torch.zeros_like(root))
     top = torch.maximum(frame_logits.amax(-1), blank_logits).unsqueeze(-1)
-    weights, blank = (frame_logits - top).exp_(), (blank_logits - top[..., 0]).exp_()
+    weights, blank = (frame_logits - top).exp_().contiguous(), (blank_logits - top[..., 0]).exp_().contiguous()
     tiny = np.float32(sum_floor(torch.float32))
     arrays = _search_rows(
         weights.numpy(),
         blank.numpy(),
-        root.numpy(),
-        vocabulary.numpy(),
+        # Numba compiles anew, for seconds, for arrays with gaps.
+        root.contiguous().numpy(),
+        vocabulary.contiguous().numpy(),
         bias,
-        root_states.numpy(),
-        text.tokens.numpy(),
-        text.ends.numpy(),
+        root_states.contiguous().numpy(),
+        text.tokens.contiguous().numpy(),
+        text.ends.contiguous().numpy(),
         count,
         depth,
         min_probability,
@@ -117,14 +118,14 @@ def best_prefixes(
 
 real = np.float32
 
-# Compiled from here on. Weights are exp(logit), scaled so that a frame's best symbol has 1.
+# Compiled from here on. Weights are exp(logit), scaled so that a frame's best symbol has 1. Loops in place of array
+# expressions and slices: the first draft on a machine waits for the compiler, which takes twice as long for those.
 
 
 @njit(cache=True, nogil=True)
 def _search_rows(weights, blank, roots, vocabulary, bias, states, texts, ends, count, depth, min_probability, tiny):  # type: ignore[no-untyped-def]
     rows, longest = len(roots), 0
-    tokens, parents = np.zeros((rows, count), np.int64), np.full((rows, count), -1, np.int64)
-    depths, scores = np.ones((rows, count), np.int64), np.zeros((rows, count), np.float32)
+    tokens, parents, depths, scores = _new_candidates(rows, count)
     for row in range(rows):
         pool = _new_pool(1 + count, weights.shape[1], roots[row])
         text = texts[row, : ends[row] + 1]
@@ -132,10 +133,23 @@ def _search_rows(weights, blank, roots, vocabulary, bias, states, texts, ends, c
             _search(weights[row], blank[row], vocabulary, pool, bias, states[row], text, depth, min_probability, tiny)
             - 1
         )
-        tokens[row, :found], parents[row, :found] = pool.last[1 : found + 1], pool.parent[1 : found + 1] - 1
-        depths[row, :found], scores[row, :found] = pool.depth[1 : found + 1], pool.score[1 : found + 1]
+        _take(pool, found, tokens[row], parents[row], depths[row], scores[row])
         longest = max(longest, found)
     return tokens[:, :longest], parents[:, :longest], depths[:, :longest], scores[:, :longest]
+
+
+@njit(cache=True, nogil=True)
+def _new_candidates(rows, count):  # type: ignore[no-untyped-def]
+    tokens, parents = np.zeros((rows, count), np.int64), np.full((rows, count), -1, np.int64)
+    return tokens, parents, np.ones((rows, count), np.int64), np.zeros((rows, count), np.float32)
+
+
+@njit(cache=True, nogil=True)
+def _take(pool, found, tokens, parents, depths, scores):  # type: ignore[no-untyped-def]
+    """Copies the entries behind the root to one row of candidates."""
+    for i in range(found):
+        tokens[i], parents[i] = pool.last[i + 1], pool.parent[i + 1] - 1
+        depths[i], scores[i] = pool.depth[i + 1], pool.score[i + 1]
 
 
 @njit(cache=True, nogil=True)
@@ -150,7 +164,7 @@ def _new_pool(places, frames, root):  # type: ignore[no-untyped-def]
 @njit(cache=True, nogil=True)
 def _search(weights, blank, vocabulary, pool, bias, root_state, text, depth, min_probability, tiny):  # type: ignore[no-untyped-def]
     """Expands entries in their order; returns how many there are in the end."""
-    found = 1
+    found = np.int64(1)  # no literal, for which all that is called would be compiled once more
     for i in range(len(pool.last) - 1):  # no room would be left for children of the last one
         if i == found:
             break
@@ -171,26 +185,29 @@ def _strength(pool, i, bias, root_state, text, columns):  # type: ignore[no-unty
     if rank == 0:
         return np.ones(columns, np.float32), np.float32(1)
     last = pool.last[i]
-    inner = bias.later[last] + root_state
-    if i > 0:
-        inner += bias.earlier[pool.last[pool.parent[i]]]
+    inner = np.empty(width, np.float32)
     for m in range(width):
+        inner[m] = bias.later[last, m] + root_state[m]
+        if i > 0:
+            inner[m] += bias.earlier[pool.last[pool.parent[i]], m]
         inner[m] /= 1 + math.exp(-inner[m])
-    state = bias.table[last].copy()
+    state = np.empty(rank, np.float32)
     for r in range(rank):
-        state[r] = bias.scale[r] * (state[r] + _dot(bias.inner[r], inner))
+        state[r] = bias.scale[r] * (bias.table[last, r] + _dot(bias.inner[r], inner))
     strength = _combine(state, bias.output)
     if len(bias.trust) > 0:
-        token, length = _copy(pool, i, text, len(bias.trust))
+        token, length = copied_after(pool, i, text, len(bias.trust))
         if length > 0 and bias.columns[token] >= 0:
             strength[bias.columns[token]] += _dot(bias.copying[length - 1], inner) + bias.trust[length - 1]
-    largest = max(np.float32(0), strength.max())
+    largest = np.float32(0)
+    for each in strength:
+        largest = max(largest, each)
     _exp(strength, largest)
     return strength, np.float32(math.exp(-largest))
 
 
 @njit(cache=True, nogil=True)
-def _copy(pool, i, text, longest):  # type: ignore[no-untyped-def]
+def copied_after(pool, i, text, longest):  # type: ignore[no-untyped-def]
     """What entry i copies from the text, which ends with the root, and its length; see `copies.py`."""
     newest, known = np.empty(longest, np.int64), 0
     while i > 0 and known < longest:
@@ -233,7 +250,12 @@ def _stand(weights, blank, pool, i, strength, shift, normaliser):  # type: ignor
 @njit(cache=True, nogil=True)
 def _offer(weights, vocabulary, pool, found, i, strength, repeat, min_probability):  # type: ignore[no-untyped-def]
     """Gives entry i's children places in the pool's order, where they earn one; returns how many entries it has."""
-    places, scores = len(pool.last), _combine(pool.blank[i] + pool.token[i], weights) * strength
+    places, mass = len(pool.last), np.empty(len(weights), np.float32)
+    for t in range(len(mass)):
+        mass[t] = pool.blank[i, t] + pool.token[i, t]
+    scores = _combine(mass, weights)
+    for v in range(len(scores)):
+        scores[v] *= strength[v]
     if i > 0:
         scores[pool.column[i]] = repeat
     least = pool.score[places - 1] if found == places else np.float32(0)
@@ -294,7 +316,9 @@ def _exp(values, largest):  # type: ignore[no-untyped-def]
         series = TAYLOR[3] + x * (TAYLOR[4] + x * series)
         values[i] = TAYLOR[0] + x * (TAYLOR[1] + x * (TAYLOR[2] + x * series))
         bits[i] = (np.int32(k) + 127) << 23
-    values *= bits.view(np.float32)
+    powers = bits.view(np.float32)
+    for i in range(len(values)):
+        values[i] *= powers[i]
 
 
 # Best-first search where frame u holds the u-th token: exactly the n most probable prefixes, in one compiled call.
@@ -320,10 +344,17 @@ def best_chains(
     logits `[B, U, V]`, root `int64 [B]`, root_states `[B, M]` (`root` in `LowRankBias`), float32 on the CPU. Rows
     that have fewer prefixes than others are padded with score -inf.
     """
-    weights = (logits - logits.amax(-1, keepdim=True)).exp_().numpy()
+    weights = (logits - logits.amax(-1, keepdim=True)).exp_().contiguous().numpy()
     tiny = np.float32(sum_floor(torch.float32))
     arrays = _search_chain_rows(
-        weights, root.numpy(), np.arange(weights.shape[2]), bias, root_states.numpy(), count, min_probability, tiny
+        weights,
+        root.contiguous().numpy(),
+        np.arange(weights.shape[2]),
+        bias,
+        root_states.contiguous().numpy(),
+        count,
+        min_probability,
+        tiny,
     )
     tokens, parents, depths, scores = map(torch.from_numpy, arrays)
     return Candidates(tokens, parents, depths, scores.log_())
@@ -332,13 +363,11 @@ def best_chains(
 @njit(cache=True, nogil=True)
 def _search_chain_rows(weights, roots, vocabulary, bias, root_states, count, min_probability, tiny):  # type: ignore[no-untyped-def]
     rows, longest = len(roots), 0
-    tokens, parents = np.zeros((rows, count), np.int64), np.full((rows, count), -1, np.int64)
-    depths, scores = np.ones((rows, count), np.int64), np.zeros((rows, count), np.float32)
+    tokens, parents, depths, scores = _new_candidates(rows, count)
     for row in range(rows):
-        pool = _new_pool(1 + count, 1, roots[row])
+        pool = _new_pool(1 + count, np.int64(1), roots[row])
         found = _search_chain(weights[row], vocabulary, pool, bias, root_states[row], min_probability, tiny) - 1
-        tokens[row, :found], parents[row, :found] = pool.last[1 : found + 1], pool.parent[1 : found + 1] - 1
-        depths[row, :found], scores[row, :found] = pool.depth[1 : found + 1], pool.score[1 : found + 1]
+        _take(pool, found, tokens[row], parents[row], depths[row], scores[row])
         longest = max(longest, found)
     return tokens[:, :longest], parents[:, :longest], depths[:, :longest], scores[:, :longest]
 
@@ -346,7 +375,7 @@ def _search_chain_rows(weights, roots, vocabulary, bias, root_states, count, min
 @njit(cache=True, nogil=True)
 def _search_chain(weights, vocabulary, pool, bias, root_state, min_probability, tiny):  # type: ignore[no-untyped-def]
     """Expands entries in their order; returns how many there are in the end."""
-    found = 1
+    found = np.int64(1)  # no literal, for which all that is called would be compiled once more
     for i in range(len(pool.last) - 1):  # no room would be left for children of the last one
         if i == found:
             break
@@ -356,7 +385,6 @@ def _search_chain(weights, vocabulary, pool, bias, root_state, min_probability, 
             frame = weights[depth : depth + 1]
             share = pool.score[i] / max(_dot(frame[0], strength), tiny)
             pool.blank[i, 0] = share
-            found = _offer(
-                frame, vocabulary, pool, found, i, strength, share * frame[0, last] * strength[last], min_probability
-            )
+            repeat = np.float64(share * frame[0, last] * strength[last])
+            found = _offer(frame, vocabulary, pool, found, i, strength, repeat, min_probability)
     return found

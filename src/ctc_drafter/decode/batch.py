@@ -11,16 +11,18 @@ import torch
 from transformers import Cache
 
 from ctc_drafter.decode.budget import Budget, Pace
+from ctc_drafter.decode.pictures import Pictures
 from ctc_drafter.decode.prefill import Prefill, prefill, reread
 from ctc_drafter.decode.sampling import ARGMAX, RowErrors, Sampler, chosen, tokens_along
 from ctc_drafter.decode.sequence import SequenceState
 from ctc_drafter.decode.stats import Stopwatch
-from ctc_drafter.decode.tree import build_tree, up_to, without_drafts
+from ctc_drafter.decode.tree import best_chain, build_tree, up_to, without_drafts
 from ctc_drafter.decode.verify import follow, no_numbers, verify
 from ctc_drafter.drafters.base import Drafter, DraftSession
-from ctc_drafter.target.cache import Extent, compact, erase, join
+from ctc_drafter.target.cache import compact, erase, extent, join
 from ctc_drafter.target.checks import check_placement
 from ctc_drafter.target.model import Target
+from ctc_drafter.target.row_cache import RowCache
 from ctc_drafter.types import Acceptance, Candidates, TokenTree, UserError, Verification
 
 
@@ -56,7 +58,7 @@ class Judged:
 
 
 DEFAULT_NODES = 16
-DEFAULT_FLOOR = 0.05
+DEFAULT_FLOOR = 0.02
 
 
 class DecodingOptions(TypedDict, total=False):
@@ -116,11 +118,15 @@ class DecodingConfig:
 
 @dataclass(frozen=True)
 class Method:
-    """What rows are decoded by: the target, a drafter that fits it, and the settings of decoding."""
+    """What rows are decoded by: the target, a drafter that fits it, and the settings of decoding.
+
+    pictures: what the prompts of the call show, by the rows' index; all of them are then prefilled together.
+    """
 
     target: Target
     drafter: Drafter
     config: DecodingConfig = DecodingConfig()
+    pictures: Pictures | None = None
 
     def __post_init__(self) -> None:
         check_placement(self.target.model, self.drafter)
@@ -130,7 +136,7 @@ class Method:
 class Batch:
     """The sequences being decoded, in the row order of cache, drafter session, lengths and roots."""
 
-    cache: Cache
+    cache: Cache | RowCache
     session: DraftSession
     lengths: torch.Tensor  # committed tokens, int64 [B]
     root: torch.Tensor  # newest tokens, int64 [B]
@@ -139,6 +145,7 @@ class Batch:
         self.method, self.clock = method, clock
         self.pace = Pace(method.config.budget) if method.config.budget else None
         self.rows: list[SequenceState] = []
+        self.shift: torch.Tensor | None = None  # see `Target.forward`
 
     def admit(self, rows: Sequence[SequenceState]) -> list[int]:
         """Prefills new rows, which take the last places; returns the first token of each."""
@@ -153,7 +160,11 @@ class Batch:
         target, drafter, sampler = self.method.target, self.method.drafter, self.method.config.sampler
         with self.clock("prefill"):
             first = rows[0].index if rows else 0
-            state = prefill(target, [row.prompt for row in rows], drafter.feature_layers, first)
+            if self.method.pictures is None:
+                state = prefill(target, [row.prompt for row in rows], drafter.feature_layers, first)
+            else:
+                assert not self.rows
+                state = self.method.pictures.prefill(target, [row.index for row in rows], drafter.feature_layers)
             sampler.validate(rows[0], state.logits[:1])
             root = chosen(sampler, state.logits, rows)
             if self.rows:
@@ -161,14 +172,15 @@ class Batch:
                 self.lengths = torch.cat([self.lengths, state.lengths])
                 self.root = torch.cat([self.root, root])
             else:
-                self.session = drafter.begin(target.embed, target.head, len(rows))
+                self.session = drafter.begin(*target.draft_modules, len(rows))
                 self.session.extend(state.tokens, state.features, state.lengths)
                 self.cache, self.lengths, self.root = state.cache, state.lengths, root
+                self.shift = state.shift
         self.rows += rows
         return root, state.logits
 
     def _join(self, state: Prefill) -> None:
-        before = Extent.of(self.cache)
+        before = extent(self.cache)
         try:
             join(self.cache, state.cache)
             self.session.join(state.tokens, state.features, state.lengths)
@@ -188,6 +200,7 @@ class Batch:
         self.rows = [self.rows[place] for place in places]
         self.cache.batch_select_indices(rows)
         self.lengths, self.root = self.lengths[rows], self.root[rows]
+        self.shift = None if self.shift is None else self.shift[..., rows]
 
     def step(self) -> Step:
         """One verification of every row, for a call that ends with the first error, which names its row."""
@@ -205,10 +218,14 @@ class Batch:
         target = self.method.target
         with self.clock("prefill"):
             reread(target, self.cache, self.lengths, self.rows)
-        tree = self._draft() if self.pace is None else self._draft_what_pays(self.pace)
+        resting = self.cache.resting() if isinstance(self.cache, RowCache) else set()
+        if len(resting) == len(self.rows):
+            tree = build_tree(self.root, Candidates.nothing(self.root), 0)
+        else:
+            tree = self._draft() if self.pace is None else self._draft_what_pays(self.pace)
         if target.reread_at is not None:
             tree = up_to(tree, self.lengths, target.reread_at)
-        plain = {place for place, row in enumerate(self.rows) if row.broken}
+        plain = resting | {place for place, row in enumerate(self.rows) if row.broken}
         slots = self.cache.get_seq_length()
         try:
             judged = self._judge(without_drafts(tree, plain) if plain else tree, plain)
@@ -225,7 +242,7 @@ class Batch:
         except Exception:
             erase(self.cache, slots)
             raise
-        if self.pace is not None:
+        if self.pace is not None and not resting:
             self.pace.note(slots, tree, acceptance)
         self.lengths, self.root = self.lengths + acceptance.counts + 1, acceptance.bonus
         for place, row in enumerate(self.rows):
@@ -235,9 +252,8 @@ class Batch:
     def _judge(self, tree: TokenTree, final: Collection[int]) -> Judged:
         """Verifies a tree and chooses the paths; final: rows without drafts, which are not verified again."""
         with self.clock("verify"):
-            verification = verify(
-                self.method.target, self.cache, self.lengths, tree, self.method.drafter.feature_layers
-            )
+            layers = self.method.drafter.feature_layers
+            verification = verify(self.method.target, self.cache, self.lengths, tree, layers, self.shift)
         drafted = tree.tokens.shape[1] > 1
         with self.clock("accept"):
             broken = no_numbers(verification.logits)
@@ -257,16 +273,20 @@ class Batch:
     def _draft(self) -> TokenTree:
         nodes, min_probability = self.method.config.nodes, self.method.config.min_probability
         with self.clock("draft"):
-            candidates = self.session.propose(self.root, nodes, min_probability)
+            candidates = self._followed(self.session.propose(self.root, nodes, min_probability))
         with self.clock("tree"):
             return build_tree(self.root, candidates, nodes, min_probability)
+
+    def _followed(self, candidates: Candidates) -> Candidates:
+        """What the target can follow of a draft: all of it, or its best chain."""
+        return candidates if self.method.target.chain is None else best_chain(candidates)
 
     def _draft_what_pays(self, pace: Pace) -> TokenTree:
         slots, rows = self.cache.get_seq_length(), len(self.rows)
         with self.clock("draft"):
             draft = self.session.propose if pace.drafts() else self.session.free  # copies cost nothing
             found = draft(self.root, pace.budget.nodes, pace.min_probability(rows, slots))
-            candidates = Candidates.nothing(self.root) if found is None else found
+            candidates = Candidates.nothing(self.root) if found is None else self._followed(found)
         with self.clock("tree"):
             return build_tree(self.root, candidates, pace.size(candidates, slots))
 

@@ -1,4 +1,4 @@
-"""The decoding loop: `generate`, `generate_many`, and `plain_generate`, their oracle."""
+"""The decoding loop: `generate`, `generate_many`, and plain decoding, their oracle: `plain_generate(_many)`."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ import torch
 from transformers import Cache, StoppingCriteriaList
 
 from ctc_drafter.decode.batch import Batch, DecodingConfig, DecodingOptions, Method
-from ctc_drafter.decode.prefill import prefill, reread
+from ctc_drafter.decode.prefill import Beginning, beginning, check_prompts, prefill, reread
 from ctc_drafter.decode.sampling import Sampler, chosen
 from ctc_drafter.decode.sequence import OnTokens, OutputWriter, SequenceState
 from ctc_drafter.decode.stats import Stats, Stopwatch
+from ctc_drafter.decode.tree import build_tree
 from ctc_drafter.drafters.base import Drafter
-from ctc_drafter.target.cache import compact
+from ctc_drafter.target.cache import add_rows, compact, gap_free_order, keep_rows, placed, shorten, takes_places
 from ctc_drafter.target.model import Target
-from ctc_drafter.types import UserError
+from ctc_drafter.target.row_cache import RowCache
+from ctc_drafter.types import Candidates, UserError
 
 # The decoding loop, and plain decoding, which is its oracle.
 
@@ -117,44 +119,133 @@ def plain_generate(
     sampler = DecodingConfig.of(config, {} if sampler is None else {"sampler": sampler}).sampler
     rows = new_rows(target, prompts, max_new_tokens, eos)
     begin, clock, stats = time.perf_counter(), Stopwatch(target.device, timed), Stats()
-    with clock("prefill"):
-        state = prefill(target, prompts)
-        sampler.validate(rows[0], state.logits[:1])
-    cache, lengths, root, active = state.cache, state.lengths, chosen(sampler, state.logits, rows), rows
-    writer = OutputWriter(stats, on_tokens, criteria, target.device)
-    places = writer.start(active, root.tolist())
+    batch, writer = PlainBatch(target, sampler, clock), OutputWriter(stats, on_tokens, criteria, target.device)
+    check_prompts(target, prompts)
+    batch.keep(writer.start(rows, batch.admit(rows)))
     stats.prefill_seconds = time.perf_counter() - begin
-    path = torch.zeros(len(root), 1, dtype=torch.long, device=target.device)
-
-    while places:
-        if len(places) < len(active):
-            kept = torch.tensor(places, device=target.device)
-            cache.batch_select_indices(kept)
-            lengths, root, path = lengths[kept], root[kept], path[kept]
-            active = [active[place] for place in places]
-        with clock("prefill"):
-            reread(target, cache, lengths, active)
-        with clock("verify"):
-            slots = cache.get_seq_length()
-            logits = step(target, cache, lengths, root)
-        with clock("compact"):
-            compact(cache, lengths, slots, path, torch.zeros_like(lengths))
-        with clock("accept"):
-            lengths, root = lengths + 1, chosen(sampler, logits[:, -1], active)
-        places = writer.write(active, root.unsqueeze(1).tolist(), [0] * len(active))
-
+    while batch.rows:
+        batch.keep(writer.write(batch.rows, *batch.step().emitted()))
     stats.seconds, stats.stages_ms = time.perf_counter() - begin, dict(clock.total_ms)
     return Generation([row.tokens for row in rows], stats, [row.accepted for row in rows])
 
 
-def step(target: Target, cache: Cache, lengths: torch.Tensor, root: torch.Tensor) -> torch.Tensor:
-    """Logits `[B, 1, V]` after one more token per row. Rows that fill the cache need no mask."""
+@dataclass(frozen=True)
+class PlainStep:
+    """One token more for every row, `int64 [B]`."""
+
+    tokens: torch.Tensor
+
+    def emitted(self) -> tuple[list[list[int]], list[int]]:
+        """Tokens to emit, as `Step.emitted`: no drafted one is accepted."""
+        return self.tokens.unsqueeze(1).tolist(), [0] * len(self.tokens)
+
+
+class PlainBatch:
+    """Rows that are decoded a token a step, and may come and go between steps as those of a `Batch`.
+
+    A row that leaves makes its place in the cache free for the next one, without a copy of the others; the cache is as
+    wide as its longest row.
+    """
+
+    cache: Cache | RowCache
+    lengths: torch.Tensor  # committed tokens, int64 [B]
+    root: torch.Tensor  # newest tokens, int64 [B]
+
+    def __init__(self, target: Target, sampler: Sampler, clock: Stopwatch):
+        self.target, self.sampler, self.clock = target, sampler, clock
+        self.rows: list[SequenceState] = []
+        self.begun: Beginning | None = None  # what rows began with lately
+
+    def admit(self, rows: Sequence[SequenceState]) -> list[int]:
+        """Prefills new rows, which take the last places, in groups that are little padded; returns their first
+        tokens."""
+        return [token for group in prefill_groups(rows) for token in self._enter(group)]
+
+    def _enter(self, rows: Sequence[SequenceState]) -> list[int]:
+        prompts = [row.prompt for row in rows]
+        with self.clock("prefill"):
+            check_prompts(self.target, prompts, rows[0].index)
+            begun = beginning(self.target, prompts, self.begun)
+            self.begun = begun or self.begun
+            state = prefill(self.target, prompts, first=rows[0].index, begun=begun)
+            self.sampler.validate(rows[0], state.logits[:1])
+            root = chosen(self.sampler, state.logits, rows)
+            if self.rows:
+                add_rows(self.cache, state.cache)
+                self.lengths = torch.cat([self.lengths, state.lengths])
+                self.root = torch.cat([self.root, root])
+            else:
+                self.cache, self.lengths, self.root = state.cache, state.lengths, root
+        self.rows += rows
+        return root.tolist()
+
+    def keep(self, places: Sequence[int]) -> None:
+        """Leaves only these places of the batch; the last rows take the places of those that leave."""
+        if len(places) == len(self.rows):
+            return
+        order = gap_free_order(places)
+        self.rows = [self.rows[place] for place in order]
+        if self.rows:
+            keep_rows(self.cache, order)
+            kept = torch.tensor(order, device=self.root.device)
+            self.lengths, self.root = self.lengths[kept], self.root[kept]
+
+    def step(self) -> PlainStep:
+        with self.clock("prefill"):
+            reread(self.target, self.cache, self.lengths, self.rows)
+        with self.clock("verify"):
+            logits = step(self.target, self.cache, self.lengths, self.root)
+        with self.clock("accept"):
+            self.lengths, self.root = self.lengths + 1, chosen(self.sampler, logits[:, -1], self.rows)
+        return PlainStep(self.root)
+
+
+PADDING = 64  # tokens of a prefill, or a quarter of it: what another forward costs, about
+LARGEST = 4096  # tokens of a prefill of several rows
+
+
+def prefill_groups(rows: Sequence[SequenceState]) -> Iterator[list[SequenceState]]:
+    """Groups of neighbours that are prefilled together: little padding, and not too much at a time."""
+    group: list[SequenceState] = []
+    for row in rows:
+        sizes = [len(each.prompt) for each in (*group, row)]
+        padded = max(sizes) * len(sizes)
+        if group and (padded > LARGEST or padded - sum(sizes) > max(PADDING, padded // 4)):
+            yield group
+            group = []
+        group.append(row)
+    if group:
+        yield group
+
+
+def step(target: Target, cache: Cache | RowCache, lengths: torch.Tensor, root: torch.Tensor) -> torch.Tensor:
+    """Logits `[B, 1, V]` after one more token per row, which enters the cache. A row that fills it alone needs no mask.
+    Several always have one: only then transformers makes rows of the heads that share keys (`layout.grouped_heads`)."""
+    if isinstance(cache, RowCache):
+        logits = cache.verify(target, build_tree(root, Candidates.nothing(root), 0)).logits
+        cache.commit([0] * len(root))
+        return logits
     tokens, positions, slots = root.unsqueeze(1), lengths.unsqueeze(1), cache.get_seq_length()
-    if bool((lengths == slots).all()):
+    shortest, longest = torch.stack(lengths.aminmax()).tolist()
+    moves = not takes_places(cache)
+    if longest < slots and not moves:  # the longest row has left
+        shorten(cache, longest)
+        slots = longest
+    if shortest == slots and len(root) == 1:
         return target.forward(tokens, positions, cache).logits
-    cached = torch.arange(slots, device=lengths.device).expand(len(root), -1)
-    seen = torch.cat([cached < positions, torch.ones_like(positions, dtype=torch.bool)], 1)
-    return target.forward(tokens, positions, cache, seen.unsqueeze(1), torch.cat([cached, positions], 1)).logits
+    if moves:
+        cached = torch.arange(slots, device=lengths.device).expand(len(root), -1)
+        seen = torch.cat([cached < positions, torch.ones_like(positions, dtype=torch.bool)], 1)
+        key_positions = torch.cat([cached, positions], 1)
+        logits = target.forward(tokens, positions, cache, seen.unsqueeze(1), key_positions).logits
+        compact(cache, lengths, slots, torch.zeros_like(positions), torch.zeros_like(lengths))
+        return logits
+    key_positions = torch.arange(longest + 1, device=lengths.device).expand(len(root), -1)
+    seen = (key_positions <= positions).unsqueeze(1)
+    if shortest == slots:  # all as long as the cache
+        return target.forward(tokens, positions, cache, seen, key_positions).logits
+    with placed(cache, positions, longest + 1):
+        return target.forward(tokens, positions, cache, seen, key_positions).logits
 
 
 def new_rows(
@@ -216,12 +307,57 @@ def generate_many(
     return flow(Batch(method, Stopwatch(target.device, False)), writer, arriving, in_flight)
 
 
+def plain_generate_many(
+    target: Target,
+    prompts: Iterable[Sequence[int]],
+    *,
+    in_flight: int = 32,
+    max_new_tokens: int,
+    config: DecodingConfig | None = None,
+    sampler: Sampler | None = None,
+    eos: Collection[int] | None = None,
+    criteria: StoppingCriteriaList = NO_CRITERIA,
+    on_tokens: OnTokens | None = None,
+) -> Iterator[tuple[int, list[int]]]:
+    """Plain decoding of any number of prompts, `in_flight` of them at a time: `generate_many` without a drafter.
+
+    Yields (place of the prompt, its new tokens) as rows end; every row's output is what `plain_generate` gives it.
+    `WINDOW` prompts are read ahead, so that those of like length are together, and new ones start when an eighth of the
+    batch is free. Raises `UserError` for settings and prompts that cannot be decoded.
+    """
+    if in_flight < 1:
+        raise UserError(f"in_flight is {in_flight}; give at least 1")
+    sampler = DecodingConfig.of(config, {} if sampler is None else {"sampler": sampler}).sampler
+    arriving = (new_rows(target, [prompt], max_new_tokens, eos, place)[0] for place, prompt in enumerate(prompts))
+    batch = PlainBatch(target, sampler, Stopwatch(target.device, False))
+    writer = OutputWriter(Stats(), on_tokens, criteria, target.device)
+    return flow(batch, writer, by_length(arriving), in_flight, -(-in_flight // 8))
+
+
+WINDOW = 256  # prompts
+
+
+def by_length(rows: Iterator[SequenceState]) -> Iterator[SequenceState]:
+    """The same rows with those of like length together, up and down in turns; not by number of all rows, which may have
+    no end."""
+    falling = False
+    while window := list(islice(rows, WINDOW)):
+        yield from sorted(window, key=lambda row: len(row.prompt), reverse=falling)
+        falling = not falling
+
+
 @torch.inference_mode()
 def flow(
-    batch: Batch, writer: OutputWriter, arriving: Iterator[SequenceState], in_flight: int
+    batch: Batch | PlainBatch,
+    writer: OutputWriter,
+    arriving: Iterator[SequenceState],
+    in_flight: int,
+    least: int = 1,
 ) -> Iterator[tuple[int, list[int]]]:
+    """Yields (number, tokens) of rows as they end; new ones enter when there is room for at least so many."""
     while True:
-        new = list(islice(arriving, in_flight - len(batch.rows)))
+        free = in_flight - len(batch.rows)
+        new = list(islice(arriving, free)) if free >= least or not batch.rows else []
         if not new and not batch.rows:
             return
         if new:
@@ -233,7 +369,7 @@ def flow(
             yield from leave(batch, writer.write(batch.rows, tokens, accepted))
 
 
-def leave(batch: Batch, places: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
+def leave(batch: Batch | PlainBatch, places: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
     """Removes all rows but those at these places."""
     staying = set(places)
     done = [row for place, row in enumerate(batch.rows) if place not in staying]

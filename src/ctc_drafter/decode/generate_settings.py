@@ -1,15 +1,13 @@
-"""Settings and inputs of transformers' `generate`: honoured, refused, or without effect."""
+"""Settings of transformers' `generate` and inputs of the model: honoured, refused, or without effect."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Sized
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-import torch
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig
 from transformers.generation import GenerationMode
 
 from ctc_drafter.types import UserError
@@ -125,18 +123,32 @@ PARAMETERS = (
     honoured("seeds", "`speculate`'s own: one integer for each returned sequence, with `do_sample=True`"),
 )
 
+# What `Speculator.generate` does with its arguments where that is not what a callable can do.
+SPECULATOR = (
+    honoured("streamer", "of one row; tokens that are shown are final"),
+    honoured("stop_strings", "as in stock `generate`, with the model's `tokenizer`"),
+    honoured("tokenizer", "read by stop_strings"),
+    refused("token_healing", "token_healing changes the prompt; leave it out"),
+    refused("assistant_model", "a Speculator has a drafter already; leave out assistant_model"),
+    refused("assistant_tokenizer", "a Speculator has a drafter already; leave out assistant_tokenizer"),
+    refused("custom_generate", "a Speculator decodes itself; leave out custom_generate, or call the model's generate"),
+    refused("synced_gpus", "rows never wait for another process; leave out synced_gpus, or call the model's generate"),
+    refused("cache_implementation", 'cache_implementation="paged" would batch without drafts; leave it out'),
+)
+
 # What a model may be given beside the settings. Anything else is refused by its name.
+PICTURES = "the prompt is read by one forward, as in stock `generate`; refused where drafts are chains, not trees"
 INPUTS = (
     honoured("input_ids", "token ids `[B, T]`; padding on the left"),
     honoured("attention_mask", "0 and 1, `[B, T]`; rows that end in 0 (padding on the right) are refused"),
-    honoured("position_ids", "the usual ones, which `generate` makes; others are refused"),
+    honoured("position_ids", "the usual ones, which `generate` makes; beside pictures any, else others are refused"),
     honoured("past_key_values", "an empty cache, which stays empty; one in use is refused"),
     refused("inputs_embeds", "speculate reads token ids, not embeddings; call generate with input_ids"),
-    refused("pixel_values", "speculate reads text alone; leave out pixel_values"),
-    refused("pixel_values_videos", "speculate reads text alone; leave out pixel_values_videos"),
-    refused("input_features", "speculate reads text alone; leave out input_features"),
-    honoured("token_type_ids", "zeros, which multimodal processors make for text; others are refused"),
-    honoured("mm_token_type_ids", "zeros, which multimodal processors make for text; others are refused"),
+    honoured("pixel_values", f"images, with whatever the processor gives beside them; {PICTURES}"),
+    honoured("pixel_values_videos", f"videos, with whatever the processor gives beside them; {PICTURES}"),
+    refused("input_features", "speculate reads text and pictures, no sound; leave out input_features"),
+    honoured("token_type_ids", "as the processor makes them; without pictures others than zeros are refused"),
+    honoured("mm_token_type_ids", "as the processor makes them; without pictures others than zeros are refused"),
 )
 
 FIELDS = (
@@ -269,105 +281,3 @@ def refuse_settings(config: GenerationConfig, saved: GenerationConfig) -> None:
     mode = config.get_generation_mode()  # whatever else later versions may do
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
         raise UserError(f"speculate cannot do {mode.value}; leave out the settings that ask for it")
-
-
-# What `generate` prepared for the model, checked before it is read: mask, positions, cache, images.
-
-# What `generate` prepares for every callable, and we make ourselves.
-PREPARED = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "cache_position"}
-TEXT_TYPES = ("token_type_ids", "mm_token_type_ids")  # 0 says "text" in multimodal models
-# Main inputs of the encoders that `generate` has run by then: image and video features lie under these names.
-ENCODED = ("pixel_values", "pixel_values_images", "pixel_values_videos", "image_patches")
-MEDIA = ("pixel_", "image", "video", "audio", "input_features", "input_values", "feature_attention_mask")
-
-
-def refuse_inputs(model: PreTrainedModel, input_ids: torch.Tensor, prepared: dict[str, Any]) -> torch.Tensor:
-    """The mask `int64 [B, T]` of the prompts' tokens. Raises `UserError` for inputs other than ids from position 0 on.
-
-    What asks for nothing is let through: None, what is empty, and token types that say "text" everywhere.
-    """
-    if given(prepared.get("inputs_embeds")) or not input_ids.numel():
-        raise UserError("speculate reads token ids, not embeddings; call generate with input_ids")
-    for name in sorted(prepared.keys() - PREPARED):
-        if asks(model, name, prepared[name]):
-            raise refusal(model, name, prepared[name])
-    cache = prepared.get("past_key_values")
-    if cache is not None and cache.get_seq_length():
-        raise UserError("speculate reads the whole prompt itself; leave out past_key_values")
-    mask = prompt_mask(input_ids, prepared.get("attention_mask"))
-    refuse_positions(prepared.get("position_ids"), mask)
-    return mask
-
-
-def refuse_encoder(model: PreTrainedModel) -> None:
-    """Raises `UserError` for encoder-decoder models, before their other inputs are looked at."""
-    kind = model.config.model_type
-    if model.config.is_encoder_decoder:
-        raise UserError(f"{kind} is an encoder-decoder model; speculate needs a decoder-only causal LM")
-
-
-def given(value: Any) -> bool:
-    """Whether an input is given and not empty."""
-    if isinstance(value, torch.Tensor):
-        return value.numel() > 0
-    if isinstance(value, dict):
-        return any(given(part) for part in value.values())
-    return value is not None and not (isinstance(value, Sized) and not len(value))
-
-
-def asks(model: PreTrainedModel, name: str, value: Any) -> bool:
-    """Whether this input would change what the model reads."""
-    if name in TEXT_TYPES and isinstance(value, torch.Tensor):
-        multimodal = model.config.get_text_config(decoder=True) is not model.config
-        return bool(value.any()) or (name == "token_type_ids" and not multimodal)
-    return given(value) and not (value is False and name.startswith("output_"))
-
-
-def refusal(model: PreTrainedModel, name: str, value: Any) -> UserError:
-    """Error message that names the input the user passed, of which `generate` may have made something else by now."""
-    if name == "mm_encoder_outputs":
-        kind = next(key for key, part in value.items() if given(part))
-        encoder = getattr(model.base_model, f"get_{kind}_features", None)
-        accepted = inspect.signature(encoder).parameters if encoder is not None else {}
-        name = next((main for main in ENCODED if main in accepted), name)
-    if name.startswith(MEDIA):
-        return UserError(f"speculate reads text alone; leave out {name}")
-    return UserError(f"speculate cannot hand {name} to the model; leave it out")
-
-
-def prompt_mask(input_ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """`int64 [B, T]`, 1 for tokens and 0 for padding. Raises `UserError` where the last column is padding.
-
-    There stock `generate` warns, and goes on from what the model says of a pad token.
-    """
-    if mask is None:
-        return torch.ones_like(input_ids)
-    mask = mask.to(input_ids.device)
-    if mask.shape != input_ids.shape:
-        shapes = f"{list(mask.shape)}, that of input_ids {list(input_ids.shape)}"
-        raise UserError(f"the shape of attention_mask is {shapes}; give a 0 or 1 for each token")
-    if not ((mask == 0) | (mask == 1)).all():
-        raise UserError("attention_mask holds other values than 0 and 1; give a 1 for each token, 0 for padding")
-    empty, ended = (mask == 0).all(1), mask[:, -1] == 0
-    if empty.any():
-        raise UserError(f"the attention mask of row {int(empty.int().argmax())} is all zeros; give it a token")
-    if ended.any():
-        raise UserError(
-            f"row {int(ended.int().argmax())} is padded on the right: its attention mask, given or made from pad "
-            'tokens, ends in 0; pad on the left (tokenizer.padding_side = "left")'
-        )
-    return mask.long()
-
-
-def refuse_positions(positions: torch.Tensor | None, mask: torch.Tensor) -> None:
-    """Raises `UserError` unless positions `[B, T]`, or each of several planes `[P, B, T]`, count tokens from 0.
-
-    Models whose positions tell time, height and width apart get such planes, which are all the same for text.
-    """
-    if positions is None:
-        return
-    usual = mask.cumsum(-1) - 1
-    planes = positions.to(usual)
-    fits = planes.shape[-1] == usual.shape[1] and planes.shape[-2] in (1, len(usual)) and planes.dim() in (2, 3)
-    if not fits or not ((planes == usual) | (mask == 0)).all():
-        raise UserError("speculate counts positions from 0; leave out position_ids")

@@ -14,11 +14,14 @@ from transformers.generation import BaseStreamer, GenerateDecoderOnlyOutput
 
 from ctc_drafter.decode.batch import DecodingConfig, DecodingOptions, Method
 from ctc_drafter.decode.generate import check_room, run
-from ctc_drafter.decode.generate_settings import refuse_encoder, refuse_inputs, refuse_settings
+from ctc_drafter.decode.generate_inputs import has_pictures, passed_name, refuse_encoder, refuse_inputs
+from ctc_drafter.decode.generate_settings import refuse_settings
+from ctc_drafter.decode.pictures import Pictures
 from ctc_drafter.decode.processors import end_tokens, fills_up, process, refuse_criteria, remaining
 from ctc_drafter.decode.sampling import ARGMAX, Greedy, Sampled, Sampler, walk
 from ctc_drafter.decode.sequence import OnTokens, SequenceState
-from ctc_drafter.drafters.base import Drafter
+from ctc_drafter.decode.stats import Stats
+from ctc_drafter.drafters.base import Drafter, placed, state_of
 from ctc_drafter.target.checks import refuse_unloaded
 from ctc_drafter.target.model import UNLIMITED_CONTEXT, Target
 from ctc_drafter.types import TokenTree, UserError
@@ -28,13 +31,17 @@ from ctc_drafter.types import TokenTree, UserError
 LARGEST_SEED = (1 << 63) - 1
 
 
+Decode = Callable[..., "torch.Tensor | GenerateDecoderOnlyOutput"]
+OnStats = Callable[[Stats], None]
+
+
 def speculate(
     drafter: Drafter,
     config: DecodingConfig | None = None,
     on_tokens: OnTokens | None = None,
     streamer: BaseStreamer | None = None,
     **options: Unpack[DecodingOptions],
-) -> Callable[..., torch.Tensor | GenerateDecoderOnlyOutput]:
+) -> Decode:
     """A callable for `custom_generate`: greedy or sampled, any logits processors and stopping criteria.
 
     Rows may be padded on the left, as `generate` expects them. With `do_sample=True` each row, returned sequences
@@ -42,59 +49,100 @@ def speculate(
     `torch.manual_seed` repeats a run. Rows that stop early are filled up with the pad token.
 
     Trees are as `config` says; its fields may be given by name instead, such as `nodes=32` or `budget=...`, but for
-    the sampler, which is `generate`'s.
+    the sampler, which is `generate`'s. A drafter on another device or in another dtype than the model is copied there.
 
     `on_tokens(row, tokens)` streams; so does a streamer of transformers, which is given here: `generate` keeps its own
-    `streamer`, `assistant_model`, `tokenizer` and `synced_gpus` from callables, and nothing here can notice them. What
-    cannot be honoured, and a drafter of another target, raises `UserError`; docs/generate.md has every parameter.
+    `streamer`, `assistant_model`, `tokenizer` and `synced_gpus` from callables, and nothing here can notice them; a
+    `Speculator` takes them. What cannot be honoured, and a drafter of another target, raises `UserError`;
+    docs/generate.md has every parameter.
     """
-    refuse_drafter(drafter)
-    config = DecodingConfig.of(config, options)
-    trees = config.without_sampler("call generate with do_sample=True and its settings, and seeds=[...]")
-    wrap = lru_cache(maxsize=1)(Target.wrap)  # tries a model once, not in every call
+    return Decoder(drafter, DecodingConfig.of(config, options)).call(on_tokens, streamer)
 
-    def decode(
-        model: PreTrainedModel,
-        input_ids: torch.Tensor,
-        logits_processor: LogitsProcessorList,
-        stopping_criteria: StoppingCriteriaList,
-        generation_config: GenerationConfig,
-        seeds: Sequence[int] | None = None,
-        **prepared: Any,  # naming attention_mask here would make `generate` pass it twice
-    ) -> torch.Tensor | GenerateDecoderOnlyOutput:
-        """Returns what `generate` returns: ids `[B, T + new]`, or a `GenerateDecoderOnlyOutput` around them."""
-        config = generation_config
-        refuse_encoder(model)
-        refuse_settings(config, model.generation_config)
-        mask = refuse_inputs(model, input_ids, prepared)
-        check = getattr(drafter, "check_target", None)
+
+class Decoder:
+    """A drafter and the settings of its trees, made ready for a model once and not in every call.
+
+    target: the model, where it has been tried, and compiled perhaps.
+    """
+
+    def __init__(self, drafter: Drafter, config: DecodingConfig, target: Target | None = None):
+        refuse_drafter(drafter)
+        self.drafter = drafter
+        self.trees = config.without_sampler("call generate with do_sample=True and its settings, and seeds=[...]")
+        self.wrap = lru_cache(maxsize=1)(Target.wrap if target is None else lambda _model: target)
+        self.tried: Target | None = None  # with pictures
+        self.place = lru_cache(maxsize=1)(lambda device, dtype, _state: placed(drafter, device, dtype))
+
+    def check(self, model: PreTrainedModel) -> None:
+        """Raises `UserError` for a model that the drafter was not made for."""
+        check = getattr(self.drafter, "check_target", None)
         if check is not None:
             check(model.config)
-        sampler = sampler_of(config, logits_processor, seeds, len(input_ids))
-        scored = bool(config.return_dict_in_generate and config.output_scores)
-        record = Record() if config.return_dict_in_generate and (scored or config.output_logits) else None
-        refuse_criteria(remaining(stopping_criteria, scored=False), input_ids)
-        criteria = remaining(stopping_criteria, scored)
-        target = wrap(model)
-        method = Method(target, drafter, replace(trees, sampler=sampler))
-        rows = rows_of(input_ids, mask, stopping_criteria, target)
-        told = on_tokens if streamer is None else streaming(streamer, input_ids, on_tokens)
-        rows = decode_rows(method, rows, criteria, told, record, fills_up(stopping_criteria))
-        if streamer is not None:
-            streamer.end()
-        filler = filler_of(config.pad_token_id, stopping_criteria)
-        width = max(len(row.tokens) for row in rows)
-        new = [row.tokens + [filler] * (width - len(row.tokens)) for row in rows]
-        sequences = torch.cat([input_ids, torch.tensor(new, device=input_ids.device)], 1)
-        if not config.return_dict_in_generate:
-            return sequences
-        logits = None if record is None else emitted_logits(method, record, rows, filler)
-        scores = scores_of(logits_processor, logits, rows, filler) if scored and logits else None
-        return GenerateDecoderOnlyOutput(
-            sequences=sequences, scores=scores, logits=logits if config.output_logits else None
-        )
 
-    return decode
+    def method(self, model: PreTrainedModel, sampler: Sampler) -> Method:
+        """What rows are decoded by. Raises `UserError` for a model that cannot be a target."""
+        target = self.wrap(model)
+        drafter = self.place(target.device, target.dtype, state_of(self.drafter))
+        return Method(target, drafter, replace(self.trees, sampler=sampler))
+
+    def shown(self, method: Method, pictures: Pictures) -> Method:
+        """The method, for prompts with these pictures. A target is tried with pictures at its first ones."""
+        pictures.check(method.target)
+        pictures = replace(pictures, tried=method.target is self.tried)
+        return replace(method, pictures=pictures)
+
+    def call(
+        self,
+        on_tokens: OnTokens | None = None,
+        streamer: BaseStreamer | None = None,
+        on_stats: OnStats | None = None,
+    ) -> Decode:
+        """The callable; `on_stats` is told of each call that ends well. See `speculate`."""
+
+        def decode(
+            model: PreTrainedModel,
+            input_ids: torch.Tensor,
+            logits_processor: LogitsProcessorList,
+            stopping_criteria: StoppingCriteriaList,
+            generation_config: GenerationConfig,
+            seeds: Sequence[int] | None = None,
+            **prepared: Any,  # naming attention_mask here would make `generate` pass it twice
+        ) -> torch.Tensor | GenerateDecoderOnlyOutput:
+            """Returns what `generate` returns: ids `[B, T + new]`, or a `GenerateDecoderOnlyOutput` around them."""
+            config = generation_config
+            refuse_encoder(model)
+            refuse_settings(config, model.generation_config)
+            mask = refuse_inputs(model, input_ids, prepared)
+            self.check(model)
+            sampler = sampler_of(config, logits_processor, seeds, len(input_ids))
+            scored = bool(config.return_dict_in_generate and config.output_scores)
+            record = Record() if config.return_dict_in_generate and (scored or config.output_logits) else None
+            refuse_criteria(remaining(stopping_criteria, scored=False), input_ids)
+            criteria = remaining(stopping_criteria, scored)
+            method = self.method(model, sampler)
+            if has_pictures(prepared):
+                method = self.shown(method, Pictures(input_ids, mask, prepared, passed_name(model, prepared)))
+            rows = rows_of(input_ids, mask, stopping_criteria, method.target)
+            told = on_tokens if streamer is None else streaming(streamer, input_ids, on_tokens)
+            rows, stats = decode_rows(method, rows, criteria, told, record, fills_up(stopping_criteria))
+            self.tried = method.target if method.pictures else self.tried
+            if streamer is not None:
+                streamer.end()
+            if on_stats is not None:
+                on_stats(stats)
+            filler = filler_of(config.pad_token_id, stopping_criteria)
+            width = max(len(row.tokens) for row in rows)
+            new = [row.tokens + [filler] * (width - len(row.tokens)) for row in rows]
+            sequences = torch.cat([input_ids, torch.tensor(new, device=input_ids.device)], 1)
+            if not config.return_dict_in_generate:
+                return sequences
+            logits = None if record is None else emitted_logits(method, record, rows, filler)
+            scores = scores_of(logits_processor, logits, rows, filler) if scored and logits else None
+            return GenerateDecoderOnlyOutput(
+                sequences=sequences, scores=scores, logits=logits if config.output_logits else None
+            )
+
+        return decode
 
 
 def refuse_drafter(drafter: Any) -> None:
@@ -160,13 +208,16 @@ def decode_rows(
     on_tokens: OnTokens | None,
     record: Record | None,
     filled: bool,
-) -> list[SequenceState]:
-    """Decodes the rows until each has ended, or, unless those that have are `filled` up, until all of them have."""
-    run(method, rows, criteria, on_tokens, on_logits=record)
+) -> tuple[list[SequenceState], Stats]:
+    """Decodes the rows until each has ended, or, unless those that have are `filled` up, until all of them have.
+
+    What is decoded twice for that counts twice in the steps and their tokens, and once among the tokens.
+    """
+    stats = run(method, rows, criteria, on_tokens, on_logits=record).stats
     width = max(len(row.tokens) for row in rows)
     short = [row for row in rows if len(row.tokens) < width and not row.ended]
     if filled or not short:
-        return list(rows)
+        return list(rows), stats
     longer = [replace(row, limit=width, tokens=[], accepted=[]) for row in short]
     shown = {row.index: len(row.tokens) for row in short}
 
@@ -177,11 +228,12 @@ def decode_rows(
             on_tokens(index, new)
 
     again = None if record is None else Record()
-    run(method, longer, on_tokens=tell, on_logits=again)  # the same tokens, and those that follow
+    more = run(method, longer, on_tokens=tell, on_logits=again).stats  # the same tokens, and those that follow
     if record is not None and again is not None:
         record.parts.update(again.parts)
     replaced = {row.index: row for row in longer}
-    return [replaced.get(row.index, row) for row in rows]
+    found = [replaced.get(row.index, row) for row in rows]
+    return found, replace(stats + more, tokens=sum(len(row.tokens) for row in found))
 
 
 def streaming(streamer: BaseStreamer, input_ids: torch.Tensor, on_tokens: OnTokens | None) -> OnTokens:

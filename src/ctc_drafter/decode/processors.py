@@ -58,6 +58,26 @@ REFUSED: dict[type, str] = {
 }
 
 
+class OfText(LogitsProcessor):
+    """A processor that is a function of text and scores, though it remembers what it was asked last, to answer sooner.
+    Rows do not share it."""
+
+
+@dataclass(frozen=True)
+class CountPenalty(LogitsProcessor):
+    """OpenAI's presence and frequency penalties, which transformers lacks: scores less `presence` for each token that
+    the text holds from place `start` on, and less `frequency` for each time that it does."""
+
+    start: int
+    presence: float = 0.0
+    frequency: float = 0.0
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        written = input_ids[:, self.start :]
+        counts = torch.zeros_like(scores).scatter_add_(1, written, torch.ones_like(written, dtype=scores.dtype))
+        return scores - self.frequency * counts - self.presence * (counts > 0)
+
+
 def process(processors: LogitsProcessorList, logits: torch.Tensor, rows: Sequence[SequenceState]) -> torch.Tensor:
     """Scores `float32 [R, V]` of each row's next token: what `generate` computes from logits `[R, V]`."""
     scores = logits.to(torch.float32, copy=True)
@@ -103,7 +123,7 @@ def refuse_changing(processors: LogitsProcessorList, row: SequenceState, logits:
         users: Any = processor
         if type(processor) is stock.PrefixConstrainedLogitsProcessor:
             users = processor._prefix_allowed_tokens_fn
-        elif type(processor).__module__ == stock.__name__:
+        elif type(processor).__module__ == stock.__name__ or isinstance(processor, OfText):
             continue
         alone = for_row(processor, row.index)
         scores = logits.to(torch.float32)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import statistics
 import time
 from collections.abc import Sequence
@@ -30,6 +31,7 @@ from ctc_drafter.target.model import Target
 
 # Step times of this machine, measured once for each target, drafter and setting, and cached on disk.
 
+LOG = logging.getLogger(__name__)
 BATCHES = (1, 4, 16)
 CONTEXTS = (128, 768)
 FILE = TypeAdapter(StepTimes)
@@ -51,6 +53,7 @@ def step_times(target: Target, drafter: Drafter, nodes: int, rows: int) -> StepT
 def measured_again(target: Target, drafter: Drafter, nodes: int, rows: int) -> StepTimes:
     """`step_times`, whatever is on disk."""
     sizes, batches = grid(target, nodes, rows)
+    LOG.info("measuring step times, once for this target, drafter and machine ...")
     times, place = measure(target, drafter, batches=batches, sizes=sizes), place_of(target, drafter, sizes, batches)
     with contextlib.suppress(OSError):  # a machine that lets nothing be written measures every time
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -98,7 +101,7 @@ def key(target: Target, drafter: Drafter, batches: Sequence[int], sizes: Sequenc
     kinds = sorted({str(p.dtype) for p in drafter.parameters()}) if isinstance(drafter, nn.Module) else []
     known = [
         *(target.model.config.to_json_string(), str(target.dtype), target.cache, str(target.compiled)),
-        *(type(drafter).__name__, config),
+        *(type(drafter).__name__, config, *(["exact"] if target.alone else [])),
         *(str(environment()["hardware"]), target.device.type, str(torch.get_num_threads()), *kinds),
         *(source_hash(), torch.__version__, transformers.__version__, str(tuple(batches)), str(tuple(sizes))),
     ]

@@ -7,7 +7,13 @@ from dataclasses import dataclass, field, fields
 from typing import Protocol, TypeVar
 
 import torch
-from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from ctc_drafter.decode.processors import process, refuse_changing, refuse_unsuitable
 from ctc_drafter.decode.sequence import SequenceState
@@ -89,17 +95,14 @@ class Sampled:
 
     def sample(self, logits: torch.Tensor, rows: Sequence[SequenceState]) -> torch.Tensor:
         scores = process(self.processors, logits, rows)
-        allowed = scores > float("-inf")
-        if not (scores.amax(1) > float("-inf")).all():  # NaN anywhere in a row fails, as in stock sampling
+        best = scores.amax(1)
+        if not (best > float("-inf")).all():  # NaN anywhere in a row fails, as in stock sampling
             if logits.isnan().any():
                 raise UserError("the target's logits are not numbers (NaN), nothing can be drawn; try another dtype")
             raise UserError("the logits processors left no token to draw; loosen them")
-        possible = allowed.any(0).nonzero().squeeze(1)  # after top-k, few need noise
-        if len(possible) < scores.shape[1]:
-            scores = scores[:, possible]
         seeds = torch.tensor(self._seeds([row.index for row in rows]), device=scores.device)
         positions = torch.tensor([len(row.tokens) for row in rows], device=scores.device)
-        return possible[(scores + gumbel(seeds, positions, possible)).argmax(-1)]
+        return gumbel_argmax(scores, best, streams(seeds, positions))
 
     def sample_tree(self, tree: TokenTree, logits: torch.Tensor, rows: Sequence[SequenceState]) -> torch.Tensor:
         return walk(tree, logits, rows, self.sample)
@@ -110,6 +113,23 @@ class Sampled:
         if max(indices) >= len(self.seeds):
             raise UserError(f"there are {len(self.seeds)} seeds for at least {max(indices) + 1} rows; give each one")
         return [signed(self.seeds[index]) for index in indices]
+
+
+def gumbel_argmax(scores: torch.Tensor, best: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+    """The argmax of scores `[R, V]` plus Gumbel noise of the streams `own int64 [R]`; best `[R]`: the largest scores.
+
+    On a CPU noise is computed only where it may decide; the choice is the same.
+    """
+    if scores.device.type == "cpu" and bool((best < float("inf")).all()):
+        from ctc_drafter.decode import tree_cpu
+
+        rows, tokens = tree_cpu.contenders(scores, best, own)
+        totals = scores[rows, tokens] + noise(own[rows], tokens)
+        return tree_cpu.first_best(rows, tokens, totals, len(scores))
+    possible = (scores > float("-inf")).any(0).nonzero().squeeze(1)  # after top-k, few need noise
+    if len(possible) < scores.shape[1]:
+        scores = scores[:, possible]
+    return possible[(scores + noise(own.unsqueeze(1), possible)).argmax(-1)]
 
 
 def walk(
@@ -140,7 +160,7 @@ def walk(
     return target_tokens
 
 
-def warpers(temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> LogitsProcessorList:
+def warpers(temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> LogitsProcessorList:
     """Logits warpers of `generate` for these settings. Raises `UserError` for those that leave no distribution."""
     if temperature <= 0:
         raise UserError(f"temperature is {temperature}; give more than 0, or decode greedily")
@@ -148,6 +168,8 @@ def warpers(temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Log
         raise UserError(f"top_k is {top_k}; give a number of tokens, or 0 for all")
     if not 0 < top_p <= 1:
         raise UserError(f"top_p is {top_p}; give a probability above 0, at most 1")
+    if not 0 <= min_p <= 1:
+        raise UserError(f"min_p is {min_p}; give a probability, or 0 for none")
     chosen = LogitsProcessorList()
     if temperature != 1:
         chosen.append(TemperatureLogitsWarper(float(temperature)))
@@ -155,7 +177,35 @@ def warpers(temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Log
         chosen.append(TopKLogitsWarper(top_k))
     if top_p < 1:
         chosen.append(TopPLogitsWarper(top_p))
+    if min_p:
+        chosen.append(MinPLogitsWarper(min_p))
     return chosen
+
+
+@dataclass(frozen=True)
+class ModelSampling:
+    """What a model's generation config says of sampling. temperature: 0 where it does not ask for sampling, and the
+    other settings of sampling are neutral then. repetition_penalty: 1 for none; it goes for greedy decoding, too."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+    @classmethod
+    def of(cls, model: object) -> ModelSampling:
+        config = getattr(model, "generation_config", None)
+
+        def stated(name: str, neutral: float) -> float:
+            value = getattr(config, name, None)
+            return neutral if value is None else float(value)
+
+        penalty = stated("repetition_penalty", 1.0)
+        if not getattr(config, "do_sample", None):
+            return cls(repetition_penalty=penalty)
+        sampling = {"top_p": stated("top_p", 1.0), "min_p": stated("min_p", 0.0), "repetition_penalty": penalty}
+        return cls(stated("temperature", 1.0), int(stated("top_k", 0)), **sampling)
 
 
 # Samplers per sequence of one batch.
@@ -216,7 +266,12 @@ BITS = 52  # half a step above every multiple of 2**-52 is a float64, and neithe
 
 def gumbel(seeds: torch.Tensor, positions: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """Standard Gumbel noise, float64 `[R, C]`: see `uniform`."""
-    return -torch.log(-torch.log(uniform(seeds, positions, tokens)))
+    return noise(streams(seeds, positions).unsqueeze(1), tokens)
+
+
+def noise(streams: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Standard Gumbel noise, float64, of tokens in streams, `int64` each, of shapes that fit."""
+    return -torch.log(-torch.log(fractions(streams, tokens)))
 
 
 def uniform(seeds: torch.Tensor, positions: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
@@ -224,8 +279,16 @@ def uniform(seeds: torch.Tensor, positions: torch.Tensor, tokens: torch.Tensor) 
 
     All integer arithmetic, modulo 2**64: the same on every device.
     """
-    streams = mix(mix(seeds) + (positions + 1) * STEP)
-    words = mix(streams.unsqueeze(1) + (tokens + 1) * STEP)
+    return fractions(streams(seeds, positions).unsqueeze(1), tokens)
+
+
+def streams(seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """The stream of each row's next token, `int64 [R]`."""
+    return mix(mix(seeds) + (positions + 1) * STEP)
+
+
+def fractions(streams: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    words = mix(streams + (tokens + 1) * STEP)
     return (shifted(words, 64 - BITS).double() + 0.5) * 2.0**-BITS
 
 

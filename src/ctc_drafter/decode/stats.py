@@ -36,6 +36,11 @@ class Stats:
         """Emitted tokens per verification, bonus included; the prefill's token is not counted."""
         return self.step_tokens / self.steps if self.steps else 0.0
 
+    @property
+    def tokens_per_step(self) -> float:
+        """`beta` by the name that figures are shown with."""
+        return self.beta
+
     def count(self, accepted: int, emitted: int) -> None:
         """One verification of one row."""
         self.steps += 1

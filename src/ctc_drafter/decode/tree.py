@@ -100,6 +100,8 @@ def best_chain(candidates: Candidates, depth: int | None = None) -> Candidates:
     D is `depth`, which no prefix may exceed: shapes are static then and the host is not asked. Without it, D is the
     depth of the batch's longest path. Shorter ones end in padding of score -inf.
     """
+    if not candidates.tokens.shape[1]:
+        return candidates
     probabilities, parents = candidates.scores.exp(), candidates.parents
     total, pointer = probabilities, parents
     for _ in range((depth or int(candidates.depths.max())) - 1):
@@ -114,7 +116,7 @@ def best_chain(candidates: Candidates, depth: int | None = None) -> Candidates:
         path = torch.cat([node.expand(-1, place), path[:, place:]], 1)
     order = torch.arange(path.shape[1], device=path.device).expand_as(path)
     scores = candidates.scores.gather(1, path).masked_fill(order >= lengths, float("-inf"))
-    return Candidates(candidates.tokens.gather(1, path), order - 1, order + 1, scores)
+    return Candidates(candidates.tokens.gather(1, path), order - 1, order + 1, scores, candidates.free)
 
 
 def _with_root(values: torch.Tensor, root: float | bool) -> torch.Tensor:

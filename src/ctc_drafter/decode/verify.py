@@ -8,30 +8,39 @@ import torch
 from transformers import Cache
 
 from ctc_drafter.target.model import Target
+from ctc_drafter.target.row_cache import RowCache
 from ctc_drafter.types import Acceptance, TokenTree, Verification
 
 # One forward of the target over a token tree.
 
 
 def verify(
-    target: Target, cache: Cache, lengths: torch.Tensor, tree: TokenTree, layers: Sequence[int] = ()
+    target: Target,
+    cache: Cache | RowCache,
+    lengths: torch.Tensor,
+    tree: TokenTree,
+    layers: Sequence[int] = (),
+    shift: torch.Tensor | None = None,
 ) -> Verification:
     """Logits and features of each node, given the row's committed tokens and the node's ancestors.
 
     lengths `int64 [B]`: committed tokens per row. The tree's keys and values are appended to the cache behind
-    its longest row. A node stands at position length + depth.
+    its longest row. A node stands at position length + depth. shift: see `Target.forward`.
     """
+    if isinstance(cache, RowCache):
+        return cache.verify(target, tree, layers)
     slots = cache.get_seq_length()
     # Positions past the limit belong to nodes that can no longer be emitted; they only must not overflow.
     positions = (lengths.unsqueeze(1) + tree.depths).clamp(max=target.limit - 1)
     # Padding is a token that the row has anyway: one that the target cannot compute would spoil the others.
     tokens = torch.where(tree.valid, tree.tokens, tree.tokens[:, :1])
+    shifted = {} if shift is None else {"shift": shift}
     if tree.tokens.shape[1] == 1 and bool((lengths == slots).all()):  # nothing drafted: plain text needs no mask
-        return target.forward(tokens, positions, cache, layers=layers)
+        return target.forward(tokens, positions, cache, layers=layers, **shifted)
     cached = torch.arange(slots, device=lengths.device).expand(lengths.shape[0], -1)
     allowed = tree_mask(tree, cached < lengths.unsqueeze(1))
     key_positions = torch.cat([cached, positions], 1)
-    return target.forward(tokens, positions, cache, allowed, key_positions, layers)
+    return target.forward(tokens, positions, cache, allowed, key_positions, layers, **shifted)
 
 
 def no_numbers(logits: torch.Tensor) -> torch.Tensor:

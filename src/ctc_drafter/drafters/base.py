@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -104,6 +105,24 @@ class Committed:
     def select(self, rows: torch.Tensor) -> Committed:
         features = None if self.features is None else self.features[rows]
         return Committed(self.tokens[rows], features, self.counts[rows])
+
+
+def placed(drafter: Drafter, device: torch.device, dtype: torch.dtype) -> Drafter:
+    """The drafter on this device and in this dtype: itself where it is there, else a copy; it stays as it is."""
+    if not isinstance(drafter, nn.Module):
+        return drafter
+    here = None if device.type == "meta" else device  # offloaded models say meta
+    floats = [weight for weight in drafter.parameters() if weight.is_floating_point()]
+    if all(weight.device == (here or weight.device) and weight.dtype == dtype for weight in floats):
+        return drafter
+    of_another_target = getattr(drafter, "_prepared", None)  # not to be copied: embedding and LM head
+    return copy.deepcopy(drafter, {id(of_another_target): None}).to(device=here, dtype=dtype)
+
+
+def state_of(drafter: Drafter) -> tuple[tuple[int, int], ...]:
+    """Changes when weights of the drafter do."""
+    weights = drafter.parameters() if isinstance(drafter, nn.Module) else ()
+    return tuple((id(weight), 0 if weight.is_inference() else weight._version) for weight in weights)
 
 
 class TrainedSession(ABC):

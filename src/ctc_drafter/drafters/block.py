@@ -42,12 +42,14 @@ class BlockConfig(LayerConfig):
     Args:
         mask_token_id: vocabulary token whose embedding stands in every frame of the block.
         carry: whether a map of the newest committed token's context state is added to every place of the block.
+        convolution: whether convolutions mix neighbouring places of the block (`drafters/convolution.py`).
     """
 
     model_type = "block_drafter"
 
     mask_token_id: int = 0
     carry: bool = False
+    convolution: bool = False
 
     def check(self) -> None:
         super().check()
@@ -66,7 +68,7 @@ class BlockModel(TrainableDrafter):
         features = config.hidden_size * len(config.target_layer_ids)
         self.fc = nn.Linear(features, config.hidden_size, bias=False)
         self.hidden_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.layers = nn.ModuleList(DraftLayer(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(DraftLayer(config, config.convolution) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.carry = nn.Linear(config.hidden_size, config.hidden_size, bias=False) if config.carry else None
 
@@ -109,11 +111,11 @@ class BlockModel(TrainableDrafter):
         return cos_sin(positions, self.config.head_dim, self.config.rope_theta, self.fc.weight.dtype)
 
     def run_layers(
-        self, states: torch.Tensor, by: CosSin, contexts: Sequence[Context], mask: torch.Tensor | None
+        self, states: torch.Tensor, rotary: CosSin, contexts: Sequence[Context], mask: torch.Tensor | None
     ) -> torch.Tensor:
         """Block states `[B, T, H]` through all layers and the last norm."""
         for layer, context in zip(self.draft_layers, contexts, strict=True):
-            states = layer(states, by, context, mask)
+            states = layer(states, rotary, context, mask, 1 + self.frames)  # fewer in `bench --depths`
         return self.norm(states)
 
     def draft_states(
@@ -129,8 +131,8 @@ class BlockModel(TrainableDrafter):
         """
         length = tokens.shape[1]
         slots = torch.arange(length, device=tokens.device)
-        context, by = self.context_states(features), self.rotation(slots.expand(len(tokens), -1))
-        before = [layer.self_attn.keys_values(context, by) for layer in self.draft_layers]
+        context, rotary = self.context_states(features), self.rotation(slots.expand(len(tokens), -1))
+        before = [layer.self_attn.keys_values(context, rotary) for layer in self.draft_layers]
         roots, newest = tokens.gather(1, anchors), newest_states(context, anchors)
         some = anchors_at_a_time(len(tokens), length, 1 + self.frames)
         if some >= anchors.shape[1]:
@@ -168,9 +170,9 @@ def anchors_at_a_time(rows: int, length: int, size: int) -> int:
     return max(1, int(tokens / size))
 
 
-def frame_logits(blocks: torch.Tensor, head: nn.Module) -> torch.Tensor:
+def frame_logits(states: torch.Tensor, head: nn.Module) -> torch.Tensor:
     """Float32 token logits `[N, F, V]` of block outputs `[N, 1+F, H]`."""
-    return head_logits(head, blocks[:, 1:].flatten(0, 1)).unflatten(0, (len(blocks), -1))
+    return head_logits(head, states[:, 1:].flatten(0, 1)).unflatten(0, (len(states), -1))
 
 
 def block_mask(anchors: torch.Tensor, length: int, size: int) -> torch.Tensor:
@@ -202,9 +204,9 @@ class BlockSession(ContextSession):
 
     def draft(self, root: torch.Tensor, nodes: int, min_probability: float) -> Candidates:
         """One parallel pass over the block, then the search."""
-        return self.drafter.candidates(self.blocks(root), root, self.head, nodes, min_probability)
+        return self.drafter.candidates(self.draft_states(root), root, self.head, nodes, min_probability)
 
-    def blocks(self, root: torch.Tensor) -> torch.Tensor:
+    def draft_states(self, root: torch.Tensor) -> torch.Tensor:
         """Block outputs `[B, 1+F, H]` of root `int64 [B]`."""
         cache = self.context
         positions = cache.slots(1 + self.drafter.frames)
@@ -229,10 +231,10 @@ class BlockSession(ContextSession):
         """Returns the context states of the newest tokens, `[B, H]`; any, if the drafter does not carry them."""
         assert committed.features is not None
         positions = cache.slots(committed.features.shape[1])
-        by = cache.rotation(positions)
+        rotary = cache.rotation(positions)
         states = self.drafter.context_states(committed.features)
         for index, layer in enumerate(self.drafter.draft_layers):
-            cache.store(index, positions, *layer.self_attn.keys_values(states, by))
+            cache.store(index, positions, *layer.self_attn.keys_values(states, rotary))
         cache.lengths = cache.lengths + committed.counts
         carry = self.drafter.config.carry
         return newest_states(states, committed.counts.unsqueeze(1)).squeeze(1) if carry else states[:, 0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import cast
 
 import torch
@@ -11,16 +11,18 @@ from torch import nn
 
 from ctc_drafter.ctc.copies import Copies, Text
 from ctc_drafter.ctc.lattice import Lattice, lattice
-from ctc_drafter.ctc.loss import ctc_objective, prefix_loss
+from ctc_drafter.ctc.loss import FLOOR, ctc_objective, prefix_log_probs, prefix_loss, teacher_loss
 from ctc_drafter.drafters.base import DraftSession
 from ctc_drafter.drafters.block import BlockConfig, BlockModel, frame_logits
 from ctc_drafter.drafters.ctc_session import CTCSession, SearchHead, search_head
-from ctc_drafter.drafters.lm_head import columns_of, drafted_part, narrow_head
+from ctc_drafter.drafters.lm_head import columns_of, drafted_part, head_logits, narrow_head
 from ctc_drafter.drafters.predictor import Predictor
 from ctc_drafter.drafters.trainable import LossInputs, LossOptions
 from ctc_drafter.types import Candidates, UserError
 
 COPYING = "predictor.copying."  # tensors of the copies
+TEACHER_TOKENS = 8  # of the target's distribution that a drafter learns from
+TEACHER_ROWS = 512  # whose logits are in memory at a time
 
 
 # Block drafters whose frames may hold a blank: what the CTC drafters share.
@@ -56,10 +58,10 @@ class FramesModel(BlockModel):
     def frames(self) -> int:
         return self.config.frames
 
-    def frame_logits(self, blocks: torch.Tensor, head: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+    def frame_logits(self, states: torch.Tensor, head: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
         """Block outputs `[N, 1+F, H]` to float32 token logits `[N, F, V]` and blank logits `[N, F]`."""
-        blanks = self.blank_head(blocks[:, 1:].flatten(0, 1)).view(len(blocks), -1)
-        return frame_logits(blocks, head), blanks.float()
+        blanks = self.blank_head(states[:, 1:].flatten(0, 1)).view(len(states), -1)
+        return frame_logits(states, head), blanks.float()
 
 
 # Configuration of the CTC drafter.
@@ -121,6 +123,18 @@ class CTCDrafter(FramesModel):
         offsets = cast(torch.Tensor, self.d2t)
         return offsets + torch.arange(len(offsets), device=offsets.device)
 
+    def check_weights(self, name: str) -> None:
+        """See `TrainableDrafter.check_weights`."""
+        tokens = self.vocabulary
+        if tokens is None or tokens.is_meta:
+            return
+        inside = bool(((tokens >= 0) & (tokens < self.config.vocab_size)).all())
+        if not inside or len(tokens.unique()) < len(tokens):
+            what = (
+                "names a token twice" if inside else f"names tokens beyond the {self.config.vocab_size} of its target"
+            )
+            raise UserError(f"{name} is damaged: its draft vocabulary (d2t) {what}; download it again")
+
     def draft_only(self, tokens: torch.Tensor) -> None:
         """Drafts these tokens from now on: sorted ids `int64 [V]`, `draft_vocab_size` of them. For fresh drafters."""
         offsets = cast(torch.Tensor, self.d2t)
@@ -140,44 +154,65 @@ class CTCDrafter(FramesModel):
         narrow.load_state_dict(weights | {"d2t": tokens - torch.arange(len(tokens), device=tokens.device)})
         return narrow.to(self.device, self.dtype).eval()
 
-    def without_lookup(self) -> CTCDrafter:
-        """See `TrainableDrafter.without_lookup`."""
-        if not self.config.lookup_length:
+    def without_copies(self) -> CTCDrafter:
+        """See `TrainableDrafter.without_copies`. What was learnt of copies stays unused: it is not as good as a drafter
+        that was trained without them."""
+        alone = self.with_lookup(0)
+        if not self.config.copies:
+            return alone
+        alone = copy.copy(alone)
+        alone.config = copy.copy(alone.config)
+        alone.config.copies = 0  # sessions keep no text then, and nothing to copy from is given
+        return alone
+
+    def with_lookup(self, length: int) -> CTCDrafter:
+        """See `TrainableDrafter.with_lookup`."""
+        if self.config.lookup_length == length:
             return self
         network = copy.copy(self)
         network.config = copy.copy(self.config)
-        network.config.lookup_length = 0
+        network.config.lookup_length = length
         return network
 
-    @torch.no_grad()
-    def without_copies(self) -> CTCDrafter:
-        """The same drafter where nobody knows the text, as in engines: it drafts what its frames say."""
-        config = copy.deepcopy(self.config)
-        config.copies = config.lookup_length = 0
-        plain = type(self)(config)
-        plain.load_state_dict({k: v for k, v in self.state_dict().items() if not k.startswith(COPYING)})
-        return plain.to(self.device, self.dtype).eval()
-
     def narrowed(self, head: nn.Module) -> nn.Module:
-        return head if self.vocabulary is None else narrow_head(head, self.vocabulary)
+        """The LM head for the tokens that are drafted; one that is so already stays as it is."""
+        size = self.config.draft_vocab_size
+        if self.vocabulary is None or getattr(head, "out_features", None) == size != self.config.vocab_size:
+            return head
+        return narrow_head(head, self.vocabulary)
 
     def check_loss(self, loss: str) -> None:
-        """`prefix`, or `ctc` for the full-sequence loss, which has no decay."""
-        if loss == "teacher":
-            raise UserError("the teacher loss is for drafters without blanks; use prefix or ctc for this method")
+        """`prefix`, `teacher`, or `ctc` for the full-sequence loss, which has no decay."""
+
+    @torch.no_grad()
+    def teacher(self, last: torch.Tensor, head: nn.Module) -> torch.Tensor:
+        """The target's `TEACHER_TOKENS` likeliest tokens of the draft vocabulary after each token, `[B, T, 2K]`: places
+        in the frames' logits, then probabilities, whose sum is 1."""
+        narrow = self.narrowed(head)
+        parts = [head_logits(narrow, part) for part in last.flatten(0, 1).split(TEACHER_ROWS)]
+        top = [part.topk(min(TEACHER_TOKENS, part.shape[-1])) for part in parts]
+        places, values = torch.cat([each.indices for each in top]), torch.cat([each.values for each in top])
+        return torch.cat([places.float(), values.softmax(-1)], -1).view(*last.shape[:2], -1)
 
     def loss(self, inputs: LossInputs, embed: nn.Module, head: nn.Module, options: LossOptions) -> torch.Tensor:
         """See `TrainableDrafter.loss`."""
-        found = self.lattice(inputs.states, inputs.prefixes, embed, head, inputs.copies)
+        others, probabilities = None, None
+        if options.loss == "teacher":
+            assert inputs.last is not None
+            places, probabilities = inputs.last.chunk(2, -1)
+            others = places.long()
+        found = self.lattice(inputs.states, inputs.prefixes, embed, head, inputs.copies, others)
         with torch.autocast(inputs.states.device.type, enabled=False):
             labels, valid = self.labels(inputs.prefixes, inputs.valid)
+            if others is not None and probabilities is not None:
+                return teacher_loss(found, labels, valid, others, probabilities, options.decay)
             if options.loss == "prefix":
                 return prefix_loss(found, labels, valid, options.decay)
             return ctc_objective(found, labels, valid)
 
-    def filled(self, blocks: torch.Tensor) -> torch.Tensor:
+    def filled(self, states: torch.Tensor) -> torch.Tensor:
         """What `draft_states` gives of N anchors as block outputs `[N, 1+F, H]`."""
-        return blocks
+        return states
 
     def labels(self, prefixes: torch.Tensor, valid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """y1..yU `int64 [N, U]` as places in the frames' logits, and those of the valid ones that can be learnt: a
@@ -191,28 +226,58 @@ class CTCDrafter(FramesModel):
 
     def lattice(
         self,
-        blocks: torch.Tensor,
+        states: torch.Tensor,
         prefixes: torch.Tensor,
         embed: nn.Module,
         head: nn.Module,
         copies: torch.Tensor | None = None,
+        others: torch.Tensor | None = None,
     ) -> Lattice:
-        """The lattice of known continuations: prefixes `int64 [N, 1+U]`, root and y1..yU; copies: see `LossInputs`."""
-        blocks = self.filled(blocks)
-        tokens, blanks = self.frame_logits(blocks, self.narrowed(head))
+        """The lattice of known continuations: prefixes `int64 [N, 1+U]`, root and y1..yU; copies: see `LossInputs`;
+        others `int64 [N, U, K]`: places in the frames' logits, see `Lattice`."""
+        tokens, blanks, bias = self.scores(states, prefixes, embed, head, copies)
+        return lattice(tokens, blanks, self.columns(prefixes[:, 1:]), bias, others)
+
+    def scores(
+        self,
+        states: torch.Tensor,
+        prefixes: torch.Tensor,
+        embed: nn.Module,
+        head: nn.Module,
+        copies: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Token logits `[N, F, V]`, blank logits `[N, F]` and the bias `[N, 1+U, V]` after each prefix, if there is a
+        predictor; arguments as in `lattice`."""
+        states = self.filled(states)
+        tokens, blanks = self.frame_logits(states, self.narrowed(head))
         bias = None
         if self.predictor is not None:
             previous = torch.cat([prefixes.new_full((len(prefixes), 1), -1), prefixes[:, :-1]], 1)
-            root_state = self.predictor.root_state(blocks[:, 0])
+            root_state = self.predictor.root_state(states[:, 0])
             suggested = None
             if copies is not None:
                 suggested = Copies(self.columns(copies[..., 0]), copies[..., 1])
             bias = self.predictor.bias(previous, prefixes, root_state, embed, suggested)
-        return lattice(tokens, blanks, self.columns(prefixes[:, 1:]), bias)
+        return tokens, blanks, bias
+
+    def log_likelihoods(
+        self, inputs: LossInputs, embed: nn.Module, head: nn.Module, temperatures: Sequence[float]
+    ) -> torch.Tensor:
+        """See `TrainableDrafter.log_likelihoods`: log prefix(u) of all valid labels of each anchor together."""
+        tokens, blanks, bias = self.scores(inputs.states, inputs.prefixes, embed, head, inputs.copies)
+        labels, valid = self.labels(inputs.prefixes, inputs.valid)
+        last = valid.sum(1, keepdim=True) - 1
+        found = []
+        for each in temperatures:
+            made = lattice(tokens / each, blanks / each, labels, None if bias is None else bias / each)
+            prefixes = prefix_log_probs(made, labels).gather(1, last.clamp(min=0))
+            counts = (last >= 0) & (prefixes > FLOOR)  # no temperature makes room for what has none
+            found.append(prefixes.where(counts, 0.0).sum(dtype=torch.float64))
+        return torch.stack(found)
 
     def candidates(
         self,
-        blocks: torch.Tensor,
+        states: torch.Tensor,
         root: torch.Tensor,
         heads: SearchHead,
         nodes: int,
@@ -220,8 +285,8 @@ class CTCDrafter(FramesModel):
         text: Text | None = None,
     ) -> Candidates:
         """See `TrainableDrafter.candidates`. text: up to the roots, to copy from."""
-        blocks = self.filled(blocks)
-        return heads.search(*self.frame_logits(blocks, heads.head), root, blocks[:, 0], text, nodes, min_probability)
+        states = self.filled(states)
+        return heads.search(*self.frame_logits(states, heads.head), root, states[:, 0], text, nodes, min_probability)
 
     def drafts(
         self,
@@ -234,9 +299,9 @@ class CTCDrafter(FramesModel):
         chunk: int,
     ) -> Iterator[Candidates]:
         """See `TrainableDrafter.drafts`."""
-        blocks = self.draft_states(features, tokens, anchors, heads.embed)[used]
+        states = self.draft_states(features, tokens, anchors, heads.embed)[used]
         rows = used.nonzero()[:, 0]
-        for part, row, end in zip(blocks.split(chunk), rows.split(chunk), anchors[used].split(chunk), strict=True):
+        for part, row, end in zip(states.split(chunk), rows.split(chunk), anchors[used].split(chunk), strict=True):
             text = Text(tokens[row], end) if self.config.copies else None
             yield self.candidates(part, tokens[row, end], heads, nodes, text=text)
 
@@ -246,4 +311,5 @@ class CTCDrafter(FramesModel):
         return CTCSession(self, self.prepared(embed, head), batch_size, copies, lookup_length)
 
     def prepare(self, embed: nn.Module, head: nn.Module) -> SearchHead:
-        return search_head(self.predictor, self.config.draft_length, embed, self.narrowed(head), self.vocabulary)
+        given = self.predictor, self.config.draft_length, embed, self.narrowed(head), self.vocabulary
+        return search_head(*given, self.config.score_temperature)

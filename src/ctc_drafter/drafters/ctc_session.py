@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from itertools import takewhile
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.nn.functional import pad
 
 from ctc_drafter.ctc.copies import Text
-from ctc_drafter.ctc.search import prefix_search
+from ctc_drafter.ctc.search import Bias, prefix_search
 from ctc_drafter.drafters.base import Committed
 from ctc_drafter.drafters.block import BlockModel, BlockSession
 from ctc_drafter.drafters.lm_head import DraftHead, columns_of, draft_head
 from ctc_drafter.drafters.predictor import Predictor, low_rank_bias
 from ctc_drafter.drafters.prompt_lookup import LookupSession, PromptLookup
-from ctc_drafter.types import Candidates, Prefix, padded
-
-# Tokens that a copied tree must be expected to get accepted, in every row. docs/log.md has what others gave.
-ENOUGH = 1.5
+from ctc_drafter.types import Candidates
 
 
 class CTCSession(BlockSession):
@@ -50,16 +45,13 @@ class CTCSession(BlockSession):
 
     def free(self, root: torch.Tensor, nodes: int, min_probability: float = 0.0) -> Candidates | None:
         """The copies alone; None where they promise too little in some row."""
-        if self.lookup is None:
-            return None
-        found = list(takewhile(promising, self.lookup.prefixes(root, nodes, min_probability)))
-        return replace(padded(found, root.device), free=True) if len(found) == len(root) else None
+        return None if self.lookup is None else self.lookup.sure(root, nodes, min_probability)
 
     def draft(self, root: torch.Tensor, nodes: int, min_probability: float) -> Candidates:
         """One parallel pass over the block, then the search, which may copy."""
-        blocks = self.blocks(root)  # which makes room behind the context
+        states = self.draft_states(root)  # which makes room behind the context
         text = None if self.tokens is None else self.text_up_to(root)
-        return self.drafter.candidates(blocks, root, self.head, nodes, min_probability, text)
+        return self.drafter.candidates(states, root, self.head, nodes, min_probability, text)
 
     def join(self, tokens: torch.Tensor, features: torch.Tensor | None, counts: torch.Tensor) -> None:
         """See `DraftSession.join`."""
@@ -110,11 +102,6 @@ class CTCSession(BlockSession):
         return text.scatter_(1, places.unsqueeze(1) + torch.arange(tokens.shape[1], device=tokens.device), tokens)
 
 
-def promising(prefixes: Sequence[Prefix]) -> bool:
-    """Whether enough of these tokens will be accepted, by their own probabilities."""
-    return sum(math.exp(score) for _, score, _, _ in prefixes) >= ENOUGH
-
-
 # The search of a CTC lattice that fits the device.
 
 # (frame logits [N, F, V], blank logits [N, F], root int64 [N], block output at the root [N, H], the texts up to the
@@ -131,20 +118,34 @@ class SearchHead(DraftHead):
 
 @torch.no_grad()
 def search_head(
-    predictor: Predictor | None, depth: int, embed: nn.Module, head: nn.Module, vocabulary: torch.Tensor | None = None
+    predictor: Predictor | None,
+    depth: int,
+    embed: nn.Module,
+    head: nn.Module,
+    vocabulary: torch.Tensor | None = None,
+    temperature: float = 1.0,
 ) -> SearchHead:
     """From the target's embedding and LM head; `depth` is the longest prefix to search. vocabulary `int64 [V]`: the
-    tokens of the head's columns."""
+    tokens of the head's columns. temperature: what logits, of blanks too, and bias are divided by."""
     device = next(embed.parameters()).device
     make = best_first if device.type == "cpu" else level_by_level
-    return SearchHead(embed, draft_head(head), make(predictor, depth, embed, vocabulary))
+    return SearchHead(embed, draft_head(head), make(predictor, depth, embed, vocabulary, temperature))
 
 
-def best_first(predictor: Predictor | None, depth: int, embed: nn.Module, vocabulary: torch.Tensor | None) -> Search:
+def best_first(
+    predictor: Predictor | None,
+    depth: int,
+    embed: nn.Module,
+    vocabulary: torch.Tensor | None,
+    temperature: float = 1.0,
+) -> Search:
     """The search for a CPU; what the predictor makes of every token is worked out here."""
     from ctc_drafter.ctc.search_cpu import best_prefixes
 
     bias = low_rank_bias(predictor, embed, vocabulary)
+    if temperature != 1:
+        linear = {name: getattr(bias, name) / temperature for name in ("scale", "copying", "trust")}
+        bias = bias._replace(**linear)
 
     def search(
         tokens: torch.Tensor,
@@ -157,8 +158,8 @@ def best_first(predictor: Predictor | None, depth: int, embed: nn.Module, vocabu
     ) -> Candidates:
         state = start.new_zeros(len(start), 0) if predictor is None else predictor.root_state(start)
         return best_prefixes(
-            tokens,
-            blanks,
+            tokens if temperature == 1 else tokens / temperature,
+            blanks if temperature == 1 else blanks / temperature,
             root,
             bias,
             state.float(),
@@ -173,7 +174,11 @@ def best_first(predictor: Predictor | None, depth: int, embed: nn.Module, vocabu
 
 
 def level_by_level(
-    predictor: Predictor | None, depth: int, embed: nn.Module, vocabulary: torch.Tensor | None
+    predictor: Predictor | None,
+    depth: int,
+    embed: nn.Module,
+    vocabulary: torch.Tensor | None,
+    temperature: float = 1.0,
 ) -> Search:
     """The search of static shapes, which never asks the host."""
 
@@ -189,7 +194,13 @@ def level_by_level(
         nodes: int,
         _floor: float,
     ) -> Candidates:
-        bias = None if predictor is None else predictor.search_bias(start, embed, columns, text)
-        return prefix_search(tokens, blanks, root, bias, width=nodes, depth=depth, vocabulary=vocabulary)
+        bias = None if predictor is None else divided(predictor.search_bias(start, embed, columns, text), temperature)
+        logits = tokens / temperature, blanks / temperature
+        return prefix_search(*logits, root, bias, width=nodes, depth=depth, vocabulary=vocabulary)
 
     return search
+
+
+def divided(bias: Bias, temperature: float) -> Bias:
+    """The bias divided by a temperature."""
+    return bias if temperature == 1 else lambda recent: bias(recent) / temperature

@@ -9,10 +9,12 @@ import torch
 from torch import nn
 from torch.nn import functional as fn
 from torch.nn.functional import pad
-from transformers import PreTrainedConfig
+from transformers import LlamaConfig, PreTrainedConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from ctc_drafter.drafters.base import Committed, TrainedSession
-from ctc_drafter.drafters.trainable import DrafterConfig
+from ctc_drafter.drafters.config import DrafterConfig
+from ctc_drafter.drafters.convolution import DynamicConvolution
 from ctc_drafter.types import UserError
 
 # Decoder layers of the attention draft module, in the layout of DFlash draft models.
@@ -34,10 +36,24 @@ def cos_sin(positions: torch.Tensor, dim: int, theta: float, dtype: torch.dtype)
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
-def apply_rotary(states: torch.Tensor, by: CosSin) -> torch.Tensor:
+def rotation(config: LayerConfig, positions: torch.Tensor, dtype: torch.dtype) -> CosSin:
+    """`cos_sin` as the draft layers have it; scaled, where the config says how (`rope`, of EAGLE-3's heads)."""
+    scaling = getattr(config, "rope", None)
+    if not scaling:
+        return cos_sin(positions, config.head_dim, config.rope_theta, dtype)
+    sizes = {key: getattr(config, key) for key in ("hidden_size", "num_attention_heads", "head_dim")}
+    longest = config.max_position_embeddings
+    theirs = LlamaConfig(**sizes, max_position_embeddings=longest, rope_parameters=dict(scaling))
+    cosines, sines = LlamaRotaryEmbedding(theirs).to(positions.device)(
+        torch.empty(0, dtype=dtype, device=positions.device), positions
+    )
+    return cosines.unsqueeze(1), sines.unsqueeze(1)
+
+
+def apply_rotary(states: torch.Tensor, rotary: CosSin) -> torch.Tensor:
     """Applies rotary embedding to states `[B, heads, T, dim]`, halves paired (the NeoX style)."""
     first, second = states.chunk(2, -1)
-    return states * by[0] + torch.cat([-second, first], -1) * by[1]
+    return states * rotary[0] + torch.cat([-second, first], -1) * rotary[1]
 
 
 def newest_states(context: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
@@ -55,29 +71,32 @@ class RMSNorm(nn.RMSNorm):
 
 
 class BlockAttention(nn.Module):
-    """Grouped-query attention with normalised queries and keys; `width`: of its input, the hidden size by default."""
+    """Grouped-query attention; `width`: of its input, the hidden size by default.
 
-    def __init__(self, config: PreTrainedConfig, width: int | None = None):
+    normed: whether queries and keys are normalised. bias: whether the projections have one.
+    """
+
+    def __init__(self, config: PreTrainedConfig, width: int | None = None, normed: bool = True, bias: bool = False):
         super().__init__()
         width = width or config.hidden_size
         self.heads, self.kv_heads, self.dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        self.q_proj = nn.Linear(width, self.heads * self.dim, bias=False)
-        self.k_proj = nn.Linear(width, self.kv_heads * self.dim, bias=False)
-        self.v_proj = nn.Linear(width, self.kv_heads * self.dim, bias=False)
-        self.o_proj = nn.Linear(self.heads * self.dim, config.hidden_size, bias=False)
-        self.q_norm = RMSNorm(self.dim, eps=config.rms_norm_eps)
-        self.k_norm = RMSNorm(self.dim, eps=config.rms_norm_eps)
+        self.q_proj = nn.Linear(width, self.heads * self.dim, bias=bias)
+        self.k_proj = nn.Linear(width, self.kv_heads * self.dim, bias=bias)
+        self.v_proj = nn.Linear(width, self.kv_heads * self.dim, bias=bias)
+        self.o_proj = nn.Linear(self.heads * self.dim, config.hidden_size, bias=bias)
+        self.q_norm = RMSNorm(self.dim, eps=config.rms_norm_eps) if normed else nn.Identity()
+        self.k_norm = RMSNorm(self.dim, eps=config.rms_norm_eps) if normed else nn.Identity()
 
-    def keys_values(self, states: torch.Tensor, by: CosSin) -> tuple[torch.Tensor, torch.Tensor]:
+    def keys_values(self, states: torch.Tensor, rotary: CosSin) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values `[B, kv_heads, T, dim]` of states `[B, T, H]`."""
         keys = self.k_norm(self._split(self.k_proj(states), self.kv_heads))
-        return apply_rotary(keys, by), self._split(self.v_proj(states), self.kv_heads)
+        return apply_rotary(keys, rotary), self._split(self.v_proj(states), self.kv_heads)
 
     def forward(
-        self, states: torch.Tensor, by: CosSin, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None
+        self, states: torch.Tensor, rotary: CosSin, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None
     ) -> torch.Tensor:
         """states `[B, T, H]` attend to keys and values `[B, kv_heads, S, dim]` where mask `bool [B, 1, T, S]`."""
-        queries = apply_rotary(self.q_norm(self._split(self.q_proj(states), self.heads)), by)
+        queries = apply_rotary(self.q_norm(self._split(self.q_proj(states), self.heads)), rotary)
         grouped = self.heads != self.kv_heads
         mixed = fn.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, enable_gqa=grouped)
         return self.o_proj(mixed.transpose(1, 2).flatten(2))
@@ -100,20 +119,31 @@ class GatedMLP(nn.Module):
 
 
 class DraftLayer(nn.Module):
-    """One pre-norm layer. `context` takes the block's keys and values and puts the context's before them."""
+    """One pre-norm layer. `context` takes the block's keys and values and puts the context's before them.
 
-    def __init__(self, config: PreTrainedConfig):
+    convolved: whether convolutions mix the places of a block, around attention and MLP.
+    """
+
+    def __init__(self, config: PreTrainedConfig, convolved: bool = False):
         super().__init__()
+        self.convolutions = nn.ModuleList(DynamicConvolution(config.hidden_size) for _ in range(4 * convolved))
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.self_attn = BlockAttention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = GatedMLP(config)
 
-    def forward(self, states: torch.Tensor, by: CosSin, context: Context, mask: torch.Tensor | None) -> torch.Tensor:
-        normed = self.input_layernorm(states)
-        keys, values = context(*self.self_attn.keys_values(normed, by))
-        states = states + self.self_attn(normed, by, keys, values, mask)
-        return states + self.mlp(self.post_attention_layernorm(states))
+    def forward(
+        self, states: torch.Tensor, rotary: CosSin, context: Context, mask: torch.Tensor | None, size: int = 0
+    ) -> torch.Tensor:
+        """States `[B, T, H]` through the layer; size: places of a block, for convolutions."""
+        normed = self.mixed(0, self.input_layernorm(states), size)
+        keys, values = context(*self.self_attn.keys_values(normed, rotary))
+        states = states + self.mixed(1, self.self_attn(normed, rotary, keys, values, mask), size)
+        return states + self.mixed(3, self.mlp(self.mixed(2, self.post_attention_layernorm(states), size)), size)
+
+    def mixed(self, place: int, states: torch.Tensor, size: int) -> torch.Tensor:
+        """States `[B, T, H]` after one of the convolutions, if there are any."""
+        return self.convolutions[place](states, size) if len(self.convolutions) else states
 
 
 # Keys and values of committed tokens, cached between the steps of a session.
@@ -132,7 +162,7 @@ class DraftKVCache:
         self.config = config
         self.lengths = torch.zeros(batch_size, dtype=torch.long, device=like.device)
         self.states = like.new_zeros(layers, 2, batch_size, config.num_key_value_heads, 0, config.head_dim)
-        self.turns, self.end = self._turns(0), 0
+        self.rotary, self.end = self._rotary(0), 0
 
     def slots(self, count: int) -> torch.Tensor:
         """The next `count` positions of each row, `int64 [B, count]`, with room for them."""
@@ -143,22 +173,23 @@ class DraftKVCache:
             shape = list(self.states.shape)
             shape[4] = -(-missing // GROWTH) * GROWTH
             self.states = torch.cat([self.states, self.states.new_zeros(shape)], 4)
-            self.turns = self._turns(self.states.shape[4])
+            self.rotary = self._rotary(self.states.shape[4])
         return positions
 
     def rotation(self, positions: torch.Tensor) -> CosSin:
         """`cos_sin` of positions `int64 [B, T]`, looked up."""
-        cosines, sines = self.turns
+        cosines, sines = self.rotary
         if len(positions) == 1:
             start, count = int(positions[0, 0]), positions.shape[1]
             return cosines[:, :, start : start + count], sines[:, :, start : start + count]
         return cosines[0, 0, positions].unsqueeze(1), sines[0, 0, positions].unsqueeze(1)
 
     def store(self, layer: int, positions: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Writes keys and values `[B, kv_heads, T, dim]` into slots `int64 [B, T]`."""
-        index = positions[:, None, :, None].expand_as(keys)
-        self.states[layer, 0].scatter_(2, index, keys)
-        self.states[layer, 1].scatter_(2, index, values)
+        """Writes keys and values `[B, kv_heads, T, dim]` into slots `int64 [B, T]`: whole vectors, where `scatter_`
+        takes number by number, and copies what is not contiguous."""
+        rows = torch.arange(len(positions), device=positions.device).unsqueeze(1)
+        self.states[layer, 0][rows, :, positions] = keys.transpose(1, 2)
+        self.states[layer, 1][rows, :, positions] = values.transpose(1, 2)
 
     def read(self, layer: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values `[B, kv_heads, end, dim]` of the first slots."""
@@ -174,15 +205,15 @@ class DraftKVCache:
         slots = longest.states.shape[4]
         both = [pad(each.states, (0, 0, 0, slots - each.states.shape[4])) for each in (self, other)]
         states, lengths = torch.cat(both, 2), torch.cat([self.lengths, other.lengths])
-        self.states, self.lengths, self.turns = states, lengths, longest.turns
+        self.states, self.lengths, self.rotary = states, lengths, longest.rotary
 
     def select(self, rows: torch.Tensor) -> None:
         """Keeps only these rows, `int64 [R]`."""
         self.lengths, self.states = self.lengths[rows], self.states[:, :, rows]
 
-    def _turns(self, slots: int) -> CosSin:
+    def _rotary(self, slots: int) -> CosSin:
         positions = torch.arange(slots, device=self.lengths.device).unsqueeze(0)
-        return cos_sin(positions, self.config.head_dim, self.config.rope_theta, self.states.dtype)
+        return rotation(self.config, positions, self.states.dtype)
 
 
 class ContextSession(TrainedSession):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
 from ctc_drafter.types import UserError
 
@@ -92,10 +93,32 @@ class Columns(nn.Module):
 
     def __init__(self, inner: nn.Module, columns: torch.Tensor):
         super().__init__()
-        self.inner, self.columns = inner, columns
+        self.inner, self.columns, self.out_features = inner, columns, len(columns)
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         return self.inner(states)[..., self.columns]
+
+
+# Sizes of the target, by its configuration.
+
+
+def target_size(target: PreTrainedConfig, name: str) -> int | None:
+    """A size of a target's layers as one number: the largest where layers differ; None where there is none."""
+    try:
+        found = getattr(target, name, None)
+    except RuntimeError:  # transformers' way to say that it differs by layer
+        found = [getattr(layer, name, None) for layer in target.per_layer_config]
+    if isinstance(found, list | tuple):
+        found = max((size for size in found if size), default=None)
+    return found or None
+
+
+def needed_size(target: PreTrainedConfig, name: str) -> int:
+    """`target_size`. Raises `UserError` where the configuration has none."""
+    found = target_size(target, name)
+    if found is None:
+        raise UserError(f"the configuration of {target.model_type} has no {name}, which a drafter takes over")
+    return found
 
 
 # The target's logits and probabilities in training.

@@ -136,7 +136,7 @@ def low_rank_bias(predictor: Predictor | None, embed: nn.Module, vocabulary: tor
 
     nothing = torch.zeros(0, 0)
     if predictor is None:
-        tables: tuple[torch.Tensor, ...] = (*(nothing,) * 4, torch.zeros(0), nothing)
+        tables: tuple[torch.Tensor, ...] = (*(nothing,) * 4, torch.zeros(0), nothing.to(torch.int8))
     else:
         tables = (*predictor.tables(embed), token_columns(len(predictor.table.weight), vocabulary))
     return LowRankBias(*(table.contiguous().numpy() for table in tables))

@@ -18,7 +18,8 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import takewhile
 
 import numpy as np
 import torch
@@ -31,6 +32,8 @@ PRIOR = 2.0
 RECENCY = 0.8
 SHORTER = 0.25
 MATCHES = 16  # newest ones that are looked at, for each length of n-gram
+# Tokens that a copied tree must be expected to get accepted, in every row. docs/log.md has what others gave.
+ENOUGH = 1.5
 
 
 @dataclass(frozen=True)
@@ -70,10 +73,14 @@ class Text:
         self.tokens[self.size : end] = tokens
         self.size = end
 
+    def up_to(self, root: int) -> np.ndarray:
+        """The text with the root behind it, `int64`."""
+        self.tokens[self.size] = root
+        return self.tokens[: self.size + 1]
+
     def matches(self, root: int) -> tuple[list[tuple[int, float]], int]:
         """Continuations of earlier n-gram matches, newest first, with their weights; size of the longest match."""
-        self.tokens[self.size] = root
-        text = self.tokens[: self.size + 1]
+        text = self.up_to(root)
         agrees, lengths = np.ones(self.size, np.bool_), np.zeros(self.size, np.int64)
         for back in range(min(self.longest, self.size)):  # place p: do the tokens up to p read like the newest ones?
             agrees[:back] = False
@@ -91,7 +98,7 @@ class Text:
         """The `count` best prefixes of probability `min_probability` and more, best first and parents before
         children."""
         matches, length = self.matches(root)
-        tokens = self.tokens[: self.size + 1]  # with the root, which `matches` has put there
+        tokens = self.up_to(root)
         found: list[Prefix] = []
         waiting: list[tuple[float, int, int, int, int, list[tuple[int, float]]]] = []
         order = 0
@@ -133,6 +140,11 @@ class LookupSession:
     def free(self, root: torch.Tensor, nodes: int, min_probability: float = 0.0) -> Candidates | None:
         return None
 
+    def sure(self, root: torch.Tensor, nodes: int, min_probability: float = 0.0) -> Candidates | None:
+        """`propose` where the copies are promising in every row, as `free` candidates; else None: ask a network."""
+        found = list(takewhile(promising, self.prefixes(root, nodes, min_probability)))
+        return replace(padded(found, root.device), free=True) if len(found) == len(root) else None
+
     def propose(self, root: torch.Tensor, nodes: int, min_probability: float = 0.0) -> Candidates:
         return padded(list(self.prefixes(root, nodes, min_probability)), root.device)
 
@@ -148,3 +160,8 @@ class LookupSession:
 
     def select(self, rows: torch.Tensor) -> None:
         self.rows = [self.rows[i] for i in rows.tolist()]
+
+
+def promising(prefixes: Sequence[Prefix]) -> bool:
+    """Whether enough of these tokens will be accepted, by their own probabilities, for a network not to be asked."""
+    return sum(math.exp(score) for _, score, _, _ in prefixes) >= ENOUGH

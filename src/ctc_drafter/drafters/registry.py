@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from ctc_drafter.chat import fingerprint
 from ctc_drafter.drafters.base import Drafter
+from ctc_drafter.drafters.copying import innermost
 from ctc_drafter.drafters.ctc import CTCDrafter
 from ctc_drafter.drafters.lm_head import most_frequent
 from ctc_drafter.drafters.prompt_lookup import PromptLookup
@@ -44,6 +45,10 @@ class Trained:
         assert issubclass(found, TrainableDrafter)
         return found
 
+    def has(self, key: str) -> bool:
+        """Whether its config has this key."""
+        return key in self.drafter.config_class.__dataclass_fields__
+
 
 TRAINED = {
     "ctc": Trained("ctc", "CTCDrafter", "ctc_drafter", usual={"carry": True, "copies": 16, "lookup_length": 15}),
@@ -59,11 +64,16 @@ TRAINED = {
         {"loss": "teacher", "loss_decay": 1.0},
     ),
     "dflash": Trained("baselines.dflash", "DFlashDrafter", "dflash_drafter", training={"loss_decay": 0.78}),
+    "dflash2": Trained(
+        "baselines.dflash2", "DFlash2Drafter", "dflash2_drafter", training={"loss": "teacher", "loss_decay": 0.78}
+    ),
     "dspark": Trained(
         "baselines.dflash", "DSparkDrafter", "dspark_drafter", training={"loss": "teacher", "loss_decay": 0.78}
     ),
     "eagle": Trained("baselines.eagle", "EagleDrafter", "eagle_drafter", training={"loss": "teacher"}),
 }
+# Read as their authors publish them, and not trained.
+READ = {"eagle3": Trained("baselines.eagle3", "Eagle3Drafter", "eagle3_drafter")}
 PROMPT_LOOKUP = "prompt_lookup"
 FOR_ABLATIONS = frozenset({"ctc-linear"})  # parts of other methods, no method of their own
 
@@ -72,19 +82,22 @@ def trained_method(name: str) -> Trained:
     """Raises `UserError` for a method that is not known, or cannot be trained."""
     if name == PROMPT_LOOKUP:
         raise UserError(f"{name} has nothing to train; use --drafter {name}")
+    if name in READ:
+        raise UserError(f"{name} is read from published heads and not trained; use --method eagle, or --drafter FOLDER")
     if name not in TRAINED:
         raise UserError(f"unknown method {name}; known are {', '.join(TRAINED)}")
     return TRAINED[name]
 
 
 def method_of(drafter: Drafter) -> str:
-    """The name of a drafter's method, as results give it."""
+    """The name of a drafter's method, as results give it; copies that it was given do not count."""
+    drafter = innermost(drafter)
     if isinstance(drafter, PromptLookup):
         return PROMPT_LOOKUP
     config = getattr(drafter, "config", None)
     fitting = [
         name
-        for name, method in TRAINED.items()
+        for name, method in (TRAINED | READ).items()
         if method.model_type == getattr(config, "model_type", None)
         and all(getattr(config, key) == size for key, size in method.sizes.items())
     ]
@@ -100,7 +113,7 @@ def open_drafter(name: str) -> TrainableDrafter | PromptLookup:
     except (OSError, ValueError) as error:
         reason = first_line(error)
         raise UserError(f"no drafter could be loaded from {name}: {reason}") from error
-    fitting = [method for method in TRAINED.values() if method.model_type == found]
+    fitting = [method for method in (TRAINED | READ).values() if method.model_type == found]
     if not fitting:
         raise UserError(f"{name} holds no drafter but a model of type {found}; give the folder of a drafter")
     return fitting[0].drafter.from_pretrained(name)
@@ -111,12 +124,12 @@ def fresh_drafter(
 ) -> TrainableDrafter:
     """An untrained drafter for this target; sizes that are None are the config's. It starts from the target's weights,
     where it has like ones. Without a tokenizer it fits any, and the mask token is the config's."""
-    chosen = trained_method(method)
+    chosen = READ.get(method) or trained_method(method)
     torch.manual_seed(seed)
     given: dict[str, Any] = {name: size for name, size in sizes.items() if size is not None}
     if tokenizer is not None:
         given.setdefault("target_fingerprint", fingerprint(tokenizer))
-    if tokenizer is not None and "mask_token_id" in chosen.drafter.config_class.__dataclass_fields__:
+    if tokenizer is not None and chosen.has("mask_token_id"):
         fillers = (tokenizer.mask_token_id, tokenizer.unk_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
         given.setdefault("mask_token_id", next(token for token in fillers if token is not None))
     drafter = chosen.drafter.for_target(target.model.config, **chosen.usual | chosen.sizes | given)

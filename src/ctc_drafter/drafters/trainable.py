@@ -1,13 +1,13 @@
-"""`TrainableDrafter` and `DrafterConfig`: what trained drafters share; creation, loading, saving."""
+"""`TrainableDrafter`: what trained drafters share; creation, loading, saving."""
 
 from __future__ import annotations
 
-import difflib
 import math
 from abc import abstractmethod
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, Self
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Self, cast
 
 import torch
 from torch import nn
@@ -16,7 +16,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ctc_drafter.ctc.copies import Text
 from ctc_drafter.drafters.base import Drafter, DraftSession, refuse_call
-from ctc_drafter.drafters.lm_head import DraftHead, usual_chunk
+from ctc_drafter.drafters.chunked import chunked_sum
+from ctc_drafter.drafters.config import DrafterConfig
+from ctc_drafter.drafters.lm_head import DraftHead, needed_size, target_size, usual_chunk
 from ctc_drafter.types import Candidates, UserError, first_line
 
 # What a drafter learns from. Shapes: B rows, T tokens, A anchors of a row, N of a batch, U labels, H hidden size.
@@ -37,6 +39,13 @@ class Anchors:
     def flat(self, values: torch.Tensor) -> torch.Tensor:
         """Values `[B, A, ...]` of the used anchors, `[N, ...]`."""
         return values.flatten(0, 1) if self.used is None else values[self.used]
+
+    def states_after(self, states: torch.Tensor) -> torch.Tensor:
+        """States `[N, U, K]` of the used anchors' roots and y1..y(U-1), of `[B, T, K]`; clamped at the end."""
+        steps = torch.arange(self.valid.shape[2], device=states.device)
+        index = (self.positions.unsqueeze(-1) + steps).clamp(max=states.shape[1] - 1).flatten(1)
+        found = states.gather(1, index.unsqueeze(-1).expand(-1, -1, states.shape[2]))
+        return self.flat(found.unflatten(1, self.valid.shape[1:]))
 
 
 @dataclass(frozen=True)
@@ -91,50 +100,6 @@ class LossInputs:
         return [LossInputs(*part) for part in zip(*parts, strict=True)]
 
 
-# Configurations that trained drafters share: what they know of their target, and the sizes of draft layers.
-
-
-class DrafterConfig(PreTrainedConfig):
-    """What every trained drafter knows. Unknown keys are refused, so a misspelt one cannot pass unnoticed.
-
-    Args:
-        vocab_size, hidden_size: the target's; embeddings and LM head are heads from it.
-        target_num_layers: depth of the target it was made for.
-        target_layer_ids: target blocks whose outputs are its features, counted from 0, before the final norm.
-        target_fingerprint: of the target's tokenizer; empty when unknown.
-        draft_length: longest prefix that is drafted.
-    """
-
-    model_type = "drafter"
-
-    vocab_size: int = 32000
-    hidden_size: int = 4096
-    target_num_layers: int = 32
-    target_layer_ids: list[int] | tuple[int, ...] = (1, 16, 30)
-    target_fingerprint: str = ""
-    draft_length: int = 7
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        known = set(self.__dataclass_fields__)
-        unknown = sorted(key for key in kwargs if key not in known | PASSED_BY_TRANSFORMERS)
-        if unknown:
-            near = difflib.get_close_matches(unknown[0], known, 1)
-            hint = f"did you mean {near[0]!r}?" if near else "remove it"
-            raise UserError(f"unknown key {unknown[0]!r} in the drafter's config; {hint}")
-        super().__post_init__(**kwargs)
-        self.target_layer_ids = list(self.target_layer_ids)
-        self.check()
-
-    def check(self) -> None:
-        """Raises `UserError` for values that cannot be."""
-        if self.draft_length < 1:
-            raise UserError(f"draft_length is {self.draft_length}; give at least 1")
-        if not self.target_layer_ids or not all(0 <= i < self.target_num_layers for i in self.target_layer_ids):
-            raise UserError(
-                f"target_layer_ids {self.target_layer_ids} must name blocks 0..{self.target_num_layers - 1}"
-            )
-
-
 class TrainableDrafter(PreTrainedModel):
     """A `Drafter` that is trained at anchors: places of a text whose next tokens it learns.
 
@@ -160,33 +125,33 @@ class TrainableDrafter(PreTrainedModel):
     def forward(self, batch: AnchorBatch, embed: nn.Module, head: nn.Module) -> torch.Tensor:
         """Sum of the loss over all used anchors, a scalar in float32; embed, head: the target's frozen modules.
 
-        What is as large as the vocabulary exists for `LossOptions.chunk` anchors at a time, and is computed again in
-        the backward pass. With `LossOptions.recompute` so are the draft layers.
+        What is as large as the vocabulary exists for `LossOptions.chunk` anchors at a time. With
+        `LossOptions.recompute` the draft layers are computed again in the backward pass.
         """
-        anchors, options = batch.anchors, batch.options
-        given = (batch.features, batch.tokens, anchors.positions, embed)
-        if options.recompute:
-            states = checkpoint(self.draft_states, *given, use_reentrant=False, preserve_rng_state=False)
-        else:
-            states = self.draft_states(*given)
-        last = None if batch.last is None else anchors.flat(states_after(batch.last, anchors))
-        copies = None if batch.copies is None else anchors.flat(batch.copies)
-        known = (anchors.flat(anchors.prefixes), anchors.flat(anchors.valid), last, copies)
-        return self.chunked_loss(LossInputs(anchors.flat(states), *known), embed, head, options)
-
-    def chunked_loss(self, inputs: LossInputs, embed: nn.Module, head: nn.Module, options: LossOptions) -> torch.Tensor:
-        """Sum of `loss` over N anchors, a scalar in float32, `options.chunk` of them at a time."""
+        anchors, options, flat = batch.anchors, batch.options, batch.anchors.flat
+        again = partial(checkpoint, self.draft_states, use_reentrant=False, preserve_rng_state=False)
+        run = again if options.recompute else self.draft_states
+        states = run(batch.features, batch.tokens, anchors.positions, embed)
+        last = None if batch.last is None else anchors.states_after(self.teacher(batch.last, head))
+        copies = None if batch.copies is None else flat(batch.copies)
+        inputs = LossInputs(flat(states), flat(anchors.prefixes), flat(anchors.valid), last, copies)
         if not len(inputs.states):
             return inputs.states.sum()  # 0, and still a part of the graph
+        size = options.chunk or usual_chunk(self.config.vocab_size, self.config.draft_length)
+        chunks, drafted = inputs.split(size), self.narrowed(head)
 
-        def part(inputs: LossInputs) -> torch.Tensor:
-            return self.loss(inputs, embed, head, options).sum()
+        def part(states: torch.Tensor, number: int) -> torch.Tensor:
+            return self.loss(replace(chunks[number], states=states), embed, drafted, options).sum()
 
-        chunks = inputs.split(options.chunk or usual_chunk(self.config.vocab_size, self.config.draft_length))
-        if len(chunks) == 1:
-            return part(chunks[0])
-        parts = [checkpoint(part, each, use_reentrant=False, preserve_rng_state=False) for each in chunks]
-        return torch.stack(parts).sum()
+        return chunked_sum(part, inputs.states, size, self.parameters())
+
+    def teacher(self, last: torch.Tensor, head: nn.Module) -> torch.Tensor:
+        """What the loss reads of the target's states `[B, T, H]`, worked out once a token, `[B, T, K]`."""
+        return last
+
+    def narrowed(self, head: nn.Module) -> nn.Module:
+        """The LM head for the tokens that are drafted: all, unless a method says otherwise."""
+        return head
 
     @abstractmethod
     def draft_states(
@@ -195,9 +160,16 @@ class TrainableDrafter(PreTrainedModel):
         """What the drafter knows at many anchors, `[B, A, ...]`.
 
         features `[B, T, K]` and tokens `int64 [B, T]` of right-padded rows; anchors `int64 [B, A]`. The root of anchor
-        p is `tokens[p]`; only the features of the tokens before p may be looked at. The tokens after p are for drafters
-        that `loss` could not give them: what is said of one may depend on those before it.
+        p is `tokens[p]`; only the features before p may be looked at. The tokens after p are for drafters that `loss`
+        could not give them: what is said of one may depend on those before it.
         """
+
+    def log_likelihoods(
+        self, inputs: LossInputs, embed: nn.Module, head: nn.Module, temperatures: Sequence[float]
+    ) -> torch.Tensor | None:
+        """Log-probability of all valid labels at each temperature, float64 `[len(temperatures)]`, to fit
+        `DrafterConfig.score_temperature` by; None where drafts are not scored by it."""
+        return None
 
     @abstractmethod
     def check_loss(self, loss: str) -> None:
@@ -209,21 +181,29 @@ class TrainableDrafter(PreTrainedModel):
 
     def without_lookup(self) -> TrainableDrafter:
         """The same weights where each draft asks the network (`drafters/ctc_session.py`)."""
+        return self.with_lookup(0)
+
+    def with_lookup(self, length: int) -> TrainableDrafter:
+        """The same weights with at most `length` tokens copied without the network, where the method can do so."""
+        return self
+
+    def without_copies(self) -> TrainableDrafter:
+        """The same weights where nothing is copied from the text; itself where nothing is anyway."""
         return self
 
     def candidates(
         self,
-        blocks: torch.Tensor,
+        states: torch.Tensor,
         root: torch.Tensor,
         heads: Any,
         nodes: int,
         min_probability: float = 0.0,
         text: Text | None = None,
     ) -> Candidates:
-        """The prefixes of blocks `[N, ...]` after root `int64 [N]`, enough for `nodes` nodes.
+        """The prefixes of draft states `[N, ...]` (`draft_states`) after root `int64 [N]`, enough for `nodes` nodes.
 
-        Prefixes of probability below `min_probability` may be missing. Drafters whose blocks say too little for this
-        have `drafts` of their own instead. text: up to the roots, for those that copy.
+        Those of probability below `min_probability` may be missing. text: up to the roots, for drafters that copy.
+        Where states say too little for this, a drafter has `drafts` of its own instead.
         """
         raise NotImplementedError
 
@@ -241,9 +221,9 @@ class TrainableDrafter(PreTrainedModel):
 
         features, tokens and anchors as in `draft_states`; used `bool [B, A]`.
         """
-        blocks = self.draft_states(features, tokens, anchors, heads.embed)[used].split(chunk)
+        states = self.draft_states(features, tokens, anchors, heads.embed)[used].split(chunk)
         roots = tokens.gather(1, anchors)[used].split(chunk)
-        for part, root in zip(blocks, roots, strict=True):
+        for part, root in zip(states, roots, strict=True):
             yield self.candidates(part, root, heads, nodes)
 
     @abstractmethod
@@ -258,7 +238,8 @@ class TrainableDrafter(PreTrainedModel):
         """`prepare`, kept until the modules or any weights change, or training goes on. Raises as `check_modules`."""
         self.check_modules(embed, head)
         weights = [*self.parameters(), *embed.parameters(), *head.parameters()]
-        key = (id(embed), id(head), *((id(w), 0 if w.is_inference() else w._version) for w in weights))
+        versions = ((id(w), 0 if w.is_inference() else w._version) for w in weights)
+        key = (id(embed), id(head), self.config.score_temperature, *versions)
         found = self._prepared  # read once: another thread may draft for another target
         if found is None or found[0] != key:
             found = self._prepared = (key, self.prepare(embed, head))
@@ -283,8 +264,8 @@ class TrainableDrafter(PreTrainedModel):
     def for_target(cls, target: PreTrainedConfig, **overrides: Any) -> Self:
         """A fresh, untrained drafter with the target's sizes; `overrides` are keys of its config."""
         text = target.get_text_config(decoder=True)
-        hidden, heads = needed_size(text, "hidden_size"), needed_size(text, "num_attention_heads")
-        grouped = target_size(text, "num_key_value_heads") or heads
+        hidden = needed_size(text, "hidden_size")
+        heads = target_size(text, "num_attention_heads") or max(1, hidden // 64)  # recurrent models have none
         depth = needed_size(text, "num_hidden_layers")
         sizes = {
             "vocab_size": needed_size(text, "vocab_size"),
@@ -294,7 +275,7 @@ class TrainableDrafter(PreTrainedModel):
             "target_layer_ids": cls.feature_choice(min(depth, target_size(text, "num_layers") or depth)),
             "intermediate_size": target_size(text, "intermediate_size") or 4 * hidden,
             "num_attention_heads": heads,
-            "num_key_value_heads": math.gcd(heads, grouped),
+            "num_key_value_heads": math.gcd(heads, target_size(text, "num_key_value_heads") or heads),
             "head_dim": target_size(text, "head_dim") or hidden // heads,
             "max_position_embeddings": target_size(text, "max_position_embeddings") or 32768,
         }
@@ -320,8 +301,11 @@ class TrainableDrafter(PreTrainedModel):
         wrong += [f"{key} is not known" for key in sorted(report["unexpected_keys"])]
         if wrong:
             raise UserError(f"{name} is not a whole drafter: {wrong[0]}; download it again")
-        found: Self = drafter.eval()
-        return found
+        drafter.check_weights(str(name))
+        return cast(Self, drafter.eval())
+
+    def check_weights(self, name: str) -> None:
+        """Raises `UserError` for loaded weights that cannot be used; `name` says whose they are."""
 
     def check_target(self, target: PreTrainedConfig, fingerprint: str = "") -> None:
         """Raises `UserError` when the drafter was made for another target."""
@@ -363,38 +347,7 @@ class TrainableDrafter(PreTrainedModel):
             nn.init.ones_(module.weight)
 
 
-def states_after(states: torch.Tensor, anchors: Anchors) -> torch.Tensor:
-    """States `[B, A, U, H]` of each anchor's root and y1..y(U-1), of states `[B, T, H]`; clamped at the end."""
-    steps = torch.arange(anchors.valid.shape[2], device=states.device)
-    index = (anchors.positions.unsqueeze(-1) + steps).clamp(max=states.shape[1] - 1).flatten(1)
-    found = states.gather(1, index.unsqueeze(-1).expand(-1, -1, states.shape[2]))
-    return found.unflatten(1, anchors.valid.shape[1:])
-
-
 def network_of(drafter: Drafter) -> Drafter:
     """The drafter where each draft asks its network, if it has one: what its own drafts cost and are worth."""
-    return drafter.without_lookup() if isinstance(drafter, TrainableDrafter) else drafter
-
-
-PASSED_BY_TRANSFORMERS = frozenset({"torch_dtype", "name_or_path", "_commit_hash"}) | {
-    *("attn_implementation", "output_attentions", "experts_implementation")
-}
-
-
-def target_size(target: PreTrainedConfig, name: str) -> int | None:
-    """A size of a target's layers as one number: the largest where layers differ; None where there is none."""
-    try:
-        found = getattr(target, name, None)
-    except RuntimeError:  # transformers' way to say that it differs by layer
-        found = [getattr(layer, name, None) for layer in target.per_layer_config]
-    if isinstance(found, list | tuple):
-        found = max((size for size in found if size), default=None)
-    return found or None
-
-
-def needed_size(target: PreTrainedConfig, name: str) -> int:
-    """`target_size`. Raises `UserError` where the configuration has none."""
-    found = target_size(target, name)
-    if found is None:
-        raise UserError(f"the configuration of {target.model_type} has no {name}, which a drafter takes over")
-    return found
+    without = getattr(drafter, "without_lookup", None)
+    return drafter if without is None else cast(Drafter, without())

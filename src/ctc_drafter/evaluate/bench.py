@@ -15,16 +15,19 @@ from transformers import PreTrainedTokenizerBase
 
 from ctc_drafter.decode.sampling import ARGMAX, Sampler
 from ctc_drafter.drafters.base import Drafter
+from ctc_drafter.drafters.copying import Copying
 from ctc_drafter.drafters.prompt_lookup import PromptLookup
 from ctc_drafter.drafters.registry import PROMPT_LOOKUP, method_of
 from ctc_drafter.drafters.trainable import TrainableDrafter
-from ctc_drafter.evaluate.hf_generate import stock_contenders
+from ctc_drafter.evaluate.also import also_contenders
+from ctc_drafter.evaluate.costs import draft_flops, own_text
 from ctc_drafter.evaluate.methods import decoding
 from ctc_drafter.evaluate.results import CHAIN, PLAIN, Journal
 from ctc_drafter.evaluate.runner import Bench, head, measure_all
 from ctc_drafter.evaluate.tasks import Task
+from ctc_drafter.evaluate.walk import Walking
 from ctc_drafter.files import write_json
-from ctc_drafter.provenance import source_hash
+from ctc_drafter.provenance import read_manifest, source_hash
 from ctc_drafter.target.model import Target
 from ctc_drafter.types import UserError
 
@@ -46,7 +49,10 @@ class Entry:
 
 @dataclass(frozen=True)
 class BenchSettings:
-    """sizes: "chain" and nodes of trees. watched: prompts of a task that run once more for the calibration curve."""
+    """sizes: "chain" and nodes of trees. watched: prompts of a task that run once more for the calibration curve.
+
+    tokens_only: count tokens per step along plain decoding's answers, and time nothing, see `walk.py`.
+    """
 
     sizes: tuple[int | str, ...] = SIZES
     limit: int | None = None
@@ -55,6 +61,7 @@ class BenchSettings:
     seed: int = 0
     watched: int = WATCHED
     also: tuple[str, ...] = ()
+    tokens_only: bool = False
 
 
 def bench(
@@ -75,16 +82,25 @@ def bench(
     Without a floor a tree of n nodes has n nodes. Raises `UserError` if that file belongs to another run.
     """
     made = decoding(target, tokenizer, settings.max_new_tokens)
+    if settings.tokens_only:
+        layers = sorted({layer for entry in entries.values() for layer in entry.drafter.feature_layers})
+        asked = {size for entry in entries.values() for size in entry.sizes or settings.sizes}
+        made = Walking(target, made.eos, made.max_new_tokens, tuple(asked), tuple(layers))
     contenders = [made.plain()]
     for name, entry in entries.items():
         sizes = entry.sizes or settings.sizes
         contenders += [made.of_size(name, entry.drafter, size, entry.sampler) for size in sizes]
-    contenders += stock_contenders(made, settings.also)
-    work = Bench(target, tokenizer, contenders, settings.max_new_tokens, settings.batch_size, settings.watched)
+    contenders += also_contenders(made, settings.also)
+    given = settings.max_new_tokens, settings.batch_size, settings.watched, not settings.tokens_only
+    work = Bench(target, tokenizer, contenders, *given)
     chosen = [task.some(settings.limit) for task in tasks]
     about = {"seed": settings.seed, "nodes": list(settings.sizes), "floor": 0.0, "limit": settings.limit}
+    about["tokens_only"] = settings.tokens_only
     about["target_parameters"] = sum(weight.numel() for weight in target.model.parameters())
-    about["drafters"] = {name: entry.facts for name, entry in entries.items()}
+    text = own_text(target)
+    about["drafters"] = {
+        name: entry.facts | {"draft_flops": draft_flops(target, entry.drafter, text)} for name, entry in entries.items()
+    }
     result: dict[str, Any] = {"meta": head(work, about) | meta, "rows": []}
     journal = Journal(partial(out), identity(result["meta"], chosen, settings))
 
@@ -105,8 +121,10 @@ def partial(out: Path | None) -> Path | None:
 def identity(meta: dict[str, Any], tasks: Sequence[Task], settings: BenchSettings) -> dict[str, Any]:
     """The settings that two runs must share for one to resume the other."""
     prompts = {task.name: hashlib.sha256(repr(task.prompts).encode()).hexdigest()[:16] for task in tasks}
-    kept = ("versions", "hardware", "target", "drafters", "dtype", "device", "threads", "compiled")
+    kept = ("versions", "hardware", "target", "drafters", "dtype", "device", "threads", "compiled", "peers")
     shared = {name: meta.get(name) for name in kept}
+    drafters = meta["drafters"].items()  # operations are counted anew, and near-ties may fall otherwise
+    shared["drafters"] = {name: {k: v for k, v in facts.items() if k != "draft_flops"} for name, facts in drafters}
     return {"source": source_hash(), **shared, **asdict(settings), "prompts": prompts}
 
 
@@ -175,6 +193,9 @@ def shortened(drafter: Drafter, depth: int) -> Drafter:
     """
     if isinstance(drafter, PromptLookup):
         return replace(drafter, draft_length=depth)
+    if isinstance(drafter, Copying):
+        longest = min(depth, drafter.draft_length), min(depth, drafter.lookup_length)
+        return Copying(shortened(drafter.inner, depth), *longest)
     assert isinstance(drafter, TrainableDrafter)
     twin = copy.copy(drafter)
     twin.config, twin._prepared = copy.copy(drafter.config), None
@@ -197,7 +218,7 @@ def parse_depths(text: str) -> tuple[int, ...]:
 
 
 def about_drafter(drafter: Drafter, folder: Path | None) -> dict[str, Any]:
-    """`method`, `parameters` (what the drafter adds to its target), `draft_length` and `training`.
+    """`method`, `parameters` (what the drafter adds to its target), `draft_length`, `learning_rate` and `training`.
 
     `training` has `steps`, `tokens` (text that was read, repeats counted) and `seconds`, from the logs of the folder
     that the drafter was loaded from; None where they do not say.
@@ -208,7 +229,14 @@ def about_drafter(drafter: Drafter, folder: Path | None) -> dict[str, Any]:
         found["parameters"] = sum(weight.numel() for weight in drafter.parameters())
         found["draft_length"] = max(drafter.config.draft_length, getattr(drafter.config, "lookup_length", 0))
         found["training"] = training(folder) if folder else None
+        found["learning_rate"] = learning_rate(folder) if folder else None
     return found
+
+
+def learning_rate(folder: Path) -> float | None:
+    """The one that the trainer ran with, by what it wrote beside the drafter."""
+    settings = (read_manifest(folder / "train.json") or {}).get("settings") or {}
+    return settings.get("learning_rate")
 
 
 def training(folder: Path) -> dict[str, float | None] | None:

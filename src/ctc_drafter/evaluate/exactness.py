@@ -98,7 +98,7 @@ class Runner:
         ).tokens
 
     def case(self, task: str, prompt: Prompt, turn: int, ids: list[int]) -> Case:
-        target = Margins(self.target.model, self.target.cache)
+        target = Margins(self.target.model, self.target.cache, self.target.chain)
         tokens = plain_generate(target, [ids], max_new_tokens=self.max_new_tokens, eos=self.eos).tokens[0]
         margins = [target.kept[len(ids) - 1 + i] for i in range(len(tokens))]
         return Case(task, prompt.id, turn, ids, tokens, margins)
@@ -109,7 +109,7 @@ def plain_cases(runner: Runner, tokenizer: PreTrainedTokenizerBase, task: Task) 
     for prompt in task.prompts:
         answers: list[str] = []
         for turn in range(len(prompt.turns)):
-            ids = encode_conversation(tokenizer, prompt.turns[: turn + 1], answers)
+            ids = encode_conversation(tokenizer, prompt.turns[: turn + 1], answers, system=prompt.system)
             if len(ids) + runner.max_new_tokens > runner.target.context:
                 break
             case = runner.case(task.name, prompt, turn, ids)

@@ -1,18 +1,17 @@
-"""Figures of reports and trainings, and 95% bootstrap intervals."""
+"""Figures of reports and trainings: one style for each method, and what is drawn of a results file."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import matplotlib
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ctc_drafter.evaluate.results import PLAIN_KEY, Key, Results
+from ctc_drafter.evaluate.intervals import Bootstrap
+from ctc_drafter.evaluate.results import PLAIN_KEY, Key, Results, title_of
 
 # The figures of the report. Each takes results and returns a matplotlib figure; None where nothing was measured.
 
@@ -25,20 +24,25 @@ def ordered(results: Results) -> list[str]:
     return sorted(results.methods, key=lambda name: name != results.ours)
 
 
-def by_size(results: Results, value: str, title: str) -> Figure | None:
-    """`value` of the rows (beta, gamma) against tree size, a plot for each task."""
+def by_size(results: Results, value: str, title: str, even: float | None = None) -> Figure | None:
+    """`value` of the rows (beta, gamma) against tree size, a plot for each task. even: plain decoding's, as a line."""
     if len(results.sizes) < 2:
         return None
     figure, axes = panels(len(results.tasks), size=(5.2, 4.0))
-    places = range(len(results.sizes))
+    places, styles = range(len(results.sizes)), styles_of(results)
     for axis, task in zip(axes, results.tasks, strict=True):
         ends = []
-        for style, method in enumerate(ordered(results)):
+        if even is not None:
+            axis.axhline(even, color="#777777", linewidth=1.0, zorder=1)
+            axis.annotate(
+                "plain decoding", (-0.15, even), (0, 2), textcoords="offset points", fontsize=7, color="#777777"
+            )
+        for method in ordered(results):
             rows = [results.row(task, (method, size)) for size in results.sizes]
             points = [(x, row[value]) for x, row in zip(places, rows, strict=True) if row and row[value] is not None]
             if points:
-                line(axis, points, style, method)
-                ends.append((points[-1][1], method, style))
+                line(axis, points, styles[method], title_of(method), thick=method == results.ours)
+                ends.append((points[-1][1], title_of(method), styles[method]))
         axis.set_xticks(list(places), [str(size) for size in results.sizes])
         axis.set_xlim(-0.2, len(results.sizes) - 1 + 1.5)
         axis.set_xlabel("nodes of the tree")
@@ -49,28 +53,29 @@ def by_size(results: Results, value: str, title: str) -> Figure | None:
 
 
 def by_category(results: Results, task: str) -> Figure | None:
-    """β of every method in every category of a task, at the usual size; bars are 95% intervals."""
+    """Tokens per step of every method in every category of a task, at the usual size; bars are 95% intervals."""
     categories = list(dict.fromkeys(r["category"] for r in results.records if r["task"] == task))
     if len(categories) < 2:
         return None
-    methods = ordered(results)
+    methods, styles = ordered(results), styles_of(results)
     figure, (axis,) = panels(1, size=(7.0, 0.75 + len(categories) * (0.35 + 0.12 * len(methods))))
     axis.grid(axis="x", color="#DDDDDD", linewidth=0.6)
     axis.grid(visible=False, axis="y")
     for place, category in enumerate(categories):
         drawn = Bootstrap(results, task, category)
-        for style, method in enumerate(methods):
-            found = drawn.beta((method, results.size))
+        for turn, method in enumerate(methods):
+            found, style = drawn.beta((method, results.size)), styles[method]
             if found is None:
                 continue
-            y = place + (style - (len(methods) - 1) / 2) * 0.8 / max(len(methods), 1)
-            axis.plot([found.low, found.high], [y, y], color=COLOURS[style % len(COLOURS)], linewidth=1, zorder=2)
+            y = place + (turn - (len(methods) - 1) / 2) * 0.8 / max(len(methods), 1)
+            if found.interval is not None:
+                axis.plot(found.interval, [y, y], color=COLOURS[style], linewidth=1, zorder=2)
             axis.plot(
                 found.value,
                 y,
-                MARKERS[style % len(MARKERS)],
-                color=COLOURS[style % len(COLOURS)],
-                label=method if place == 0 else None,
+                MARKERS[style],
+                color=COLOURS[style],
+                label=title_of(method) if place == 0 else None,
                 markersize=6,
                 zorder=3,
             )
@@ -79,7 +84,7 @@ def by_category(results: Results, task: str) -> Figure | None:
     axis.set_yticks(range(len(categories)), categories)
     axis.set_ylim(len(categories) - 0.5, -0.5)
     axis.tick_params(axis="y", length=0)
-    axis.set_xlabel(f"β, {name_of(results.size)}")
+    axis.set_xlabel(f"tokens per step (β), {name_of(results.size)}")
     axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=8)
     return figure
 
@@ -105,7 +110,7 @@ def time_by_stage(results: Results) -> Figure | None:
             drawn = drawn or any(widths)
         for y, total in enumerate(starts):
             axis.text(total, y, f" {total:.1f}", va="center", fontsize=8)
-        axis.set_yticks(range(len(known)), [method for (method, _), _ in known])
+        axis.set_yticks(range(len(known)), [title_of(method) for (method, _), _ in known])
         axis.invert_yaxis()
         axis.margins(x=0.12)
         axis.set_xlabel(f"ms a step, {name_of(results.size)}")
@@ -162,7 +167,7 @@ def small_multiples(
     figure, axes = panels(len(known), across=wide, size=(2.3, 2.1))
     for place, (axis, (method, row)) in enumerate(zip(axes, known, strict=True)):
         draw(axis, row)
-        axis.set_title(f"{method}, β {row['beta']:.2f}", fontsize=9)
+        axis.set_title(f"{title_of(method)}, β {row['beta']:.2f}", fontsize=9)
         if place % wide == 0:
             axis.set_ylabel(up)
         if place + wide >= len(known):
@@ -180,12 +185,50 @@ def name_of(size: int | str) -> str:
 # Style of all figures: readable without colour, by markers, hatches and direct labels.
 
 # Okabe and Ito's palette, in an order whose greys differ; markers and dashes tell what colours cannot.
-COLOURS = ("#000000", "#D55E00", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#7F7F7F", "#8B4513", "#4B0082")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*")
+COLOURS = (
+    *("#000000", "#D55E00", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#7F7F7F", "#8B4513", "#4B0082"),
+    *("#B22222", "#556B2F", "#008B8B", "#C71585", "#BDB76B"),
+)
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*", "p", "h", "d", "H", "8")
+# The place of a method in both, the same in every figure of every file; the places after them are for other names.
+PLACES = {
+    method: place
+    for place, method in enumerate(
+        (
+            "ctc",
+            "medusa",
+            "hydra",
+            "eagle",
+            "dspark",
+            "ctc-paper",
+            "dflash",
+            "prompt_lookup",
+            "hydra++",
+            "ctc-linear",
+            "eagle3",
+        )
+    )
+}
 DASHES = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (4, 1, 1, 1)), (0, (2, 1)))
 HATCHES = ("", "///", "...", "xxx", "\\\\\\", "++", "oo", "--")
 GREYS = ("#303030", "#F2F2F2", "#9A9A9A", "#FFFFFF", "#C8C8C8", "#707070", "#E0E0E0", "#B0B0B0")
 PANEL = (4.6, 3.6)  # inches
+
+
+def styles_of(results: Results) -> dict[str, int]:
+    """Name of each method in a file -> its place in `COLOURS` and `MARKERS`.
+
+    A method has its own everywhere; so has the first drafter of a method under another name, and further ones have the
+    places that are left, in the order of their names.
+    """
+    found = {name: PLACES[name] for name in results.methods if name in PLACES}
+    known = results.meta.get("drafters", {})
+    for name in sorted(set(results.methods) - found.keys()):
+        own = PLACES.get(known.get(name, {}).get("method", ""))
+        left = [*range(len(PLACES), len(COLOURS)), *range(len(PLACES))]
+        free = [place for place in left if place not in found.values()] or left
+        found[name] = own if own is not None and own not in found.values() else free[0]
+    return found
 
 
 def panels(count: int, *, across: int | None = None, size: tuple[float, float] = PANEL) -> tuple[Figure, list[Axes]]:
@@ -201,16 +244,16 @@ def panels(count: int, *, across: int | None = None, size: tuple[float, float] =
     return figure, axes
 
 
-def line(axis: Axes, points: Sequence[tuple[float, float]], place: int, label: str) -> None:
-    """A series in the style of its place among the methods; the first one is drawn thicker."""
+def line(axis: Axes, points: Sequence[tuple[float, float]], place: int, label: str, thick: bool = False) -> None:
+    """A series in the style of a place."""
     axis.plot(
         *zip(*points, strict=True),
         label=label,
-        color=COLOURS[place % len(COLOURS)],
-        marker=MARKERS[place % len(MARKERS)],
+        color=COLOURS[place],
+        marker=MARKERS[place],
         linestyle=DASHES[place % len(DASHES)],
-        linewidth=2.2 if place == 0 else 1.3,
-        markersize=6 if place == 0 else 5,
+        linewidth=2.2 if thick else 1.3,
+        markersize=6 if thick else 5,
         markeredgecolor="white",
         markeredgewidth=0.5,
         zorder=10 - place / 10,
@@ -228,7 +271,7 @@ def label_ends(axis: Axes, x: float, ends: Sequence[tuple[float, str, int]]) -> 
             xytext=(x + 0.18, height),
             fontsize=8,
             va="center",
-            color=COLOURS[place % len(COLOURS)],
+            color=COLOURS[place],
             arrowprops={"arrowstyle": "-", "color": "#BBBBBB", "linewidth": 0.5, "shrinkA": 0, "shrinkB": 2},
             annotation_clip=False,
         )
@@ -252,84 +295,6 @@ def save(figure: Figure, folder: Path, name: str) -> str:
         figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
         figure.savefig(folder / f"{name}.png", dpi=130, metadata={"Software": None})
     return f"{name}.svg"
-
-
-# 95% intervals by bootstrap over prompts: all contenders are resampled together, so that ratios are paired.
-
-RESAMPLES = 2000
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A figure and its interval."""
-
-    value: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.value:.2f} ({self.low:.2f}–{self.high:.2f})"
-
-
-class Bootstrap:
-    """Bootstrap over the prompts of a task or category. The same seed gives the same intervals."""
-
-    def __init__(self, results: Results, task: str, category: str | None = None, seed: int = 0):
-        wanted = [
-            record
-            for record in results.records
-            if record["task"] == task and not record["skipped"] and category in (None, record["category"])
-        ]
-        prompts = sorted({record["index"] for record in wanted})
-        place = {index: i for i, index in enumerate(prompts)}
-        self.sums: dict[Key, np.ndarray] = {}  # emitted by steps, steps, tokens, seconds of each prompt, [4, P]
-        for record in wanted:
-            key = (record["method"], record["nodes"])
-            sums = self.sums.setdefault(key, np.zeros((4, len(prompts))))
-            sums[:, place[record["index"]]] = numbers(record)
-        rng = np.random.default_rng(seed)
-        count = len(prompts)
-        drawn = rng.multinomial(count, np.full(count, 1 / count), RESAMPLES) if count else np.zeros((0, 0))
-        self.weights = np.concatenate([np.ones((1, count)), drawn])  # the first is the sample itself
-
-    def beta(self, key: Key) -> Estimate | None:
-        return estimate(self._beta(key))
-
-    def gamma(self, key: Key) -> Estimate | None:
-        return estimate(ratio(self._speed(key), self._speed(PLAIN_KEY)))
-
-    def beta_ratio(self, key: Key, other: Key) -> Estimate | None:
-        return estimate(ratio(self._beta(key), self._beta(other)))
-
-    def _beta(self, key: Key) -> np.ndarray | None:
-        totals = self._totals(key)
-        return None if totals is None else ratio(totals[0], totals[1])
-
-    def _speed(self, key: Key) -> np.ndarray | None:
-        totals = self._totals(key)
-        return None if totals is None else ratio(totals[2], totals[3])
-
-    def _totals(self, key: Key) -> np.ndarray | None:
-        return self.sums[key] @ self.weights.T if key in self.sums else None
-
-
-def numbers(record: dict[str, Any]) -> tuple[float, float, float, float]:
-    return record["tokens"] - record["turns"], record["steps"], record["tokens"], record["seconds"]
-
-
-def ratio(above: np.ndarray | None, below: np.ndarray | None) -> np.ndarray | None:
-    """NaN where there is nothing below."""
-    if above is None or below is None:
-        return None
-    return np.divide(above, below, out=np.full_like(above, np.nan), where=below > 0)
-
-
-def estimate(values: np.ndarray | None) -> Estimate | None:
-    """The first value, and the middle 95% of the others."""
-    if values is None or not len(values) or np.isnan(values[0]):
-        return None
-    low, high = np.nanpercentile(values[1:], [2.5, 97.5]) if len(values) > 1 else (values[0], values[0])
-    return Estimate(float(values[0]), float(low), float(high))
 
 
 # Learning curves: loss and held-out β by step.
@@ -376,7 +341,7 @@ def _series(history: Sequence[Mapping[str, float]], keys: Mapping[str, str]) -> 
 
 def _draw(axis: Axes, series: Mapping[str, Sequence[tuple[float, float]]], title: str) -> None:
     for place, (name, points) in enumerate(series.items()):
-        line(axis, points, place, name)
+        line(axis, points, place, name, thick=place == 0)
         axis.lines[-1].set_markevery(max(1, len(points) // MARKS))
     axis.set_xlabel("step")
     axis.set_ylabel(title)

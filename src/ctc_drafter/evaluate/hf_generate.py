@@ -26,6 +26,7 @@ HF, HF_COMPILED, HF_LOOKUP, HF_ASSISTED = "hf", "hf-compiled", "hf-lookup", "hf-
 NAMES = (HF, HF_COMPILED, HF_LOOKUP, HF_ASSISTED)
 ROW_BY_ROW = (HF_LOOKUP, HF_ASSISTED)
 LOOKUP_TOKENS = 10  # what transformers' documentation uses
+LOOKUP_MATCH = 2  # the longest match that transformers looks for unless it is told otherwise
 
 
 class Bursts(BaseStreamer):
@@ -41,25 +42,8 @@ class Bursts(BaseStreamer):
         """Nothing is held back."""
 
 
-def parse_also(text: str, known: Sequence[str] = NAMES) -> tuple[str, ...]:
-    """`hf,hf-assisted=DIR` as names. Raises `UserError` for others than the `known` ones."""
-    names = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
-    for name, equals, place in (name.partition("=") for name in names):
-        if name not in known or (equals and name != HF_ASSISTED):
-            raise UserError(f"--also {name}{equals}{place} is not known; give some of {','.join(known)}")
-        if name == HF_ASSISTED and not place:
-            raise UserError(f"--also {name} needs its assistant, a model of the target's tokenizer; write {name}=DIR")
-    if sum(name.startswith(HF_ASSISTED) for name in names) > 1:
-        raise UserError(f"--also takes one {HF_ASSISTED}; compare assistants in runs of their own")
-    return names
-
-
-def stock_contenders(decoding: Decoding, names: Sequence[str]) -> list[Contender]:
-    return [stock_contender(decoding, name) for name in names]
-
-
 def stock_contender(decoding: Decoding, text: str) -> Contender:
-    """One of `NAMES`, as `parse_also` returns it, greedy, until the same ends as `decoding`'s."""
+    """One of `NAMES`, as `also.parse_also` returns it, greedy, until the same ends as `decoding`'s."""
     name, _, place = text.partition("=")
     config, model = generation_config(decoding, name), decoding.target.model
     assistant = load_assistant(place, decoding) if place else None

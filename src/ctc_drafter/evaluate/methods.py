@@ -14,6 +14,7 @@ from ctc_drafter.decode.batch import DecodingConfig
 from ctc_drafter.decode.generate import Generation, generate, plain_generate
 from ctc_drafter.decode.sampling import ARGMAX, Sampler
 from ctc_drafter.decode.sequence import SequenceState
+from ctc_drafter.decode.stats import Stats
 from ctc_drafter.decode.tree import best_chain
 from ctc_drafter.drafters.base import Drafter, DraftSession, refuse_call
 from ctc_drafter.drafters.registry import method_of
@@ -47,24 +48,56 @@ class Calibration:
         self.predicted = [a + b for a, b in zip(self.predicted, totals(place, scores), strict=True)]
         self.accepted = [a + b for a, b in zip(self.accepted, totals(place, reached), strict=True)]
 
+    def include(self, other: Calibration) -> None:
+        """Adds what another one counted."""
+        for name in ("nodes", "predicted", "accepted"):
+            ours, theirs = getattr(self, name), getattr(other, name)
+            setattr(self, name, [a + b for a, b in zip(ours, theirs, strict=True)])
+
 
 # Decoding methods under test: plain, chains, trees of a size.
 
 # (prompts as token ids, timed, where to count what trees promised) -> what was generated
 Decode = Callable[[list[list[int]], bool, Calibration | None], Generation]
+# (rows of a batch, tokens of the longest prompt with its answer): what is done before anything is timed
+Prepare = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
 class Contender:
-    """A way to decode. nodes: "chain", a tree's size, "budget" for what pays, None for plain decoding."""
+    """A way to decode. nodes: "chain", a tree's size, "budget" for what pays, None for plain decoding.
+
+    facts: of an engine that is not ours, its version and the type of its weights, for the results.
+    """
 
     method: str
     nodes: int | str | None
     run: Decode
+    prepare: Prepare | None = None
+    facts: dict[str, str] = field(default_factory=dict)
 
     @property
     def key(self) -> Key:
         return self.method, self.nodes
+
+
+@dataclass(frozen=True)
+class Counted(Generation):
+    """What another engine generated. steps: verifications of each row, which `accepted` need not list one by one."""
+
+    steps: list[int] = field(default_factory=list)
+
+
+def counted(tokens: list[list[int]], accepted: list[list[int]], steps: list[int] | None = None) -> Counted:
+    """steps: as many as `accepted` lists, unless they are given."""
+    found = list(map(len, accepted)) if steps is None else steps
+    stats = Stats(tokens=sum(map(len, tokens)), steps=sum(found))
+    return Counted(tokens, stats, accepted, found)
+
+
+def steps_of(generation: Generation) -> list[int]:
+    """Verifications of each row."""
+    return generation.steps if isinstance(generation, Counted) else list(map(len, generation.accepted))
 
 
 @dataclass(frozen=True)

@@ -9,22 +9,30 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from ctc_drafter.evaluate import figures
-from ctc_drafter.evaluate.figures import Bootstrap, Estimate, save
-from ctc_drafter.evaluate.results import PLAIN_KEY, Results
+from ctc_drafter.evaluate.costs import costs
+from ctc_drafter.evaluate.figures import save
+from ctc_drafter.evaluate.intervals import FEWEST, Bootstrap, Estimate
+from ctc_drafter.evaluate.results import PLAIN_KEY, Results, agreement, engines_of, title_of, weights_of
 from ctc_drafter.files import SPACED, markdown_table, number
 from ctc_drafter.types import UserError
 
-HEAD = """# Results
+HEAD = f"""# Results
 
-Written by `ctc-drafter report results/*.json`; a test keeps it up to date. γ is tokens per second over plain decoding
-in the same run, β the tokens that one verification emits. All methods of a file ran on the same prompts, taking turns
-on each of them; every output was compared with plain decoding's (`identical`). Trees have the number of nodes that is
-given, or fewer where a drafter has no more to propose; a chain is the best path. In brackets: 95% intervals by
-bootstrap over prompts, of ratios by paired bootstrap."""
+Written by `ctc-drafter report FILES`. The speedup γ is tokens per second over plain decoding in the same run; β is the
+tokens per step, those that one verification emits. All methods of a file ran on the same prompts, taking turns
+on each of them; every output was compared with plain decoding's (`identical`; a dash where tokens were counted along
+its text). Trees have the number of nodes that is given, or fewer where a drafter has no more to propose; a chain is the
+best path. In brackets: 95% intervals by bootstrap over prompts, of ratios by paired bootstrap; none for fewer than
+{FEWEST} prompts. "EAGLE-style" is this package's own drafter of EAGLE's kind, trained here like the others, not its
+authors' checkpoint."""
 
 PAPER_NOTE = (
     "The paper's own figures, on other models and other hardware, not measured here "
     "(Wen, Gui and Feng, NeurIPS 2024): γ / β, greedy."
+)
+PAPER_METHOD_NOTE = (
+    "`ctc-paper` above is the paper's method, trained here for other targets; docs/reproduce.md says why it is below "
+    "these figures."
 )
 COST_NOTE = "Minutes are those of the clock on the wall, whatever else that machine did: compare steps and tokens."
 
@@ -35,7 +43,10 @@ def page(all_results: Sequence[Results]) -> str:
     for results in all_results:
         parts += parts_of(results)
     parts += scaling_parts([results for results in all_results if of_another_target(results)])
-    return "\n\n".join([*parts, "## The paper's", PAPER_NOTE, paper_table(), paper_time()]) + "\n"
+    parts += ["## The paper's", PAPER_NOTE, paper_table(), paper_time()]
+    if any("ctc-paper" in results.methods for results in all_results):
+        parts.append(PAPER_METHOD_NOTE)
+    return "\n\n".join(parts) + "\n"
 
 
 def parts_of(results: Results) -> Iterator[str]:
@@ -61,6 +72,7 @@ def bench_parts(results: Results) -> Iterator[str]:
     yield origin(results)
     yield f"### Speedup and acceptance, {figures.name_of(results.size)}"
     yield main_table(results, boots)
+    yield from engines_of(results.meta)
     if results.ours and len(results.methods) > 1:
         yield f"### β of {results.ours} over β of the others"
         yield from (ratio_table(results, task, boots[task]) for task in results.tasks)
@@ -119,7 +131,8 @@ def depth_parts(results: Results) -> Iterator[str]:
 def of_another_target(results: Results) -> bool:
     """Variants for a target that was named: what they show is how β changes with the target."""
     meta = results.meta
-    return bool(meta.get("ablations") and meta.get("target_parameters")) and meta.get("target", "shipped") != "shipped"
+    own = ("shipped", "tiny")  # older results call the tiny target so
+    return bool(meta.get("ablations") and meta.get("target_parameters")) and meta.get("target", "tiny") not in own
 
 
 def scaling_parts(found: Sequence[Results]) -> Iterator[str]:
@@ -159,7 +172,7 @@ def scaling_table(targets: Sequence[Results], task: str) -> str:
         rows = [row for each in targets for row in each.rows if row["task"] == task and row["method"] == method]
         same, compared = (sum(row[name] for row in rows) for name in ("identical", "compared"))
         cells = [shown(boots[each.name].beta((method, size))) for each, size in columns]
-        lines.append([method, *cells, f"{same} of {compared}"])
+        lines.append([title_of(method), *cells, agreement(same, compared)])
     return table([*head, "identical"], lines)
 
 
@@ -169,12 +182,20 @@ def drawings(results: Results) -> Iterator[tuple[str, str, Figure]]:
         return
     at, largest = figures.name_of(results.size), figures.name_of(results.sizes[-1])
     wanted: list[tuple[str, str, Figure | None]] = [
-        ("beta-by-size", "β against the size of the tree.", figures.by_size(results, "beta", "β")),
-        ("gamma-by-size", "γ against the size of the tree.", figures.by_size(results, "gamma", "γ")),
+        (
+            "beta-by-size",
+            "Tokens per step (β) against the size of the tree.",
+            figures.by_size(results, "beta", "tokens per step (β)"),
+        ),
+        (
+            "gamma-by-size",
+            "Speedup (γ) against the size of the tree; at the line of 1 drafting costs what it saves.",
+            figures.by_size(results, "gamma", "speedup (γ)", even=1.0),
+        ),
         ("time", f"Milliseconds of a step by stage, {at}.", figures.time_by_stage(results)),
     ]
     for task in results.tasks:
-        categories = f"β by category of {task}, {at}, 95% intervals."
+        categories = f"Tokens per step (β) by category of {task}, {at}; 95% intervals from {FEWEST} prompts on."
         accepted = f"Drafted tokens that a step accepted, {task}, {at}."
         promised = (
             f"Probability that a node promised against the share that was accepted, {task}, {largest}; "
@@ -202,16 +223,17 @@ def shown(estimate: Estimate | None) -> str:
 
 
 def identical(row: dict[str, Any] | None) -> str:
-    return "-" if row is None else f"{row['identical']} of {row['compared']}"
+    return "-" if row is None else agreement(row["identical"], row["compared"])
 
 
 def main_table(results: Results, boots: dict[str, Bootstrap]) -> str:
     """The layout of the paper's Table 1."""
-    head = ["method", *(f"{task} {figure}" for task in results.tasks for figure in ("γ", "β", "identical"))]
+    named = ["weights"] if results.meta.get("peers") else []
+    head = ["method", *named, *(f"{task} {figure}" for task in results.tasks for figure in ("γ", "β", "identical"))]
     lines = []
     stock = ((name, None) for name in results.stock)
     for key in [PLAIN_KEY, *stock, *((method, results.size) for method in results.methods)]:
-        cells = [key[0]]
+        cells = [title_of(key[0]), *filter(None, [weights_of(results.meta, key[0])])]
         for task in results.tasks:
             cells += [shown(boots[task].gamma(key)), shown(boots[task].beta(key)), identical(results.row(task, key))]
         lines.append(cells)
@@ -225,7 +247,10 @@ def ratio_table(results: Results, task: str, boot: Bootstrap) -> str:
     head = [f"{task}: {ours} over", *map(str, results.sizes)]
     return table(
         head,
-        ([other, *(shown(boot.beta_ratio((ours, size), (other, size))) for size in results.sizes)] for other in others),
+        (
+            [title_of(other), *(shown(boot.beta_ratio((ours, size), (other, size))) for size in results.sizes)]
+            for other in others
+        ),
     )
 
 
@@ -237,7 +262,7 @@ def size_table(results: Results, task: str) -> str:
         rows = [results.row(task, (method, size)) for size in results.sizes]
         cells = [f"{number(row['beta'])} / {number(row['gamma'])}" if row else "-" for row in rows]
         same, compared = (sum(row[name] for row in rows if row) for name in ("identical", "compared"))
-        lines.append([method, *cells, f"{same} of {compared}"])
+        lines.append([title_of(method), *cells, agreement(same, compared)])
     return table(head, lines)
 
 
@@ -249,7 +274,7 @@ def size_and_identity_table(results: Results, boots: dict[str, Bootstrap]) -> st
         rows = [row for row in results.rows if row["method"] == method]
         same, compared = (sum(row[name] for row in rows) for name in ("identical", "compared"))
         cells = [shown(boots[task].beta((method, size))) for task, size in columns]
-        lines.append([method, *cells, f"{same} of {compared}"])
+        lines.append([title_of(method), *cells, agreement(same, compared)])
     return table(head, lines)
 
 
@@ -259,7 +284,7 @@ def best_depth_table(results: Results, boots: dict[str, Bootstrap]) -> str:
     head = ["method", *(f"{task} {figure}" for task in results.tasks for figure in ("depth", "γ", "β"))]
     lines = []
     for name in dict.fromkeys(known[method]["of"] for method in results.methods):
-        cells = [name]
+        cells = [title_of(name)]
         for task in results.tasks:
             rows = (results.row(task, (each, results.size)) for each in results.methods if known[each]["of"] == name)
             best = max((row for row in rows if row), key=lambda row: row["gamma"], default=None)
@@ -273,17 +298,24 @@ def best_depth_table(results: Results, boots: dict[str, Bootstrap]) -> str:
 
 
 def cost_table(results: Results) -> str:
-    head = ["drafter", "method", "parameters", "longest draft", "steps", "tokens read", "minutes"]
+    """What drafters are, what they cost a step, and what their training took; old files know less."""
+    known = results.meta["drafters"]
+    counted = any(facts.get("draft_flops") for facts in known.values())
+    head = ["drafter", "method", "parameters", "longest draft"]
+    head += ["FLOPs of a draft", "ms of a draft", "learning rate"] if counted else []
+    head += ["steps", "tokens read", "minutes"]
+    of_a_draft = {name: line for name, _, *line in costs({"meta": results.meta, "rows": results.rows})}
     lines = []
-    for name, facts in results.meta["drafters"].items():
+    for name, facts in known.items():
         spent = facts.get("training") or {}
         seconds = spent.get("seconds")
         lines.append(
             [
-                name,
+                title_of(name),
                 facts.get("method", "-"),
                 f"{facts['parameters'] / 1e6:.2f} M" if facts.get("parameters") else "none",
                 str(facts.get("draft_length") or "-"),
+                *(of_a_draft[name] if counted else ()),
                 *(f"{spent[key]:,.0f}" if spent.get(key) else "-" for key in ("steps", "tokens")),
                 f"{seconds / 60:.1f}" if seconds else "-",
             ]

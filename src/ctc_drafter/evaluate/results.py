@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from ctc_drafter.drafters.copying import ALL, NONE, OWN
 from ctc_drafter.files import disk_errors, number, read_json, write_atomic
 from ctc_drafter.types import UserError
 
@@ -28,9 +29,20 @@ PLAIN_KEY: Key = (PLAIN, None)
 USUAL_SIZE = 16
 
 
+# What a method is called in tables and figures, where its name alone would claim too much: our drafter of EAGLE's kind,
+# trained here, is not its authors' checkpoint.
+TITLES = {"eagle": "EAGLE-style"}
+
+
+def title_of(method: str) -> str:
+    """ "eagle, depth 4" is "EAGLE-style, depth 4"; other names are their own."""
+    name, comma, rest = method.partition(",")
+    return TITLES.get(name, name) + comma + rest
+
+
 @dataclass(frozen=True)
 class Results:
-    """One results file. name: its stem."""
+    """One results file, or the part of it where nobody or everybody copies. name: its stem, and which part."""
 
     name: str
     meta: dict[str, Any]
@@ -90,13 +102,14 @@ class Results:
         machine = hardware["gpu"] or f"{hardware['cpu']}, {meta['threads']} thread{'s' * (meta['threads'] > 1)}"
         unfinished = "" if meta["complete"] else ", unfinished run"
         return (
-            f"results/{self.name}.json, commit {(meta['commit'] or 'unknown')[:9]}, {machine}, "
+            f"results/{meta.get('file', self.name)}.json, commit {(meta['commit'] or 'unknown')[:9]}, {machine}, "
             f"{meta['dtype']}, batch {meta['batch_size']}{unfinished}"
         )
 
 
 def read_results(files: Sequence[Path]) -> list[Results]:
-    """The bench's files among these, by name; others (of `eval`, `exactness`) are left out.
+    """The bench's files among these, by name, each once for those who copy and for those who do not; others (of `eval`,
+    `exactness`) are left out.
 
     Raises `UserError` for unreadable files, or when none is left.
     """
@@ -104,9 +117,38 @@ def read_results(files: Sequence[Path]) -> list[Results]:
     for file in sorted(files, key=lambda file: file.name):
         value = read_json(file)
         if isinstance(value, dict) and value.get("records"):
-            found.append(Results(file.stem, value["meta"], value["rows"], value["records"]))
+            for mode, part in apart(value):
+                name = f"{file.stem}-{COPYING[mode].replace(' ', '-')}" if mode in COPYING else file.stem
+                meta = part["meta"] | {"file": file.stem}
+                found.append(Results(name, meta, part["rows"], part["records"]))
     if not found:
         raise UserError("none of these files is a bench's; write one with ctc-drafter bench --json FILE")
+    return found
+
+
+# The same results, apart by who copied.
+
+COPYING = {NONE: "nobody copies", ALL: "everybody copies"}
+
+
+def apart(result: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """(mode, result) for each mode of a result of `bench`, or (`own`, the result) if it has none.
+
+    Each has the rows and records of its drafters, and those of plain decoding and others that are no drafters.
+    """
+    known: dict[str, dict[str, Any]] = result["meta"].get("drafters") or {}
+    mode_of = {name: facts["copies"] for name, facts in known.items() if facts.get("copies")}
+    if not mode_of:
+        return [(OWN, dict(result))]
+    found = []
+    for mode in dict.fromkeys(mode_of.values()):
+        parts = {
+            part: [each for each in result[part] if mode_of.get(each["method"], mode) == mode]
+            for part in ("rows", "records")
+            if part in result
+        }
+        drafters = {name: facts for name, facts in known.items() if mode_of.get(name, mode) == mode}
+        found.append((mode, {**result, **parts, "meta": {**result["meta"], "drafters": drafters}}))
     return found
 
 
@@ -178,6 +220,11 @@ def row_of(task: str, key: Key, records: Sequence[Record], plain: Sequence[Recor
     }
 
 
+def agreement(same: int, compared: int) -> str:
+    """How many outputs were plain decoding's; a dash where none was compared (`bench --tokens-only`)."""
+    return f"{same} of {compared}" if compared else "-"
+
+
 def rate(tokens: int, seconds: float) -> float | None:
     return tokens / seconds if seconds else None
 
@@ -247,18 +294,42 @@ def difference(old: dict[str, Any], new: dict[str, Any]) -> str:
     return f"{key} was {old.get(key)}, is now {new.get(key)}"
 
 
+def weights_of(meta: Mapping[str, Any], method: str) -> str | None:
+    """The type of the weights that a method computed with; None where no other engine was measured: all are alike."""
+    peers = meta.get("peers")
+    return str(peers.get(method, {}).get("weights", meta["dtype"])) if peers else None
+
+
+def engines_of(meta: Mapping[str, Any]) -> list[str]:
+    """A sentence for each other engine that was measured: its version, and the instructions it was built for."""
+    found = []
+    for method, facts in (meta.get("peers") or {}).items():
+        built = f", built for {facts['built_for']}" if "built_for" in facts else ""
+        found.append(f"`{method.partition(':')[0]}` is {facts['engine']}{built}.")
+    return list(dict.fromkeys(found))
+
+
 def results_table(result: dict[str, Any]) -> Table:
-    """One line per row of `evaluate`'s results; what was not measured is a dash. Fits 80 columns."""
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    """One line per row of `evaluate`'s results; what was not measured is a dash. Fits 80 columns.
+
+    Beside other engines each row says what its weights are, in place of how many tokens it wrote.
+    """
+    meta, table = result.get("meta", {}), Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
+    peers = bool(meta.get("peers"))
     for name in ("task", "method"):
         table.add_column(name, no_wrap=True)
-    table.add_column("nodes", justify="right", no_wrap=True)
-    for name in ("tokens", "tokens/s", "γ", "β", "identical"):
+    counts = ["weights"] if peers else ["nodes", "tokens"]
+    for name in (*counts, "tokens/s", "speedup", "tokens\n/step" if peers else "tokens/step", "identical"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in result["rows"]:
-        figures = [number(row["tokens_per_s"], 1), number(row["gamma"], 2), number(row["beta"], 2)]
-        counts = [str("-" if row.get("nodes") is None else row["nodes"]), str(row["tokens"])]
-        table.add_row(row["task"], row["method"], *counts, *figures, f"{row['identical']} of {row['compared']}")
+        method, nodes = row["method"], row.get("nodes")
+        if peers:
+            method += "" if nodes is None else f", {nodes}"
+            cells = [str(weights_of(meta, row["method"]))]
+        else:
+            cells = [str("-" if nodes is None else nodes), str(row["tokens"])]
+        cells += [number(row["tokens_per_s"], 1), number(row["gamma"], 2), number(row["beta"], 2)]
+        table.add_row(row["task"], method, *cells, agreement(row["identical"], row["compared"]))
     skipped = {row["task"]: row["skipped"] for row in result["rows"] if row["skipped"]}
     if skipped:
         table.caption = "Left out, too long for the context: " + ", ".join(f"{n} of {t}" for t, n in skipped.items())

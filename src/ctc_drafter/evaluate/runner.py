@@ -11,7 +11,6 @@ from typing import Any, Unpack
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedTokenizerBase
 
 from ctc_drafter.chat import decode, encode_conversation
@@ -19,12 +18,13 @@ from ctc_drafter.decode.batch import DecodingConfig, DecodingOptions
 from ctc_drafter.drafters.base import Drafter
 from ctc_drafter.drafters.prompt_lookup import PromptLookup
 from ctc_drafter.drafters.registry import PROMPT_LOOKUP
-from ctc_drafter.evaluate.hf_generate import stock_contenders
-from ctc_drafter.evaluate.methods import Calibration, Contender, contenders_of, decoding
+from ctc_drafter.evaluate.also import also_contenders
+from ctc_drafter.evaluate.methods import Calibration, Contender, contenders_of, decoding, steps_of
 from ctc_drafter.evaluate.results import Journal, Record, histogram, row_of
 from ctc_drafter.evaluate.tasks import Prompt, Task
 from ctc_drafter.provenance import environment
 from ctc_drafter.target.model import Target
+from ctc_drafter.train.progress import Progress
 
 TIMED = 5  # batches of a task that run once more with a clock on each stage
 STAGES_NOTE = (
@@ -49,6 +49,7 @@ class Tally:
 
     outputs: list[list[int]] = field(default_factory=list)
     accepted: list[int] = field(default_factory=list)
+    steps: int = 0
     seconds: float = 0.0
 
 
@@ -56,7 +57,7 @@ class Tally:
 class Bench:
     """Fixed parts of an evaluation. The first contender is plain decoding.
 
-    watched: prompts of each task that run once more to count what trees promised.
+    watched: prompts of each task that run once more to count what trees promised. timed: whether seconds count.
     """
 
     target: Target
@@ -65,18 +66,37 @@ class Bench:
     max_new_tokens: int
     batch_size: int
     watched: int = 0
+    timed: bool = True
 
     def encode(self, conversation: Conversation) -> list[int]:
-        answers = conversation.answers
-        return encode_conversation(self.tokenizer, conversation.prompt.turns[: len(answers) + 1], answers)
+        prompt, answers = conversation.prompt, conversation.answers
+        return encode_conversation(self.tokenizer, prompt.turns[: len(answers) + 1], answers, system=prompt.system)
 
     def fits(self, conversation: Conversation) -> bool:
-        """Whether the context holds all turns, should every answer to come use all of `max_new_tokens`."""
+        """Whether the context holds all turns."""
+        return self.length(conversation) <= self.target.context
+
+    def length(self, conversation: Conversation) -> int:
+        """Tokens of all turns, should every answer to come use all of `max_new_tokens`."""
         turns, answers = conversation.prompt.turns, conversation.answers
         missing = len(turns) - len(answers)
         blank = ["x"] * (missing - 1)
-        prompt = encode_conversation(self.tokenizer, turns, [*answers, *blank])
-        return len(prompt) + missing * self.max_new_tokens <= self.target.context
+        system = conversation.prompt.system
+        prompt = encode_conversation(self.tokenizer, turns, [*answers, *blank], system=system)
+        return len(prompt) + missing * self.max_new_tokens
+
+    def prepare(self, tasks: Sequence[Task]) -> None:
+        """What contenders do before anything is timed: other engines load their weights, and make room for the longest
+        text."""
+        waiting = [contender.prepare for contender in self.contenders if contender.prepare]
+        if not waiting:
+            return
+        all_prompts = (prompt for task in tasks for prompt in task.prompts)
+        lengths = [self.length(Conversation(index, prompt)) for index, prompt in enumerate(all_prompts)]
+        longest = max((length for length in lengths if length <= self.target.context), default=0)
+        for prepare in waiting if longest else ():
+            # Answers are read as text and may have more tokens then.
+            prepare(self.batch_size, longest + self.max_new_tokens)
 
     def ready(self, batch: Sequence[Conversation], turn: int) -> list[Conversation]:
         """The conversations that have this turn; marks and leaves out those that the context cannot hold."""
@@ -96,11 +116,13 @@ class Bench:
             for contender in order:
                 start = time.perf_counter()
                 generation = contender.run(prompts, False, None)
-                share = (time.perf_counter() - start) / len(rows)
-                for row, tokens, accepted in zip(rows, generation.tokens, generation.accepted, strict=True):
+                share = (time.perf_counter() - start) / len(rows) if self.timed else 0.0
+                each = zip(rows, generation.tokens, generation.accepted, steps_of(generation), strict=True)
+                for row, tokens, accepted, steps in each:
                     tally = tallies[contender.key, row.index]
                     tally.outputs.append(tokens)
                     tally.accepted += accepted
+                    tally.steps += steps
                     tally.seconds += share
             for row in rows:
                 answer = tallies[self.contenders[0].key, row.index].outputs[-1]
@@ -121,7 +143,7 @@ class Bench:
         """Figures from extra, untimed runs: `stages_ms`, `calibration`."""
         found: dict[str, Any] = {"task": task.name, "method": contender.method, "nodes": contender.nodes}
         count = TIMED * self.batch_size
-        if prompts := self.first_turns(task.some(count).prompts, count):
+        if self.timed and (prompts := self.first_turns(task.some(count).prompts, count)):
             found["stages_ms"] = self.stages_ms(prompts, contender)
         if self.watched and contender.nodes is not None:
             calibration, prompts = Calibration(), self.first_turns(task.some(self.watched).prompts, self.watched)
@@ -149,7 +171,7 @@ def record_of(task: str, conversation: Conversation, contender: Contender, tally
         *about,
         turns=len(tally.outputs),
         tokens=sum(map(len, tally.outputs)),
-        steps=len(tally.accepted),
+        steps=tally.steps,
         seconds=tally.seconds,
         identical=tally.outputs == plain.outputs,
         accepted=histogram(tally.accepted),
@@ -176,8 +198,8 @@ def evaluate(
     """Measures plain and drafted decoding on `limit` prompts of each task.
 
     Trees are as `config` says, or its fields by name. All run in turn on each batch, the order alternating, after a
-    warm-up; with a `budget` trees of its choice too, `also` prompt lookup in trees of the same size, and transformers'
-    own ways, see `hf_generate.py`.
+    warm-up; with a `budget` trees of its choice too, `also` prompt lookup in trees of the same size, and the ways of
+    transformers and of other engines, see `also.py`.
     Returns `{"meta", "rows"}`, a row per method and task. `identical` of `compared` prompts have, over all turns, plain
     decoding's very tokens; `skipped` prompts do not fit the target's context. `meta` adds to the meta object. `save`
     gets the object after every batch. After Ctrl-C the object holds what was finished, and `meta["complete"]` is false.
@@ -187,7 +209,7 @@ def evaluate(
     contenders = contenders_of(made, drafter, config)
     if PROMPT_LOOKUP in also:
         contenders.append(made.drafted(PROMPT_LOOKUP, PromptLookup(), config.nodes, replace(config, budget=None)))
-    contenders += stock_contenders(made, [name for name in also if name != PROMPT_LOOKUP])
+    contenders += also_contenders(made, [name for name in also if name != PROMPT_LOOKUP])
     bench = Bench(target, tokenizer, contenders, max_new_tokens, batch_size)
     settings = {"seed": seed, "nodes": config.nodes, "floor": config.min_probability, "limit": limit}
     result = {"meta": head(bench, settings) | (meta or {}), "rows": []}
@@ -198,14 +220,17 @@ def evaluate(
 def head(bench: Bench, settings: dict[str, Any]) -> dict[str, Any]:
     """Metadata of a results file."""
     target = bench.target
+    peers = {contender.method: contender.facts for contender in bench.contenders if contender.facts}
     return {
         **environment(),
         "dtype": str(target.dtype).removeprefix("torch."),
         "device": str(target.device),
         "threads": torch.get_num_threads(),
         "compiled": target.compiled,
+        "exact": target.alone,
         "batch_size": bench.batch_size,
         "max_new_tokens": bench.max_new_tokens,
+        **({"peers": peers} if peers else {}),
         **settings,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "note": STAGES_NOTE,
@@ -243,23 +268,27 @@ def measure_all(
 
 def _batches(bench: Bench, tasks: Sequence[Task], journal: Journal, console: Console) -> Iterator[None]:
     """Measures all that the journal lacks; yields after each batch."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        bar = progress.add_task("warm-up", total=sum(len(task.prompts) for task in tasks))
+    total, tokens = sum(len(task.prompts) for task in tasks), 0
+    done = sum(len(journal.done(task.name)) for task in tasks)
+    with Progress("warm-up", total, done, transient=True, console=console) as progress:
+        bench.prepare(tasks)
         warm = next((first for task in tasks if (first := bench.first_turns(task.prompts, bench.batch_size))), [])
         for contender in bench.contenders if warm else ():
             contender.run(warm, False, None)
         for task in tasks:
-            progress.update(bar, description=task.name)
+            progress.update(done, tokens, task.name)
             conversations = [Conversation(index, prompt) for index, prompt in enumerate(task.prompts)]
-            done = journal.done(task.name)
+            measured = journal.done(task.name)
             for number, start in enumerate(range(0, len(conversations), bench.batch_size)):
                 batch = conversations[start : start + bench.batch_size]
-                if start not in done:
+                if start not in measured:
                     order = list(bench.contenders) if number % 2 == 0 else list(bench.contenders)[::-1]
-                    journal.add(bench.measure(task.name, batch, order))
+                    records = bench.measure(task.name, batch, order)
+                    tokens += sum(record.tokens for record in records)
+                    journal.add(records)
                     yield
-                progress.advance(bar, len(batch))
+                    done += len(batch)
+                    progress.update(done, tokens)
             known = {(extra["task"], extra["method"], extra["nodes"]) for extra in journal.extras}
             for contender in bench.contenders:
                 if (task.name, *contender.key) not in known:
@@ -274,6 +303,8 @@ def rows_of(bench: Bench, tasks: Sequence[Task], journal: Journal) -> list[dict[
         for contender in bench.contenders if known else ():
             own, plain = ([r for r in known if r.key == key] for key in (contender.key, bench.contenders[0].key))
             row = row_of(task.name, contender.key, own, [record for record in plain if not record.skipped])
+            if not bench.timed:  # outputs are plain decoding's from the start, and comparing them would say nothing
+                row |= {"identical": 0, "compared": 0}
             for extra in journal.extras:
                 if (extra["task"], extra["method"], extra["nodes"]) == (task.name, *contender.key):
                     row |= {name: extra[name] for name in ("stages_ms", "calibration") if name in extra}

@@ -1,4 +1,4 @@
-"""Trains drafters for comparisons (`bench --quick`, `--ablations`); typical acceptance."""
+"""Trains drafters for comparisons (`bench --quick`, `--ablations`), at one learning rate or the best of several."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from ctc_drafter.decode.sampling import ARGMAX, Sampler
-from ctc_drafter.decode.sequence import SequenceState
+from ctc_drafter.drafters.base import Drafter
 from ctc_drafter.drafters.baselines.ctc_variants import PaperConfig, PaperDrafter
 from ctc_drafter.drafters.ctc import CTCDrafter
 from ctc_drafter.drafters.prompt_lookup import PromptLookup
@@ -25,15 +24,18 @@ from ctc_drafter.drafters.registry import (
 )
 from ctc_drafter.drafters.trainable import TrainableDrafter
 from ctc_drafter.evaluate.bench import BenchSettings, Entry, about_drafter
+from ctc_drafter.evaluate.typical import Typical
 from ctc_drafter.files import cache_folder
-from ctc_drafter.load import load_drafter
-from ctc_drafter.quickstart import DRAFTER_DIR, SAMPLE_DIR
+from ctc_drafter.load import drafter_place, load_drafter
+from ctc_drafter.quickstart import SAMPLE_DIR
 from ctc_drafter.target.layout import columns_first
 from ctc_drafter.target.model import Target
 from ctc_drafter.train.data import DistilledDataset
 from ctc_drafter.train.settings import TrainSettings
+from ctc_drafter.train.temperature import fit_temperature
 from ctc_drafter.train.trainer import train_drafter
-from ctc_drafter.types import TokenTree, UserError
+from ctc_drafter.train.validate import offline_beta
+from ctc_drafter.types import UserError
 
 # `bench --quick`: small drafters of every method, each trained for a minute on the same data.
 
@@ -49,7 +51,6 @@ TRAINING: dict[str, Any] = {
     "bf16": True,
     "save_every": 80,
 }
-TASKS = "mt_bench,gsm8k"
 QUICK = BenchSettings(sizes=("chain", 16), limit=8, max_new_tokens=64, watched=1)
 
 
@@ -58,7 +59,8 @@ class TrainedAlike:
     """Which drafters to train. kind: every method, or the ablations. only: names of some; all if empty.
 
     work: the folder that keeps them, None for one in the user's cache. data: distilled text to train them on, of the
-    target that is measured; the sample that ships with the package, of the shipped one, without.
+    target that is measured; the sample that ships with the package, of the tiny one, without. learning_rates: each
+    drafter is trained at every one of them, and the best one is kept (`best_of`); without, at its own.
     """
 
     kind: Literal["methods", "ablations"] = "methods"
@@ -66,6 +68,7 @@ class TrainedAlike:
     steps: int | None = None
     work: Path | None = None
     data: tuple[Path, ...] = ()
+    learning_rates: tuple[float, ...] = ()
 
     def rows(self) -> DistilledDataset:
         return DistilledDataset.load(self.data) if self.data else sample_rows()
@@ -106,17 +109,73 @@ def train_entries(
     work: Path,
     *,
     steps: int | None = None,
+    learning_rates: Sequence[float] = (),
     tell: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Entry]:
     """An entry for each recipe, trained in `work/NAME`; those that are there already are only loaded.
 
-    Raises `UserError` if the folder holds drafters of other settings, or the rows are another target's.
+    With learning rates each is the best of several, see `best_of`. Raises `UserError` if the folder holds drafters of
+    other settings, or the rows are another target's.
     """
     found = {}
     for place, (name, recipe) in enumerate(recipes.items(), 1):
         tell(f"{place} of {len(recipes)}: {name}")
-        found[name] = train_one(target, tokenizer, recipe, rows, work / name.replace(" ", "_"), steps)
+        given = target, tokenizer, recipe, rows, work / name.replace(" ", "_"), steps
+        found[name] = best_of(learning_rates, *given) if learning_rates else train_one(*given)
     return found
+
+
+HELD_OUT = 0.1  # share of the rows that a sweep of learning rates compares on
+COMPARED = 512  # positions of them
+
+
+def best_of(
+    learning_rates: Sequence[float],
+    target: Target,
+    tokenizer: PreTrainedTokenizerBase,
+    recipe: Recipe,
+    rows: DistilledDataset,
+    out: Path,
+    steps: int | None = None,
+) -> Entry:
+    """Trains a recipe at each learning rate, in `OUT-RATE`, and returns the one of the largest held-out β of 16 nodes.
+
+    A tenth of the rows is held out, the same ones for all; a method whose scores have a temperature gets the one that
+    suits them. `sweep` among the facts has β by learning rate. Raises
+    `UserError` if no held-out row is long enough.
+    """
+    learn, held_out = rows.split(HELD_OUT)
+    entries: dict[float, Entry] = {}
+    for rate in learning_rates:
+        chosen = replace(recipe, training={**recipe.training, "learning_rate": rate})
+        entries[rate] = train_one(target, tokenizer, chosen, learn, out.with_name(f"{out.name}-{rate:g}"), steps)
+    sweep = {rate: held_out_beta(target, entry.drafter, held_out) for rate, entry in entries.items()}
+    best = max(sweep, key=lambda rate: sweep[rate])
+    known = {"learning_rate": best, "sweep": {f"{rate:g}": round(beta, 3) for rate, beta in sweep.items()}}
+    found = entries[best].drafter
+    assert isinstance(found, TrainableDrafter)
+    known |= {"temperature": fit_temperature(target, found, held_out)}
+    return replace(entries[best], facts=entries[best].facts | known)
+
+
+def held_out_beta(target: Target, drafter: Drafter, held_out: DistilledDataset) -> float:
+    """β of trees of 16 nodes, without decoding; what it copies is its own."""
+    assert isinstance(drafter, TrainableDrafter)
+    return offline_beta(target, drafter, held_out, nodes=(16,), max_positions=COMPARED)["beta_16"]
+
+
+def parse_rates(text: str) -> tuple[float, ...]:
+    """`5e-4,1e-3` as numbers. Raises `UserError` for others."""
+    found = []
+    for part in (part.strip() for part in text.split(",") if part.strip()):
+        try:
+            rate = float(part)
+        except ValueError:
+            rate = 0.0
+        if not 0 < rate < 1:
+            raise UserError(f"--learning-rates {part} is none; give numbers between 0 and 1, with commas between them")
+        found.append(rate)
+    return tuple(dict.fromkeys(found))
 
 
 def train_one(
@@ -249,11 +308,13 @@ def ablation_entries(
     work: Path,
     *,
     steps: int | None = None,
+    learning_rates: Sequence[float] = (),
     tell: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Entry]:
     """An entry for each variant; what several share is trained once, in `work/NAME`."""
     recipes: Mapping[str, Recipe] = {variant.name: variant.recipe for variant in chosen}
-    trained = train_entries(target, tokenizer, recipes, rows, work, steps=steps, tell=tell)
+    options: dict[str, Any] = {"steps": steps, "learning_rates": learning_rates, "tell": tell}
+    trained = train_entries(target, tokenizer, recipes, rows, work, **options)
     return {variant.label: decided(variant, trained[variant.name], target) for variant in chosen}
 
 
@@ -282,14 +343,11 @@ def static_twin(drafter: CTCDrafter) -> PaperDrafter:
 
 
 def open_entries(named: Mapping[str, str], target: Target, tokenizer: PreTrainedTokenizerBase) -> dict[str, Entry]:
-    """An entry for each name and its folder or hub id; without any, the shipped drafter under its method's name."""
-    if not named:
-        shipped = load_drafter(None, target, tokenizer)
-        return {method_of(shipped): Entry(shipped, about_drafter(shipped, DRAFTER_DIR))}
+    """An entry for each name and its drafter, by a name that `load_drafter` takes; an empty name is the method's."""
     entries = {}
     for name, place in named.items():
-        drafter = load_drafter(place, target, tokenizer)
-        entries[name] = Entry(drafter, about_drafter(drafter, Path(place) if Path(place).is_dir() else None))
+        drafter, found = load_drafter(place, target, tokenizer), Path(drafter_place(place))
+        entries[name or method_of(drafter)] = Entry(drafter, about_drafter(drafter, found if found.is_dir() else None))
     return entries
 
 
@@ -302,66 +360,9 @@ def chosen_entries(
     """Entries of named drafters, or of trained ones; `tell` hears which one is being trained."""
     if not isinstance(chosen, TrainedAlike):
         return open_entries(chosen, target, tokenizer)
+    options: dict[str, Any] = {"steps": chosen.steps, "learning_rates": chosen.learning_rates, "tell": tell}
     if chosen.kind == "ablations":
         variants = chosen_variants(chosen.only)
-        work = work_folder(chosen)
-        return ablation_entries(target, tokenizer, variants, chosen.rows(), work, steps=chosen.steps, tell=tell)
+        return ablation_entries(target, tokenizer, variants, chosen.rows(), work_folder(chosen), **options)
     which = selected(recipes(), chosen.only)
-    trained = train_entries(target, tokenizer, which, chosen.rows(), work_folder(chosen), steps=chosen.steps, tell=tell)
-    return with_lookup(trained)
-
-
-# Typical acceptance: tokens that are likely enough for the target pass. It CHANGES THE OUTPUT: for comparison only.
-#
-# Source: Cai et al., "Medusa: Simple LLM Inference Acceleration Framework with Multiple Decoding Heads" (ICML 2024).
-# A drafted token x passes where P(x) > min(epsilon, delta exp(-H)), P being the target's distribution at temperature
-# and H its entropy; of the paths all of whose tokens pass the longest is taken, the likeliest among equals. What
-# follows it, and every row's first token, is the argmax; the argmax itself always passes, since its probability is at
-# least exp(-H).
-
-
-@dataclass(frozen=True)
-class Typical:
-    """A sampler, see `decode/sampling.py`. The defaults are Medusa's."""
-
-    epsilon: float = 0.09
-    delta: float = 0.3
-    temperature: float = 0.7
-
-    def __post_init__(self) -> None:
-        for name in ("epsilon", "delta", "temperature"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"{name} is {getattr(self, name)}; give more than 0")
-
-    def validate(self, row: SequenceState, logits: torch.Tensor) -> None:
-        return
-
-    def sample(self, logits: torch.Tensor, rows: Sequence[SequenceState]) -> torch.Tensor:
-        return logits.argmax(-1)
-
-    def sample_tree(self, tree: TokenTree, logits: torch.Tensor, rows: Sequence[SequenceState]) -> torch.Tensor:
-        log_probs = (logits.float() / self.temperature).log_softmax(-1)
-        entropy = -(log_probs.exp() * log_probs).nansum(-1)
-        least = (self.delta * (-entropy).exp()).clamp(max=self.epsilon).log()
-        own = log_probs.gather(1, tree.parents.unsqueeze(-1).expand_as(log_probs)).gather(2, tree.tokens.unsqueeze(-1))
-        own = own.squeeze(-1)
-        passes = (own > least.gather(1, tree.parents)) & tree.valid
-        passes[:, 0], own[:, 0] = True, 0.0
-        whole = ~(tree.ancestors & ~passes.unsqueeze(1)).any(-1)
-        likelihood = (tree.ancestors * own.nan_to_num(neginf=-1e4).unsqueeze(1)).sum(-1)
-        depths = torch.where(whole, tree.depths, -1)
-        longest = depths == depths.amax(1, keepdim=True)
-        last = torch.where(longest, likelihood, float("-inf")).argmax(1)
-        return wanted_on_path(tree, logits.argmax(-1), last)
-
-
-def wanted_on_path(tree: TokenTree, target_tokens: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
-    """`target_tokens int64 [B, 1+N]` with the tokens of the path from the root to node `last int64 [B]` put in."""
-    rows = torch.arange(len(last), device=last.device)
-    found, node = target_tokens.clone(), last
-    for _ in range(int(tree.depths.max())):
-        on = node > 0
-        parent = tree.parents[rows, node]
-        found[rows[on], parent[on]] = tree.tokens[rows, node][on]
-        node = parent
-    return found
+    return with_lookup(train_entries(target, tokenizer, which, chosen.rows(), work_folder(chosen), **options))

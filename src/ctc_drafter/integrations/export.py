@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, Qwen3Config
 
 from ctc_drafter.drafters.ctc import COPYING, CTCDrafter
 from ctc_drafter.integrations.settings import ARCHITECTURE, FORMAT, HeadSettings
-from ctc_drafter.types import UserError
+from ctc_drafter.types import UserError, own_code
 
 # Of the draft layers (DFlash's) and of the head; see `docs/design.md`.
 PARTS = {"fc", "hidden_norm", "layers", "norm", "blank_head", "predictor", "carry", "d2t"}
@@ -28,17 +28,25 @@ def export(drafter: CTCDrafter, target: PreTrainedConfig, name: str, out: Path, 
     """Writes `config.json` and `model.safetensors`; returns the parts of the drafter that stay out.
 
     name: where engines find the target. width: prefixes of each length that the search keeps. Raises `UserError` when
-    the folder holds something, or the target's embedding does what engines would not repeat.
+    the folder holds something, when the drafter has convolutions, or the target's embedding does what engines would not
+    repeat.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is not empty; give --out a new folder")
+    if drafter.config.convolution:
+        raise UserError("no engine runs a drafter with convolutions yet; train one with --no-convolution")
     config = speculators_config(drafter, target, name, width)
     tensors = {key: tensor.contiguous() for key, tensor in drafter.state_dict().items()}
     whole = {key: tensor for key, tensor in tensors.items() if not key.startswith(COPYING)}
     known = {key: tensor for key, tensor in whole.items() if key.split(".")[0] in PARTS}
     out.mkdir(parents=True, exist_ok=True)
-    save_file(known, out / "model.safetensors", {"format": "pt"})
-    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    try:
+        save_file(known, out / "model.safetensors", {"format": "pt"})
+        (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    except BaseException:
+        for half in ("model.safetensors", "config.json"):  # the folder must be empty for the next try
+            (out / half).unlink(missing_ok=True)
+        raise
     copies = {COPYING.rstrip(".")} if len(whole) < len(tensors) else set()
     return sorted({key.split(".")[0] for key in whole.keys() - known.keys()} | copies)
 
@@ -91,7 +99,8 @@ def speculators_config(drafter: CTCDrafter, target: PreTrainedConfig, name: str,
 def embedding_scale(target: PreTrainedConfig) -> float:
     """Factor that the target's embedding module applies, as Gemma's does. Engines do so outside of the module."""
     with torch.device("meta"):
-        embed = AutoModelForCausalLM.from_config(target.get_text_config(decoder=True)).get_input_embeddings()
+        text = target.get_text_config(decoder=True)
+        embed = AutoModelForCausalLM.from_config(text, trust_remote_code=own_code(text)).get_input_embeddings()
     if type(embed) is torch.nn.Embedding:
         return 1.0
     scale = getattr(embed, "scalar_embed_scale", None)

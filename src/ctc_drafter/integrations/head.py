@@ -11,6 +11,7 @@ from torch.nn.functional import pad
 
 from ctc_drafter.ctc.search import prefix_search
 from ctc_drafter.decode.tree import best_chain
+from ctc_drafter.drafters.ctc_session import divided
 from ctc_drafter.drafters.predictor import Embed, Predictor
 from ctc_drafter.integrations.settings import HeadSettings
 from ctc_drafter.types import UserError
@@ -51,24 +52,27 @@ class CTCHead(nn.Module):
         return others
 
     @torch.no_grad()
-    def chains(self, blocks: torch.Tensor, root: torch.Tensor, logits: torch.Tensor, embed: Embed) -> torch.Tensor:
+    def chains(self, states: torch.Tensor, root: torch.Tensor, logits: torch.Tensor, embed: Embed) -> torch.Tensor:
         """The best chain of each row, `int64 [B, F]`: target ids, filled up with the mask token.
 
-        blocks `[B, 1+F, H]`: outputs at the root and at the frames. root `int64 [B]`. logits `[B, F, V]`: the LM
+        states `[B, 1+F, H]`: block outputs at the root and at the frames. root `int64 [B]`. logits `[B, F, V]`: the LM
         head's, of the whole vocabulary. embed: the target's embedding, its scale included.
         """
         settings = self.settings
-        blanks = self.blank_head(blocks[:, 1:]).squeeze(-1)
+        blanks = self.blank_head(states[:, 1:]).squeeze(-1)
         vocabulary = None
         if settings.draft_vocab_size:
             d2t = cast(torch.Tensor, self.d2t)
             vocabulary = d2t + torch.arange(len(d2t), device=d2t.device)
             logits = logits[..., vocabulary]
+        bias, temperature = None, settings.score_temperature
+        if self.predictor is not None:
+            bias = divided(self.predictor.search_bias(states[:, 0], embed), temperature)
         found = prefix_search(
-            logits.float(),
-            blanks.float(),
+            logits.float() / temperature,
+            blanks.float() / temperature,
             root.long(),
-            None if self.predictor is None else self.predictor.search_bias(blocks[:, 0], embed),
+            bias,
             width=settings.width,
             depth=settings.draft_length,
             vocabulary=vocabulary,

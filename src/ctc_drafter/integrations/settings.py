@@ -18,7 +18,7 @@ class HeadSettings:
 
     frames, draft_length, vocab_size, hidden_size, mask_token_id, predictor_rank, predictor_width, draft_vocab_size,
     carry: the drafter's own, see `CTCDrafterConfig`. embedding_scale: what the target multiplies its embeddings by.
-    width: prefixes of each length that the search keeps.
+    width: prefixes of each length that the search keeps. score_temperature: what the search divides logits by.
     """
 
     frames: int
@@ -32,6 +32,7 @@ class HeadSettings:
     carry: bool = False
     embedding_scale: float = 1.0
     width: int = 8
+    score_temperature: float = 1.0
 
     @classmethod
     def of(cls, config: Mapping[str, Any] | None) -> HeadSettings:

@@ -62,10 +62,10 @@ class CTCSampler:
     def chains(self, hidden_states: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
         """The best chains, `int64 [B*F]`, of block outputs `[B*(1+F), H]` and the blocks' tokens `[B*(1+F)]`."""
         block = 1 + self.head.settings.frames
-        blocks, tokens = hidden_states.unflatten(0, (-1, block)), input_ids.unflatten(0, (-1, block))
-        logits = blocks[:, 1:].to(self.weight.dtype) @ self.weight.t()
+        states, tokens = hidden_states.unflatten(0, (-1, block)), input_ids.unflatten(0, (-1, block))
+        logits = states[:, 1:].to(self.weight.dtype) @ self.weight.t()
         scale = self.head.settings.embedding_scale
-        return self.head.chains(blocks, tokens[:, 0], logits, lambda ids: self.embed(ids) * scale).flatten()
+        return self.head.chains(states, tokens[:, 0], logits, lambda ids: self.embed(ids) * scale).flatten()
 
 
 def build_sampler(original: Callable[..., Any], worker: Any) -> Any:

@@ -30,31 +30,31 @@ class Answer:
 
 
 class RequestStream:
-    """Jobs at the engine. Made inside the event loop; raises what `Engine.submit` raises."""
+    """Completions at the engine. Made inside the event loop; raises what `Engine.submit` raises."""
 
-    def __init__(self, engine: Engine, jobs: Sequence[Completion]):
-        self.jobs = list(jobs)
-        # No bound is needed: a job delivers no more events than it has tokens, and two.
+    def __init__(self, engine: Engine, completions: Sequence[Completion]):
+        self.completions = list(completions)
+        # No bound is needed: a completion delivers no more events than it has tokens, and two.
         self._queue: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
-        for place, job in enumerate(self.jobs):
-            job.deliver = partial(self._deliver, place)
-        engine.submit(self.jobs)
+        for place, completion in enumerate(self.completions):
+            completion.deliver = partial(self._deliver, place)
+        engine.submit(self.completions)
 
     def _deliver(self, place: int, event: Event) -> None:
         try:
             self._loop.call_soon_threadsafe(self._queue.put_nowait, (place, event))
         except RuntimeError:  # the loop is closed: nobody is there
-            self.jobs[place].cancelled = True
+            self.completions[place].cancelled = True
 
     def cancel(self) -> None:
-        """Cancels the jobs; their rows leave at the next step."""
-        for job in self.jobs:
-            job.cancelled = True
+        """Cancels the completions; their rows leave at the next step."""
+        for completion in self.completions:
+            completion.cancelled = True
 
     async def events(self) -> AsyncIterator[tuple[int, StepOutput | Finish]]:
-        """Events of all jobs with their index, until all have finished. Raises `APIError` when one fails."""
-        going = len(self.jobs)
+        """Events of all completions with their index, until all have finished. Raises `APIError` when one fails."""
+        going = len(self.completions)
         while going:
             place, event = await self._queue.get()
             if isinstance(event, Failure):
@@ -64,7 +64,7 @@ class RequestStream:
 
     async def collect(self) -> list[Answer]:
         """All answers, complete."""
-        outputs: list[list[StepOutput | Finish]] = [[] for _ in self.jobs]
+        outputs: list[list[StepOutput | Finish]] = [[] for _ in self.completions]
         async for place, event in self.events():
             outputs[place].append(event)
         answers = []

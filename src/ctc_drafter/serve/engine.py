@@ -52,7 +52,7 @@ class Load:
 
 
 class Engine:
-    """Decodes jobs on a thread of its own, at most `batch_size` at a time, with up to `queue` more waiting.
+    """Decodes completions on a thread of its own, at most `batch_size` at a time, with up to `queue` more waiting.
 
     methods: by name; the first one is the default. worker: the one that loaded what they run; a new one
     without, and closed with the engine either way. Use it as a context, or call `start` and `close`.
@@ -109,22 +109,22 @@ class Engine:
         return self._running is not None and not self._running.done() and self._stop_at is None
 
     def load(self) -> Load:
-        running = len(self._joining) + sum(len(batch.jobs) for batch in self.batches.values())
+        running = len(self._joining) + sum(len(batch.completions) for batch in self.batches.values())
         return Load(running, len(self._waiting), self.alive)
 
     @property
     def most(self) -> int:
-        """Largest number of jobs running or waiting."""
+        """Largest number of completions running or waiting."""
         return self.batch_size + self.queue
 
-    def submit(self, jobs: Sequence[Completion]) -> None:
-        """Takes all of these jobs, or raises `QueueFull` or `ShuttingDown`."""
+    def submit(self, completions: Sequence[Completion]) -> None:
+        """Takes all of these completions, or raises `QueueFull` or `ShuttingDown`."""
         with self._wake:
             if not self.alive:
                 raise ShuttingDown
-            if len(self._waiting) + len(jobs) > self.most - self.load().running:
+            if len(self._waiting) + len(completions) > self.most - self.load().running:
                 raise QueueFull(self._wait_estimate())
-            self._waiting.extend(jobs)
+            self._waiting.extend(completions)
             self._wake.notify()
 
     def _wait_estimate(self) -> int:
@@ -157,64 +157,68 @@ class Engine:
             return
         LOG.critical("the engine stopped", exc_info=error)
         with self._wake:  # a submission from now on finds it dead
-            jobs = [*self._waiting, *self._joining, *(job for batch in self.batches.values() for job in batch.jobs)]
-        for job in jobs:
-            job.deliver(ERROR)
+            completions = [
+                *self._waiting,
+                *self._joining,
+                *(completion for batch in self.batches.values() for completion in batch.completions),
+            ]
+        for completion in completions:
+            completion.deliver(ERROR)
 
     def _take(self) -> None:
-        """Takes the jobs from the queue that join now, and lets those go that nobody waits for."""
+        """Takes the completions from the queue that join now, and lets those go that nobody waits for."""
         staying = deque[Completion]()
         while self._waiting:
-            job = self._waiting.popleft()
-            if self._wanted(job):
-                (self._joining if self.load().running < self.batch_size else staying).append(job)
+            completion = self._waiting.popleft()
+            if self._wanted(completion):
+                (self._joining if self.load().running < self.batch_size else staying).append(completion)
         self._waiting = staying
 
-    def _wanted(self, job: Completion) -> bool:
-        """Whether a job is still wanted: not cancelled, within its deadline, and the server not shutting down."""
-        return not (job.cancelled or self._late(job) or self._turned_away(job))
+    def _wanted(self, completion: Completion) -> bool:
+        """Whether it is still wanted: not cancelled, within its deadline, and the server not shutting down."""
+        return not (completion.cancelled or self._late(completion) or self._turned_away(completion))
 
-    def _turned_away(self, job: Completion) -> bool:
+    def _turned_away(self, completion: Completion) -> bool:
         if self._stop_at is not None:
-            job.deliver(SHUTDOWN)
+            completion.deliver(SHUTDOWN)
         return self._stop_at is not None
 
-    def _late(self, job: Completion) -> bool:
-        if not job.cancelled and time.monotonic() > job.deadline:
-            job.cancelled = True
-            job.deliver(TIMEOUT)
-        return job.cancelled
+    def _late(self, completion: Completion) -> bool:
+        if not completion.cancelled and time.monotonic() > completion.deadline:
+            completion.cancelled = True
+            completion.deliver(TIMEOUT)
+        return completion.cancelled
 
-    def _admit(self, job: Completion) -> None:
+    def _admit(self, completion: Completion) -> None:
         try:
-            self.batches[job.method].admit(job)
+            self.batches[completion.method].admit(completion)
             self._served += 1
         except Exception as error:
-            LOG.exception("a prompt of %d tokens could not be decoded", len(job.prompt))
-            job.cancelled = True  # should it have come as far as the batch
-            job.deliver(failure(error))
+            LOG.exception("a prompt of %d tokens could not be decoded", len(completion.prompt))
+            completion.cancelled = True  # should it have come as far as the batch
+            completion.deliver(failure(error))
 
     def _step(self, batch: MethodBatch) -> None:
         try:
-            for job in batch.jobs:
-                self._late(job)
+            for completion in batch.completions:
+                self._late(completion)
             batch.drop()
-            if not batch.jobs:
+            if not batch.completions:
                 return
-            rows, begin = len(batch.jobs), time.perf_counter()
+            rows, begin = len(batch.completions), time.perf_counter()
             tokens = batch.step()
         except Exception:
-            LOG.exception("a step of %d rows failed", len(batch.jobs))
-            for job in batch.clear():
-                job.deliver(ERROR)
+            LOG.exception("a step of %d rows failed", len(batch.completions))
+            for completion in batch.clear():
+                completion.deliver(ERROR)
             return
         if self.speedup is not None and batch is next(iter(self.batches.values())):
             self.speedup.count(rows, tokens, time.perf_counter() - begin)
 
     def _end(self, why: Failure) -> None:
         for batch in self.batches.values():
-            for job in batch.clear():
-                job.deliver(why)
+            for completion in batch.clear():
+                completion.deliver(why)
 
 
 # Single worker thread that owns the model.
@@ -297,5 +301,6 @@ class Speedup:
 def time_plain_steps(target: Target, batch_size: int) -> dict[int, float]:
     """Median seconds of a plain step with 1, 2, 4, ... rows; warms the target up as well."""
     sizes = [*(1 << power for power in range((batch_size - 1).bit_length())), batch_size]
+    LOG.info("timing plain steps ...")
     plain, context = [plain_method(target)], fitting(target, PROMPT, 0)
     return {size: time_steps(plain, size, context)[0].ms / 1e3 for size in sizes}

@@ -42,24 +42,26 @@ class MethodBatch:
         device = method.target.device
         self.clock = Stopwatch(device, timed=device.type == "cpu")  # a GPU would have to wait for every stage
         self.stats = Stats()
-        self.jobs: list[Completion] = []
+        self.completions: list[Completion] = []
         self.batch = Batch(self.method, self.clock)
 
-    def admit(self, job: Completion) -> None:
+    def admit(self, completion: Completion) -> None:
         """Prefills a row and emits its first token. Where the prefill raises, the other rows are as they were."""
-        job.begin = time.perf_counter()
+        completion.begin = time.perf_counter()
         meant = (UserError, torch.OutOfMemoryError)  # for want of memory it is this row that stays out
-        roots, logits = self._with_or_without_drafts(lambda: self.batch.enter([job]), meant)
-        self.jobs.append(job)
+        roots, logits = self._with_or_without_drafts(lambda: self.batch.enter([completion]), meant)
+        self.completions.append(completion)
         try:
-            job.stats.prefill_seconds = time.perf_counter() - job.begin
-            logprobs = logprobs_of(logits, roots, job.top)
-            job.stats.tokens += 1
+            completion.stats.prefill_seconds = time.perf_counter() - completion.begin
+            logprobs = logprobs_of(logits, roots, completion.top)
+            completion.stats.tokens += 1
             self.stats.tokens += 1
-            text = job.write(int(roots[0]), logprobs[0] if logprobs else None)
-            job.deliver(StepOutput(text, job.released(), bonus=True, seconds=time.perf_counter() - job.begin))
+            text = completion.write(int(roots[0]), logprobs[0] if logprobs else None)
+            completion.deliver(
+                StepOutput(text, completion.released(), bonus=True, seconds=time.perf_counter() - completion.begin)
+            )
         except Exception as error:
-            self._fail(job, error)
+            self._fail(completion, error)
         self._leave()
 
     def step(self) -> int:
@@ -69,22 +71,22 @@ class MethodBatch:
             return 0
         tokens, counts = step.acceptance.tokens.tolist(), step.acceptance.counts.tolist()
         before = self.stats.tokens
-        for place, job in enumerate(self.jobs):
+        for place, completion in enumerate(self.completions):
             try:
-                self._write(job, tokens[place][: counts[place] + 1], step, place)
+                self._write(completion, tokens[place][: counts[place] + 1], step, place)
             except Exception as error:
-                self._fail(job, error)
+                self._fail(completion, error)
         self._leave()
         return self.stats.tokens - before
 
     def _advance(self) -> Step | None:
         """A step of the rows that can take one; None if there is none left."""
-        while self.jobs:
+        while self.completions:
             try:
                 return self._with_or_without_drafts(self.batch.advance)
             except RowErrors as failed:
                 for place, error in failed.errors.items():
-                    self._fail(self.jobs[place], error)
+                    self._fail(self.completions[place], error)
                 self.drop()
         return None
 
@@ -114,58 +116,66 @@ class MethodBatch:
             LOG.error("%d rows go on without drafts", len(self.batch.rows), exc_info=error)
             return result
 
-    def _fail(self, job: Completion, error: Exception) -> None:
+    def _fail(self, completion: Completion, error: Exception) -> None:
         """The end of one row; `drop` and `_leave` take it out."""
-        LOG.error("a row failed behind %d tokens", len(job.tokens), exc_info=error)
-        job.cancelled = True
+        LOG.error("a row failed behind %d tokens", len(completion.tokens), exc_info=error)
+        completion.cancelled = True
         with suppress(Exception):  # what failed may be the telling
-            job.deliver(failure(error))
+            completion.deliver(failure(error))
 
     def drop(self) -> None:
         """Removes rows whose clients have gone away."""
-        self._keep([place for place, job in enumerate(self.jobs) if not job.cancelled])
+        self._keep([place for place, completion in enumerate(self.completions) if not completion.cancelled])
 
     def clear(self) -> list[Completion]:
         """Removes all rows, and returns them."""
-        gone, self.jobs = self.jobs, []
+        gone, self.completions = self.completions, []
         self.batch = Batch(self.method, self.clock)
         return gone
 
-    def _write(self, job: Completion, tokens: Sequence[int], step: Step, place: int) -> None:
+    def _write(self, completion: Completion, tokens: Sequence[int], step: Step, place: int) -> None:
         path = step.acceptance.path[place, : len(tokens)]
         logprobs: list[Logprobs] = []
-        if job.top is not None:
+        if completion.top is not None:
             # -1 stands for a token that no row is asked for, behind the end of this one; it is not taken.
             written = torch.tensor(tokens, device=path.device).clamp_min(0)
-            logprobs = logprobs_of(step.logits[place, path], written, job.top)
+            logprobs = logprobs_of(step.logits[place, path], written, completion.top)
         text, taken = "", 0
         for token in tokens:
-            text += job.write(token, logprobs[taken] if logprobs else None)
+            text += completion.write(token, logprobs[taken] if logprobs else None)
             taken += 1
-            if job.over:
+            if completion.over:
                 break
         accepted = len(tokens) - 1
-        job.stats.count(accepted, taken)
+        completion.stats.count(accepted, taken)
         self.stats.count(accepted, taken)
-        nodes = tree_nodes(step, place) if job.trace else ()
-        seconds = time.perf_counter() - job.begin
-        job.deliver(StepOutput(text, job.released(), min(accepted, taken), taken == len(tokens), seconds, nodes))
+        nodes = tree_nodes(step, place) if completion.trace else ()
+        seconds = time.perf_counter() - completion.begin
+        completion.deliver(
+            StepOutput(text, completion.released(), min(accepted, taken), taken == len(tokens), seconds, nodes)
+        )
 
     def _leave(self) -> None:
-        for job in self.jobs:
+        for completion in self.completions:
             try:
-                if not job.cancelled and job.over:
-                    job.deliver(job.finish())
+                if not completion.cancelled and completion.over:
+                    completion.deliver(completion.finish())
             except Exception as error:
-                self._fail(job, error)
-        self._keep([place for place, job in enumerate(self.jobs) if not (job.cancelled or job.over)])
+                self._fail(completion, error)
+        self._keep(
+            [
+                place
+                for place, completion in enumerate(self.completions)
+                if not (completion.cancelled or completion.over)
+            ]
+        )
 
     def _keep(self, places: list[int]) -> None:
         if places:
             self._with_or_without_drafts(lambda: self.batch.keep(places))
         elif self.batch.rows:
             self.batch = Batch(self.method, self.clock)  # an idle server holds no cache
-        self.jobs = [self.jobs[place] for place in places]
+        self.completions = [self.completions[place] for place in places]
 
 
 def logprobs_of(logits: torch.Tensor, tokens: torch.Tensor, top: int | None) -> list[Logprobs]:

@@ -1,8 +1,11 @@
-"""Prometheus metrics."""
+"""Prometheus metrics, and the server's log as text or JSON."""
 
 from __future__ import annotations
 
+import json
+import logging
 from collections.abc import Iterator
+from datetime import UTC, datetime
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -12,7 +15,16 @@ from prometheus_client.registry import Collector
 from ctc_drafter.serve.engine import Engine
 
 PREFIX = "ctc_drafter_"
-PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/v1/ctc/stream", "/health", "/metrics", "/")
+PATHS = (
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/models",
+    "/v1/responses",
+    "/v1/ctc/stream",
+    "/health",
+    "/metrics",
+    "/",
+)
 
 
 class EngineCollector(Collector):
@@ -60,6 +72,13 @@ class Metrics:
             PREFIX + "request_seconds", "Time of requests.", ["path"], buckets=buckets, registry=self.registry
         )
 
+        text = "Unknown fields of requests that were left out (--lenient)."
+        self._ignored = Counter(PREFIX + "ignored_fields", text, registry=self.registry)
+
+    def ignored(self, fields: int) -> None:
+        """So many fields of a request were left out; their names are the clients' and no label."""
+        self._ignored.inc(fields)
+
     def count(self, path: str, status: int, seconds: float) -> None:
         """status 0: the client went away before an answer. Paths of others' making share one name."""
         known = path if path in PATHS else "other"
@@ -72,3 +91,30 @@ class Metrics:
 
 def gauge(name: str, text: str, value: float) -> Metric:
     return GaugeMetricFamily(PREFIX + name, text, value=value)
+
+
+# The log: one line each, as text or as JSON.
+
+
+class JsonLines(logging.Formatter):
+    """Records as JSON objects; a request has fields of its own (`middleware.log_request`)."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        told = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "message": record.getMessage(),
+            **getattr(record, "fields", {}),
+        }
+        if record.exc_info:
+            told["error"] = self.formatException(record.exc_info)
+        return json.dumps(told)
+
+
+def log_to_stderr(level: str, form: str) -> None:
+    """Sends the log of this process to stderr. level: the least that is told. form: `text` or `json`."""
+    handler = logging.StreamHandler()
+    handler.setLevel(level.upper())
+    handler.setFormatter(JsonLines() if form == "json" else logging.Formatter("%(message)s"))
+    logging.basicConfig(handlers=[handler])
+    logging.getLogger("ctc_drafter.serve").setLevel(min(logging.INFO, handler.level))

@@ -1,15 +1,13 @@
-"""One completion in progress, its events, and stop strings in its text."""
+"""One completion in progress, and its events."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
-from transformers import PreTrainedTokenizerBase
-
-from ctc_drafter.chat import TextStream
+from ctc_drafter.chat import AnswerText
 from ctc_drafter.decode.sampling import ARGMAX, Sampler
 from ctc_drafter.decode.sequence import SequenceState
 from ctc_drafter.decode.stats import Stats
@@ -100,47 +98,6 @@ def failure(error: Exception) -> Failure:
 Event = StepOutput | Finish | Failure
 
 
-# The text of an answer that may be shown: whole characters, and nothing of a stop string.
-
-
-class AnswerText:
-    """Takes an answer token by token. What may become a stop string is held back until it did, or cannot.
-
-    Of several stop strings the one that is complete first counts, of those that end together the longest; the
-    answer ends before it. This depends on the text alone, not on where tokens begin.
-    `length` counts the characters that the tokens made, `shown` those that were handed out.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()):
-        self.stream, self.stop = TextStream(tokenizer), stop
-        self.held = ""
-        self.length = self.shown = 0
-        self.stopped = False
-
-    def push(self, token: int) -> str:
-        """The text that may be shown after this token; `stopped` says whether a stop string is complete."""
-        return self._show(self.stream.push([token]))
-
-    def close(self) -> str:
-        """The text held back, once no token follows."""
-        last = self._show(self.stream.close())
-        if self.stopped:
-            return last
-        rest, self.held = self.held, ""
-        self.shown += len(rest)
-        return last + rest
-
-    def _show(self, new: str) -> str:
-        self.length += len(new)
-        text = self.held + new
-        ends = [(at + len(stop), at) for stop in self.stop if (at := text.find(stop)) >= 0]
-        self.stopped = bool(ends)
-        cut = min(ends)[1] if ends else len(text) - max((overlap(text, stop) for stop in self.stop), default=0)
-        self.held = "" if self.stopped else text[cut:]
-        self.shown += cut
-        return text[:cut]
-
-
 @dataclass(eq=False)
 class Completion(SequenceState):
     """A row, with: `index` the choice's number in its request, by which seeds go.
@@ -186,9 +143,3 @@ class Completion(SequenceState):
         self.stats.seconds = time.perf_counter() - self.begin
         stopped = self.shown.stopped or self.tokens[-1] in self.eos
         return Finish(text, self.released(), "stop" if stopped else "length", self.stats, tuple(self.tokens))
-
-
-def overlap(text: str, stop: str) -> int:
-    """The longest end of the text that is a beginning of the stop string, but not all of it."""
-    sizes = range(min(len(stop) - 1, len(text)), 0, -1)
-    return next((size for size in sizes if text.endswith(stop[:size])), 0)

@@ -1,18 +1,18 @@
-"""Streaming endpoint of the page: emitted tokens and verified tree of every step."""
+"""Endpoints of the page: what is served, and the emitted tokens and verified tree of every step as a stream."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
 
 from fastapi import APIRouter
-from fastapi.responses import Response
+from fastapi.responses import Response, StreamingResponse
 from pydantic import BaseModel
-from starlette.concurrency import run_in_threadpool
 
+from ctc_drafter.drafters.registry import method_of
 from ctc_drafter.serve.async_stream import EventStream, RequestStream
 from ctc_drafter.serve.middleware import APIError
-from ctc_drafter.serve.openai_api import ERRORS, TokenText, usage_of
-from ctc_drafter.serve.protocol import TraceEnd, TraceNode, TracePiece, TraceRequest, TraceStep
+from ctc_drafter.serve.openai_api import ERRORS, STREAMED, TokenText, usage_of
+from ctc_drafter.serve.protocol import About, TraceEnd, TraceNode, TracePiece, TraceRequest, TraceStep
 from ctc_drafter.serve.requests import Finish, StepOutput
 from ctc_drafter.serve.service import Service
 
@@ -22,18 +22,37 @@ PLAIN = "plain"  # the method without a drafter
 def trace_router(service: Service) -> APIRouter:
     router = APIRouter(prefix="/v1/ctc", responses=ERRORS)
 
-    @router.post("/stream")
+    @router.get("/about")
+    async def about() -> About:
+        """Model, method of the drafter, and how long prompts and answers may be."""
+        return about_service(service)
+
+    @router.post("/stream", response_class=StreamingResponse, responses=STREAMED)
     async def trace(body: TraceRequest) -> Response:
         """The answer to a conversation as server-sent events: `step` for the prefill and every verification, then
         `end`, or `error` in OpenAI's shape."""
         service.check_model(body.model)
-        prompt = await run_in_threadpool(service.encode_chat, body.messages)
+        prompt, _ = await service.encoded(service.encode_chat, body.messages)
+        if body.answer:
+            prompt = service.check_prompt([*prompt, *body.answer])
         method = PLAIN if body.plain else None
-        jobs = service.jobs([prompt], body, body.max_tokens, method=method, trace=True)
-        request_stream = RequestStream(service.engine, jobs)
+        completions = service.completions([prompt], body, body.max_tokens, method=method, trace=True)
+        completions[0].shown.follow(body.answer)
+        request_stream = RequestStream(service.engine, completions)
         return EventStream(request_stream, lines(request_stream, TokenText(service.tokenizer, False)))
 
     return router
+
+
+def about_service(service: Service) -> About:
+    name, batch = next(iter(service.engine.batches.items()))
+    return About(
+        model=service.name,
+        method=None if name == PLAIN else method_of(batch.method.drafter),
+        context=service.target.context,
+        longest_prompt=service.most_prompt,
+        longest_answer=min(service.limits.max_new_tokens, service.target.context - 1),
+    )
 
 
 async def lines(request_stream: RequestStream, token_text: TokenText) -> AsyncIterator[str]:
@@ -75,7 +94,7 @@ def end(request_stream: RequestStream, finish: Finish) -> TraceEnd:
     return TraceEnd(
         finish_reason=finish.reason,
         tail=finish.text,
-        usage=usage_of(request_stream.jobs, 1),
+        usage=usage_of(request_stream.completions, 1),
         verifications=stats.steps,
         beta=stats.beta,
         seconds=stats.seconds,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,13 +12,18 @@ from torch.nn.functional import pad
 from transformers import Cache, DynamicLayer
 from transformers.cache_utils import CacheLayerMixin, StaticLayer
 
+from ctc_drafter.target.row_cache import RowCache, RowExtent
 from ctc_drafter.types import UserError
 
 # Appends new rows to a cache.
 
 
-def join(cache: Cache, new: Cache) -> None:
+def join(cache: Cache | RowCache, new: Cache | RowCache) -> None:
     """Appends the rows of `new`; the shorter ones' missing slots lie beyond their length, where masks hide them."""
+    if isinstance(cache, RowCache):
+        cache.join(new)
+        return
+    assert not isinstance(new, RowCache)
     for layer, other in zip(cache.layers, new.layers, strict=True):
         if layer.keys is None:  # shares another layer's keys
             continue
@@ -25,6 +32,11 @@ def join(cache: Cache, new: Cache) -> None:
         put(layer, stacked(layer.keys, other.keys), stacked(layer.values, other.values))
         if isinstance(layer, StaticLayer):
             layer.cumulative_length.copy_(torch.maximum(layer.cumulative_length, other.cumulative_length))
+
+
+def extent(cache: Cache | RowCache) -> Extent | RowExtent:
+    """The size of a cache, which a `join` may be cut back to."""
+    return cache.extent() if isinstance(cache, RowCache) else Extent.of(cache)
 
 
 @dataclass(frozen=True)
@@ -76,10 +88,61 @@ def stacked(states: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
     return torch.cat([pad(part, (0, 0, 0, slots - part.shape[2])) for part in (states, new)])
 
 
+# Rows that leave and come in place, for batches that stay full for long.
+
+
+def keep_rows(cache: Cache | RowCache, order: Sequence[int]) -> None:
+    """Leaves these rows, in this order: place p then holds what was row `order[p]`. See `gap_free_order`."""
+    if isinstance(cache, RowCache):
+        cache.batch_select_indices(torch.tensor(order))
+        return
+    for layer in cache.layers:
+        if layer.keys is None:  # shares another layer's keys
+            continue
+        if isinstance(layer, GrowingLayer):
+            layer.keep_rows(order)
+        else:
+            layer.batch_select_indices(torch.tensor(order, device=layer.keys.device))
+
+
+def gap_free_order(places: Sequence[int]) -> list[int]:
+    """These rows in an order that fills the gaps with the last ones, so that few rows move."""
+    kept, count = set(places), len(places)
+    behind = [place for place in places if place >= count]
+    return [place if place in kept else behind.pop() for place in range(count)]
+
+
+def add_rows(cache: Cache | RowCache, new: Cache | RowCache) -> None:
+    """As `join`; growing layers write into the room of rows that have left, and copy the others only to grow."""
+    if isinstance(cache, RowCache) or not takes_places(cache):
+        join(cache, new)
+        return
+    assert not isinstance(new, RowCache)
+    for layer, other in zip(cache.layers, new.layers, strict=True):
+        if layer.keys is not None:
+            layer.add_rows(other.keys, other.values)
+
+
+def keeps_all(cache: Cache) -> bool:
+    """Whether every layer holds each token's keys and values in a slot of its own."""
+    return all(isinstance(layer, GrowingLayer | GrowableStaticLayer) for layer in cache.layers)
+
+
+def filled(cache: Cache, other: Cache, rows: int, slots: int) -> Cache:
+    """Fills an empty cache with the first slots of another one's only row, `rows` times."""
+    for index, layer in enumerate(other.layers):
+        if layer.keys is not None:
+            states = (each[:, :, :slots].expand(rows, -1, -1, -1) for each in (layer.keys, layer.values))
+            cache.update(*states, index)
+    return cache
+
+
 # Compaction: keeps only the accepted path in the target's cache.
 
 
-def compact(cache: Cache, lengths: torch.Tensor, first: int, path: torch.Tensor, counts: torch.Tensor) -> None:
+def compact(
+    cache: Cache | RowCache, lengths: torch.Tensor, first: int, path: torch.Tensor, counts: torch.Tensor
+) -> None:
     """Moves the verified path behind each row's committed tokens and drops the rest.
 
     lengths `int64 [B]`: committed tokens per row before this step. The tree lies in slots `first` onwards,
@@ -87,17 +150,21 @@ def compact(cache: Cache, lengths: torch.Tensor, first: int, path: torch.Tensor,
     `lengths[b] .. lengths[b] + counts[b]` then hold the root and the accepted nodes, as a fresh prefill would.
     The cache keeps as many slots as the longest row needs.
     """
+    if isinstance(cache, RowCache):
+        cache.commit(counts.tolist())
+        return
     steps = torch.arange(path.shape[1], device=path.device)
     source = first + path
     goal = lengths.unsqueeze(1) + torch.minimum(steps, counts.unsqueeze(1))  # padding rewrites the last node
     keep = int((lengths + counts).max()) + 1
-    in_place = torch.equal(source, goal)
+    rows, columns = (source != goal).nonzero(as_tuple=True)
+    moves = rows, source[rows, columns], goal[rows, columns]
     for layer in cache.layers:
         if layer.keys is None:  # shares another layer's keys
             continue
-        if not in_place:
-            move(layer.keys, source, goal)
-            move(layer.values, source, goal)
+        if len(rows):
+            move(layer.keys, *moves)
+            move(layer.values, *moves)
         truncate(layer, keep)
 
 
@@ -105,16 +172,26 @@ def truncate(layer: CacheLayerMixin, slots: int) -> None:
     """Keeps the first `slots` slots. A static layer keeps its tensors, and counts anew."""
     if isinstance(layer, StaticLayer):
         layer.cumulative_length.fill_(slots)
-    else:
+    elif layer.keys.shape[2] > slots:
         layer.keys = layer.keys[:, :, :slots]
         layer.values = layer.values[:, :, :slots]
 
 
-def erase(cache: Cache, slots: int) -> None:
+def shorten(cache: Cache, slots: int) -> None:
+    """Keeps the first `slots` slots of every layer."""
+    for layer in cache.layers:
+        if layer.keys is not None:
+            truncate(layer, slots)
+
+
+def erase(cache: Cache | RowCache, slots: int) -> None:
     """Erases everything behind the first `slots` slots, as if it had never been computed.
 
     Static layers hand out their free slots, too, and a mask gives them weight 0; 0 times NaN is NaN, hence the zeros.
     """
+    if isinstance(cache, RowCache):
+        cache.undo()
+        return
     for layer in cache.layers:
         if layer.keys is None:
             continue
@@ -124,11 +201,14 @@ def erase(cache: Cache, slots: int) -> None:
         truncate(layer, slots)
 
 
-def move(states: torch.Tensor, source: torch.Tensor, goal: torch.Tensor) -> None:
-    """Copies slots `source [B, M]` of states `[B, heads, S, dim]` to slots `goal [B, M]`, in place."""
-    shape = (-1, states.shape[1], -1, states.shape[3])
-    taken = states.gather(2, source[:, None, :, None].expand(shape))
-    states.scatter_(2, goal[:, None, :, None].expand(shape), taken)
+def move(states: torch.Tensor, rows: torch.Tensor, source: torch.Tensor, goal: torch.Tensor) -> None:
+    """Copies slot `source[i]` of row `rows[i]` of states `[B, heads, S, dim]` to its slot `goal[i]`, in place; all
+    `int64 [M]`.
+
+    Only these slots are touched: `scatter_` copies all of a view that is not contiguous, there and back.
+    """
+    rows, source, goal = (index.to(states.device) for index in (rows, source, goal))
+    states[rows, :, goal] = states[rows, :, source]
 
 
 # A cache of fixed tensors that are written in place, for kernels and compilers that want stable addresses.
@@ -166,6 +246,7 @@ class GrowableStaticLayer(StaticLayer):
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         if self.keys is not None and self.values is not None:
+            indices = indices.to(self.keys.device)
             self.keys, self.values = self.keys[indices], self.values[indices]
 
 
@@ -185,12 +266,43 @@ def reserve(cache: Cache, tokens: int) -> int:
 GROWTH = 256  # slots that a cache adds at a time
 
 
+@dataclass(frozen=True)
+class Places:
+    """Slots `int64 [B, T]` for the new tokens of each row, the rows' own numbers `int64 [B, 1]`, and the last slot of
+    all, and one."""
+
+    rows: torch.Tensor
+    slots: torch.Tensor
+    end: int
+
+
+@contextmanager
+def placed(cache: Cache, slots: torch.Tensor, end: int) -> Iterator[None]:
+    """While open, new keys and values go to these slots `int64 [B, T]`, all of them below `end`, and not behind the
+    longest row: rows of different lengths then need no moves. Of `GrowingLayer`s alone, see `takes_places`."""
+    places = Places(torch.arange(len(slots), device=slots.device).unsqueeze(1), slots, end)
+    for layer in cache.layers:
+        layer.places = places
+    try:
+        yield
+    finally:
+        for layer in cache.layers:
+            layer.places = None
+
+
+def takes_places(cache: Cache) -> bool:
+    """Whether all layers write where `placed` says."""
+    return all(isinstance(layer, GrowingLayer) for layer in cache.layers)
+
+
 class GrowingLayer(DynamicLayer):
     """A cache layer that writes new keys and values behind the old ones instead of copying both to a longer tensor.
 
     `keys` and `values` are views of the slots in use. Who replaces them (crops, reorders, selects rows) need not know:
-    what no longer lies where it should is copied once.
+    what no longer lies where it should is copied once. places: where the next ones go instead, see `placed`.
     """
+
+    places: Places | None = None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         super().lazy_initialization(key_states, value_states)
@@ -203,8 +315,8 @@ class GrowingLayer(DynamicLayer):
         self.buffers = [keys, values]
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        super().batch_select_indices(indices)
         if self.is_initialized:
+            super().batch_select_indices(indices.to(self.keys.device))
             self.set(self.keys, self.values)
 
     def update(
@@ -217,11 +329,45 @@ class GrowingLayer(DynamicLayer):
         return self.keys, self.values
 
     def _append(self, which: int, old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-        start, room = old.shape[2], self.buffers[which]
-        end = start + new.shape[2]
-        if end > room.shape[2] or old.data_ptr() != room.data_ptr() or old.shape[0] != room.shape[0]:
-            slots = -(-end // GROWTH) * GROWTH
-            room = self.buffers[which] = new.new_empty(new.shape[0], new.shape[1], slots, new.shape[3])
-            room[:, :, :start] = old
-        room[:, :, start:end] = new
-        return room[:, :, :end]
+        rows, start = old.shape[0], old.shape[2]
+        end = start + new.shape[2] if self.places is None else max(start, self.places.end)
+        room = self._room(which, old, rows, end)
+        if self.places is None:
+            room[:rows, :, start:end] = new
+        else:
+            room[:rows, :, start:end] = 0  # some rows do not come as far, and what a mask hides must be a number
+            rows_of, slots = self.places.rows.to(room.device), self.places.slots.to(room.device)
+            room[rows_of, :, slots] = new.transpose(1, 2)
+        return room[:rows, :, :end]
+
+    def _room(self, which: int, old: torch.Tensor, rows: int, slots: int) -> torch.Tensor:
+        """The buffer that `old` lies in, or a larger copy, with room for so many rows and slots."""
+        room = self.buffers[which]
+        if slots > room.shape[2] or old.data_ptr() != room.data_ptr() or not old.shape[0] <= rows <= room.shape[0]:
+            slots = -(-slots // GROWTH) * GROWTH
+            room = self.buffers[which] = old.new_empty(rows, old.shape[1], slots, old.shape[3])
+            room[: old.shape[0], :, : old.shape[2]] = old
+        return room
+
+    def keep_rows(self, order: Sequence[int]) -> None:
+        """See `cache.keep_rows`. Rows that move come from behind the last place that is kept."""
+        for states in (self.keys, self.values):
+            for place, row in enumerate(order):
+                if place != row:
+                    states[place] = states[row]
+        self.keys, self.values = self.keys[: len(order)], self.values[: len(order)]
+
+    def add_rows(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """See `cache.add_rows`; keys and values `[R, heads, S, dim]`."""
+        self.keys = self._add_rows(0, self.keys, keys)
+        self.values = self._add_rows(1, self.values, values)
+
+    def _add_rows(self, which: int, old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        there, width, own = old.shape[0], old.shape[2], new.shape[2]
+        rows, slots = there + new.shape[0], max(width, own)
+        room = self._room(which, old, rows, slots)
+        # What a mask hides has weight 0, and 0 times NaN is NaN: nothing of a row that has left may stay.
+        room[:there, :, width:slots] = 0
+        room[there:rows, :, own:slots] = 0
+        room[there:rows, :, :own] = new
+        return room[:rows, :, :slots]

@@ -213,15 +213,16 @@ class CompiledTarget(Target):
         layers: Sequence[int] = (),
         keep: torch.Tensor | None = None,
         long: torch.Tensor | None = None,
+        shift: torch.Tensor | None = None,
     ) -> Verification:
-        """See `Target.forward`. Prompts, and trees of more than 64 nodes, are not compiled.
+        """See `Target.forward`. Prompts, trees of more than 64 nodes, and what follows pictures are not compiled.
 
         Raises `UserError` when a graph cannot be made.
         """
         rows, count = tokens.shape
         prompt = keep is not None or (allowed is None and count > 1)
-        if prompt or count > SIZES[-1]:
-            return super().forward(tokens, positions, cache, allowed, key_positions, layers, keep, long)
+        if prompt or count > SIZES[-1] or shift is not None:
+            return super().forward(tokens, positions, cache, allowed, key_positions, layers, keep, long, shift)
         start = cache.get_seq_length()
         if allowed is None or key_positions is None:
             key_positions = torch.arange(start + 1, device=tokens.device).expand(rows, -1)
@@ -284,6 +285,8 @@ def compile_target(target: Target, layers: Sequence[int] = (), backend: str = BA
 
     Raises `UserError` when the model cannot be compiled, or when this machine has no compiler.
     """
+    if target.chain is not None:
+        raise UserError(f"{type(target.model).__name__} follows chains alone, by its own cache; leave out --compile")
     if target.switch is not None:
         raise UserError(f"{type(target.model).__name__} changes its longrope factors on the way; leave out --compile")
     made = CompiledTarget(target.model, layers=tuple(layers), backend=backend)

@@ -126,5 +126,11 @@ def state_of(output: Any) -> torch.Tensor:
     return state.mean(0) if state.dim() == 4 else state
 
 
-def concatenate(outputs: dict[int, torch.Tensor], layers: Sequence[int]) -> torch.Tensor | None:
-    return torch.cat([outputs[layer] for layer in layers], -1) if layers else None
+def concatenate(
+    outputs: dict[int, torch.Tensor], layers: Sequence[int], device: torch.device | None = None
+) -> torch.Tensor | None:
+    """The outputs of these layers, side by side, on `device`, or that of the first: blocks may be on several."""
+    if not layers:
+        return None
+    place = outputs[layers[0]].device if device is None else device
+    return torch.cat([outputs[layer].to(place) for layer in layers], -1)

@@ -47,6 +47,13 @@ PART, LEAST, MOST = 8, 64 << 20, 1 << 30
 States = dict[int, tuple[torch.Tensor, torch.Tensor]]
 
 
+class Limited(Protocol):
+    """What has positions up to a limit."""
+
+    @property
+    def limit(self) -> int: ...
+
+
 class Trial(Protocol):
     """The part of a `Target` that is tried."""
 
@@ -274,6 +281,6 @@ def trial_tokens(count: int, vocab_size: int) -> torch.Tensor:
     return torch.randint(0, vocab_size, (count,), generator=torch.Generator().manual_seed(0))
 
 
-def prompt_length(target: Trial) -> int:
+def prompt_length(target: Limited) -> int:
     """Tokens before the tree of the first trial."""
     return max(1, min(SHORT, target.limit - len(PARENTS) - 1))

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
 import logging
 import random
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +15,12 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset, Sampler
 
+from ctc_drafter.files import bounded_lines
 from ctc_drafter.provenance import MANIFEST, different, read_manifest
 from ctc_drafter.types import UserError
 
 logger = logging.getLogger(__name__)
+MOST_ID = 1 << 31  # of a token
 MANY_CUT = 0.9  # of all answers: seldom right
 
 
@@ -50,14 +52,15 @@ class DistilledDataset(Dataset[dict[str, Any]]):
 
     @classmethod
     def load(cls, folders: Sequence[Path], max_length: int | None = None) -> DistilledDataset:
-        """Reads the shards of one or more distillation folders.
+        """Reads the shards of one or more distillation folders, or of folders that hold some.
 
         Rows longer than `max_length` lose their end; rows that then have no answer are left out. Raises
         `UserError` for folders without shards, damaged shards and folders that different targets wrote.
         """
+        folders = [part for folder in folders for part in parts_of(folder)]
         manifest, rows = _common_manifest(folders), []
         for folder in folders:
-            for row in _shard_rows(folder):
+            for row in shard_rows(folder):
                 ids = torch.tensor((row["prompt_ids"] + row["answer_ids"])[:max_length], dtype=torch.int32)
                 if 0 < len(row["prompt_ids"]) < len(ids):
                     source = row_key(row["source"]) if "source" in row else None
@@ -167,27 +170,51 @@ class LengthSampler(Sampler[int]):
         return iter([index for batch in batches + rest for index in batch] + [EMPTY_ROW] * self.padding)
 
 
-def _shard_rows(folder: Path) -> Iterator[dict[str, Any]]:
+def parts_of(folder: Path) -> list[Path]:
+    """The distillation folders that a folder is or holds, at any depth; itself if there are none.
+
+    Raises `UserError` for a file.
+    """
+    if folder.is_file():
+        raise UserError(
+            f"{folder} is a file, but a drafter learns from what the target answers: first "
+            f"ctc-drafter distill --prompts {folder} --out answers/, then give --data answers/"
+        )
+    found = {
+        file.parent for pattern in (MANIFEST, "shard-*.jsonl", "shard-*.jsonl.gz") for file in folder.rglob(pattern)
+    }
+    return sorted(found) or [folder]
+
+
+def shard_rows(folder: Path) -> Iterator[dict[str, Any]]:
+    """Rows of a distillation folder, in order. Raises `UserError` for a folder without shards and for damaged ones."""
     shards = sorted([*folder.glob("shard-*.jsonl"), *folder.glob("shard-*.jsonl.gz")])
     if not shards:
         raise UserError(f"{folder} has no shards; run distill with this folder as its output first")
     for shard in shards:
-        for number, line in enumerate(_shard_text(shard).splitlines(), start=1):
-            try:
-                row = json.loads(line)
-                row["id"], row["prompt_ids"] + row["answer_ids"]
-            except (ValueError, TypeError, KeyError) as error:
-                raise UserError(f"{shard} line {number} is damaged; delete this shard and run distill again") from error
-            yield row
+        try:
+            for number, line in enumerate(bounded_lines(shard), start=1):
+                try:
+                    row = _row(line)
+                except (ValueError, TypeError, KeyError, RecursionError) as error:
+                    raise UserError(
+                        f"{shard} line {number} is damaged; delete this shard and run distill again"
+                    ) from error
+                yield row
+        except (OSError, EOFError, zlib.error) as error:
+            raise UserError(f"{shard} is damaged; delete it and run distill again") from error
 
 
-def _shard_text(shard: Path) -> str:
-    if shard.suffix != ".gz":
-        return shard.read_text(encoding="utf-8")
-    try:
-        return gzip.decompress(shard.read_bytes()).decode("utf-8")
-    except (OSError, EOFError, ValueError) as error:
-        raise UserError(f"{shard} is damaged; install the package again, or make the sample again") from error
+def _row(line: bytes | None) -> dict[str, Any]:
+    """Raises `ValueError`, `TypeError`, `KeyError` or `RecursionError` for what is no row."""
+    row = json.loads(line or b"")
+    if not isinstance(row["id"], str) or not isinstance(row.get("source", ""), str):
+        raise TypeError("its id or source is no text")
+    for key in ("prompt_ids", "answer_ids"):
+        if not isinstance(row[key], list) or not all(type(token) is int and 0 <= token < MOST_ID for token in row[key]):
+            raise ValueError(f"its {key} are no tokens")
+    assert isinstance(row, dict)
+    return row
 
 
 def _common_manifest(folders: Sequence[Path]) -> dict[str, Any] | None:

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
-from rich.text import Text
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from ctc_drafter.chat import eos_ids, fingerprint
-from ctc_drafter.decode.generate import plain_generate
+from ctc_drafter.decode.generate import plain_generate_many
 from ctc_drafter.decode.sampling import ARGMAX, Sampled, Sampler, row_seeds, warpers
-from ctc_drafter.files import disk_errors, write_atomic
+from ctc_drafter.files import disk_errors, remove_leftovers, write_atomic
 from ctc_drafter.provenance import (
     MANIFEST,
     claim,
@@ -31,6 +29,7 @@ from ctc_drafter.provenance import (
     weights_hash,
 )
 from ctc_drafter.target.model import Target
+from ctc_drafter.train.progress import Progress
 from ctc_drafter.train.prompts import Prompt
 from ctc_drafter.types import UserError, lacks_memory
 
@@ -70,19 +69,21 @@ def distill(
     out: Path,
     *,
     max_new_tokens: int,
-    batch_size: int = 16,
+    batch_size: int = 32,
     shard_size: int = 256,
     eos: Collection[int] | None = None,
     name: str = "",
     sampling: Sampling = GREEDY,
-    source: dict[str, str] | None = None,
+    source: dict[str, Any] | None = None,
     progress: bool = True,
 ) -> Distilled:
     """Writes the target's answers to `out/shard-00000.jsonl` and on, `shard_size` prompts each; see `Shards`.
 
-    The same call may be killed and repeated at any time: it goes on after the last finished shard. `name`, and `source`
-    of the prompts, are kept in the manifest; prompts that leave no room for `max_new_tokens` are left out. Raises
-    `UserError` for a folder of another run, for a full disk and for too little memory: a smaller `batch_size` goes on.
+    `batch_size` answers are decoded at a time, and the next prompt begins when one ends. The same call may be killed
+    and repeated at any time: it goes on with the answers that are not there yet, also with more prompts behind the
+    same ones. `name`, and `source` of the prompts, are kept in the manifest; prompts that leave no room for
+    `max_new_tokens` are left out. Raises `UserError` for a folder of another run, for a full disk and for too little
+    memory: a smaller `batch_size` goes on.
     """
     chosen = fitting(prompts, max_new_tokens, target.context)
     eos = eos_ids(target.model, tokenizer) if eos is None else tuple(sorted(eos))
@@ -96,21 +97,18 @@ def distill(
     }
     manifest = about | origin(target.model.config, tokenizer, chosen) | {"settings": settings, "source": source or {}}
     with batch_errors(batch_size), Shards(out, chosen, shard_size, manifest, progress) as shards:
-        for index in shards.missing:
-            shard = shards.of(index)
-            answers: list[list[int]] = [[]] * len(shard)
-            for batch in _batches(shard, batch_size):
-                generation = plain_generate(
-                    target,
-                    [shard[i].ids for i in batch],
-                    max_new_tokens=max_new_tokens,
-                    eos=eos,
-                    sampler=sampler_for([shard[i] for i in batch], sampling),
-                )
-                for i, answer in zip(batch, generation.tokens, strict=True):
-                    answers[i] = answer
-                    shards.count(answer, cut=len(answer) == max_new_tokens and answer[-1] not in eos)
-            shards.write(index, answers)
+        pending = [chosen[place] for place in shards.pending]
+        answers = plain_generate_many(
+            target,
+            [prompt.ids for prompt in pending],
+            in_flight=batch_size,
+            max_new_tokens=max_new_tokens,
+            eos=eos,
+            sampler=sampler_for(pending, sampling),
+        )
+        for index, answer in answers:
+            cut = len(answer) == max_new_tokens and answer[-1] not in eos
+            shards.add(shards.pending[index], answer, cut)
         return shards.summary(too_long=len(prompts) - len(chosen))
 
 
@@ -124,7 +122,7 @@ def batch_errors(batch_size: int) -> Iterator[None]:
             raise
         advice = f"--batch-size {batch_size // 2}" if batch_size > 1 else "a smaller --dtype, or a --server"
         raise UserError(
-            f"too little memory for {batch_size} answers at a time; give {advice}: finished shards are kept, and the "
+            f"too little memory for {batch_size} answers at a time; give {advice}: finished answers are kept, and the "
             "same command goes on"
         ) from error
 
@@ -135,12 +133,6 @@ def sampler_for(prompts: Sequence[Prompt], sampling: Sampling) -> Sampler:
     # Each is the first choice of a request of its own, as a server has it.
     seeds = [row_seeds(sampling.seed_of(prompt), [0])[0] for prompt in prompts]
     return Sampled(seeds, warpers(temperature=sampling.temperature, top_p=sampling.top_p))
-
-
-def _batches(shard: Sequence[Prompt], size: int) -> Iterator[list[int]]:
-    """Indices of prompts of like length, so that little of a batch is padding."""
-    order = sorted(range(len(shard)), key=lambda i: len(shard[i].ids))
-    return (order[at : at + size] for at in range(0, len(order), size))
 
 
 OLDER: dict[str, Any] = {"ids": "written", "weights": None, "revision": None, "settings": {"sampling": GREEDY_SETTINGS}}
@@ -167,57 +159,77 @@ class Shards:
     """The output folder of a distillation: `shard-00000.jsonl` and on, `size` prompts each.
 
     A row is `{"id", "source", "prompt_ids", "answer_ids"}`, in the order of the prompts, the end token included where
-    it was written. Use it as a context: progress is shown while it is open. Raises `UserError` for a folder of another
-    run and for a full disk.
+    it was written. Answers of unfinished shards are in a journal, a line each, which goes when all shards are there.
+    Use it as a context: progress is shown while it is open. Raises `UserError` for a folder of another run and for a
+    full disk.
+
+    pending: places of the prompts that were neither answered nor left out when it was opened.
     """
 
     def __init__(self, out: Path, prompts: Sequence[Prompt], size: int, manifest: dict[str, Any], progress: bool):
         self.out, self.prompts, self.size = out, prompts, size
         self.rows = self.tokens = self.cut = 0
         self.left_out: Counter[str] = Counter()
-        self.started = time.perf_counter()
+        self.started = self.synced = time.monotonic()
         with disk_errors(out):
-            _open_folder(out, manifest)
-        shards = range(-(-len(prompts) // size))
-        self.missing = [index for index in shards if not shard_path(out, index).exists()]
-        self.found = len(prompts) - sum(len(self.of(index)) for index in self.missing)
-        self._bar = _progress(progress)
-        self._task = self._bar.add_task("distill", total=len(prompts), completed=self.found, tokens=0)
+            _open_folder(out, prompts, size, manifest)
+            missing = [place for place in range(len(prompts)) if not shard_path(out, place // size).exists()]
+            self._kept = _open_journal(out, prompts, missing)
+        self.pending = [place for place in missing if place not in self._kept]
+        self._left = Counter(place // size for place in self.pending)
+        self.found = len(prompts) - len(self.pending)
+        self._journal: IO[str] | None = None
+        self._progress = Progress("distill", len(prompts), self.found, show=progress)
+        for index in sorted({place // size for place in missing}):
+            self._finish(index)
 
     def __enter__(self) -> Shards:
-        self._bar.start()
+        self._progress.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bar.stop()
+        self._progress.__exit__()
+        if self._journal is not None:
+            self._journal.close()
+        if not self._left.total():
+            (self.out / JOURNAL).unlink(missing_ok=True)
 
-    def of(self, index: int) -> Sequence[Prompt]:
-        """The prompts of a shard."""
-        return self.prompts[index * self.size : (index + 1) * self.size]
-
-    def count(self, answer: list[int], cut: bool) -> None:
-        """Counts an answer, for progress and summary."""
+    def add(self, place: int, answer: list[int], cut: bool) -> None:
+        """Keeps the answer to the prompt at this place; cut: whether it ended at the limit of tokens."""
         self.rows, self.tokens, self.cut = self.rows + 1, self.tokens + len(answer), self.cut + cut
-        self._show()
+        self._keep(place, {"answer_ids": answer})
 
-    def leave_out(self, reason: str) -> None:
+    def leave_out(self, place: int, reason: str) -> None:
         """Counts a prompt without a usable answer."""
         self.left_out[reason] += 1
-        self._show()
+        self._keep(place, {"left_out": reason})
 
-    def write(self, index: int, answers: Sequence[list[int] | None]) -> None:
-        """A whole shard; None where there is no answer."""
-        answered = [(p, a) for p, a in zip(self.of(index), answers, strict=True) if a is not None]
+    def _keep(self, place: int, what: dict[str, Any]) -> None:
+        self._kept[place] = what
         with disk_errors(self.out):
-            write_atomic(shard_path(self.out, index), (_line(prompt, answer) for prompt, answer in answered))
+            if self._journal is None:
+                self._journal = (self.out / JOURNAL).open("a", encoding="utf-8")
+            self._journal.write(_noted(place, self.prompts[place], what) + "\n")
+            self._journal.flush()
+            if time.monotonic() - self.synced > SYNC:
+                os.fsync(self._journal.fileno())
+                self.synced = time.monotonic()
+        self._left[place // self.size] -= 1
+        self._finish(place // self.size)
+        self._progress.update(self.found + self.rows + self.left_out.total(), self.tokens)
+
+    def _finish(self, index: int) -> None:
+        """Writes a shard if nothing of it is missing."""
+        if self._left[index]:
+            return
+        places = range(index * self.size, min((index + 1) * self.size, len(self.prompts)))
+        kept = [(self.prompts[place], self._kept.pop(place).get("answer_ids")) for place in places]
+        with disk_errors(self.out):
+            write_atomic(shard_path(self.out, index), (_line(p, answer) for p, answer in kept if answer is not None))
 
     def summary(self, too_long: int) -> Distilled:
-        seconds = time.perf_counter() - self.started
+        seconds = time.monotonic() - self.started
         return Distilled(self.rows, self.tokens, self.found, too_long, seconds, self.cut, dict(self.left_out))
-
-    def _show(self) -> None:
-        done = self.found + self.rows + self.left_out.total()
-        self._bar.update(self._task, completed=done, tokens=self.tokens)
 
 
 def shard_path(out: Path, index: int) -> Path:
@@ -226,8 +238,9 @@ def shard_path(out: Path, index: int) -> Path:
 
 def known_ids(out: Path, prompts: Sequence[Prompt], size: int) -> str | None:
     """`ids` of the manifest of a folder that has all its shards; None for others."""
+    found = read_manifest(out / MANIFEST) or {}
     whole = all(shard_path(out, index).exists() for index in range(-(-len(prompts) // size)))
-    return (read_manifest(out / MANIFEST) or {}).get("ids", OLDER["ids"]) if whole else None
+    return found.get("ids", OLDER["ids"]) if whole and found.get("prompts") == len(prompts) else None
 
 
 def fitting(prompts: Sequence[Prompt], max_new_tokens: int, context: int) -> list[Prompt]:
@@ -246,9 +259,13 @@ def origin(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, prompts
         "tokenizer": fingerprint(tokenizer),
         "template": template_hash(tokenizer),
         "prompts": len(prompts),
-        "prompts_hash": digest(" ".join(prompt.id for prompt in prompts)),
+        "prompts_hash": prompts_hash(prompts),
         "versions": versions(),
     }
+
+
+def prompts_hash(prompts: Sequence[Prompt]) -> str:
+    return digest(" ".join(prompt.id for prompt in prompts))
 
 
 def _line(prompt: Prompt, answer: list[int]) -> str:
@@ -256,31 +273,63 @@ def _line(prompt: Prompt, answer: list[int]) -> str:
     return json.dumps({"id": prompt.id, **source, "prompt_ids": prompt.ids, "answer_ids": answer})
 
 
-def _open_folder(out: Path, manifest: dict[str, Any]) -> None:
-    """Claims the folder for this run, and removes half-written files of a killed one."""
+def _open_folder(out: Path, prompts: Sequence[Prompt], size: int, manifest: dict[str, Any]) -> None:
+    """Claims the folder for this run, and removes half-written files of a killed one.
+
+    A folder whose prompts are the first of these grows: its last shard, if it is short, is opened again.
+    """
     out.mkdir(parents=True, exist_ok=True)
     if not (out / MANIFEST).exists() and any(out.glob("shard-*")):
         raise UserError(f"{out} holds shards but no {MANIFEST}; use another output folder")
-    # The prompts' hash says what they are, and any batch size gives the same answers.
-    claim(out / MANIFEST, manifest, OLDER, {"source", "batch_size"})
-    for temporary in out.glob(".shard-*.tmp"):
-        temporary.unlink()
+    found = read_manifest(out / MANIFEST) or {}
+    before = found.get("prompts", len(prompts))
+    grows = before < len(prompts) and found.get("prompts_hash") == prompts_hash(prompts[:before])
+    wanted = manifest | {key: found[key] for key in ("prompts", "prompts_hash") if grows}
+    # The prompts' hash says what they are, and any batch size gives the same answers but for rounding.
+    claim(out / MANIFEST, wanted, OLDER, {"source", "batch_size"})
+    remove_leftovers(out, "shard-*")
+    if not grows:
+        return
+    short = shard_path(out, before // size)
+    if before % size and short.exists():
+        places = {prompt.id: place for place, prompt in enumerate(prompts)}
+        answered = {row["id"]: row["answer_ids"] for row in map(json.loads, short.read_text("utf-8").splitlines())}
+        lines = [_noted(places[key], prompts[places[key]], {"answer_ids": ids}) for key, ids in answered.items()]
+        write_atomic(out / JOURNAL, [*map(json.dumps, read_journal(out / JOURNAL)), *lines])
+        short.unlink()
+    write_atomic(out / MANIFEST, [json.dumps(manifest, indent=2)])
 
 
-class _TokenRate(ProgressColumn):
-    """Tokens per second since this call began."""
+# The journal: answers of unfinished shards in the order in which they ended, each safe as soon as it is there.
 
-    def render(self, task: Task) -> Text:
-        return Text(f"{task.fields['tokens'] / max(task.elapsed or 0.0, 1e-9):,.0f} tokens/s")
+JOURNAL = "journal.jsonl"
+SYNC = 60.0  # seconds after which what was written is on disk, and not only with the operating system
 
 
-def _progress(show: bool) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        _TokenRate(),
-        TimeRemainingColumn(elapsed_when_finished=True),
-        console=Console(stderr=True),
-        disable=not show,
-    )
+def _noted(place: int, prompt: Prompt, what: dict[str, Any]) -> str:
+    return json.dumps({"place": place, "id": prompt.id, **what})
+
+
+def read_journal(file: Path) -> list[dict[str, Any]]:
+    """The whole lines of a journal; a last one that a kill cut off is dropped."""
+    if not file.exists():
+        return []
+    rows = []
+    for line in file.read_bytes().split(b"\n")[:-1]:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:  # a crash of the machine may leave anything
+            continue
+    return [row for row in rows if isinstance(row, dict)]
+
+
+def _open_journal(out: Path, prompts: Sequence[Prompt], missing: Collection[int]) -> dict[int, dict[str, Any]]:
+    """What the journal holds for the `missing` places; the file is left with these lines alone, or not at all."""
+    wanted = set(missing)
+    rows = [row for row in read_journal(out / JOURNAL) if row.get("place") in wanted]
+    kept = {row["place"]: row for row in rows if row.get("id") == prompts[row["place"]].id}
+    if kept:
+        write_atomic(out / JOURNAL, map(json.dumps, kept.values()))
+    else:
+        (out / JOURNAL).unlink(missing_ok=True)
+    return {place: {key: row[key] for key in ("answer_ids", "left_out") if key in row} for place, row in kept.items()}

@@ -27,7 +27,7 @@ from ctc_drafter.target.features import captured, concatenate
 from ctc_drafter.train.data import DistilledDataset
 from ctc_drafter.train.objective import anchor_copies, loss_options
 from ctc_drafter.train.settings import TrainSettings
-from ctc_drafter.types import UserError, lacks_memory
+from ctc_drafter.types import UserError, lacks_memory, own_code
 
 GB = 1e9
 
@@ -99,7 +99,11 @@ def estimate(plan: Plan) -> Estimate:
     operations: they are those of matrix products.
     """
     with FakeTensorMode(allow_non_fake_inputs=True):
-        model = AutoModelForCausalLM.from_config(plan.config, dtype=plan.dtype).eval().requires_grad_(False)
+        model = (
+            AutoModelForCausalLM.from_config(plan.config, dtype=plan.dtype, trust_remote_code=own_code(plan.config))
+            .eval()
+            .requires_grad_(False)
+        )
         drafter = plan.fresh(plan.config).train()
         forward, step = _memory(plan, model, drafter)
         flops = _operations(plan, model, drafter)
@@ -189,6 +193,14 @@ def measured_rate(dtype: torch.dtype, device: str, seconds: float = 1.0) -> floa
     return done * 2 * 2048**3 / (time.perf_counter() - begin)
 
 
+def duration(hours: float) -> str:
+    """Hours, or minutes or seconds where it is less than one, in words."""
+    for unit, size in (("hours", 1.0), ("minutes", 60.0)):
+        if hours * size >= 1:
+            return f"{hours * size:,.1f} {unit}"
+    return f"{hours * 3600:.0f} seconds"
+
+
 def describe(found: Estimate, rate: float, source: str, processes: int = 1) -> list[tuple[str, str]]:
     """Lines of a table: what, and how much. rate: operations per second of each process."""
     memory = (
@@ -201,7 +213,7 @@ def describe(found: Estimate, rate: float, source: str, processes: int = 1) -> l
         ("disk", f"{found.disk / GB:.1f} GB of checkpoints; with --features cached {found.features / GB:,.1f} GB more"),
         ("steps", f"{found.steps:,}"),
         ("work", f"{found.flops:.2e} floating-point operations"),
-        ("training", f"{found.flops / rate / processes / 3600:.1f} hours at {rate / 1e12:.3g} TFLOP/s ({source})"),
+        ("training", f"{duration(found.flops / rate / processes / 3600)} at {rate / 1e12:.3g} TFLOP/s ({source})"),
     ]
 
 
@@ -285,7 +297,11 @@ def distill_cost(config: PreTrainedConfig, dtype: torch.dtype, answers: Answers)
     """
     half = answers.prompt_tokens + answers.new_tokens // 2
     with FakeTensorMode(allow_non_fake_inputs=True):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
+        model = (
+            AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=own_code(config))
+            .eval()
+            .requires_grad_(False)
+        )
         with FlopCounterMode(display=False) as reading:
             _forward(model, answers.prompt_tokens)
         with FlopCounterMode(display=False) as writing:
@@ -318,7 +334,7 @@ def describe_distillation(
     cost: DistillCost, answers: Answers, rate: float, bandwidth: float, source: str
 ) -> tuple[str, str]:
     """A line of a table, as `estimate.describe` gives them."""
-    much = f"{cost.hours(rate, bandwidth):,.1f} hours for {answers.prompts:,} answers of {answers.new_tokens:,} tokens"
+    much = f"{duration(cost.hours(rate, bandwidth))} for {answers.prompts:,} answers of {answers.new_tokens:,} tokens"
     at = f"{rate / 1e12:.3g} TFLOP/s and {bandwidth / 1e9:,.0f} GB/s ({source})"
     return f"distillation, {answers.rows} rows at a time", f"{much} at {at}"
 

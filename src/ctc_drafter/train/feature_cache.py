@@ -17,7 +17,7 @@ from rich.progress import track
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ctc_drafter.files import disk_errors, whole_or_nothing
+from ctc_drafter.files import disk_errors, remove_leftovers, whole_or_nothing
 from ctc_drafter.provenance import MANIFEST, claim, config_hash, digest, versions, weights_hash
 from ctc_drafter.target.model import Target
 from ctc_drafter.train.data import EMPTY_ROW, STATES, DistilledDataset, collate
@@ -89,8 +89,7 @@ class FeatureFiles:
                     "make room there, or compute them as they are needed: --features online"
                 )
             claim(self.folder / MANIFEST, self._manifest())
-            for temporary in self.folder.glob(".features-*.tmp"):
-                temporary.unlink()
+            remove_leftovers(self.folder, "features-*")
 
     def fill(self, batch_size: int, share: tuple[int, int] = (0, 1), progress: bool = True) -> None:
         """Computes what is missing, of several processes (number, count) this one's share. Raises `UserError` for a

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from ctc_drafter.ctc.copies import copies_at
-from ctc_drafter.drafters.trainable import Anchors, DrafterConfig, LossOptions
+from ctc_drafter.drafters.config import DrafterConfig
+from ctc_drafter.drafters.trainable import Anchors, LossOptions
 from ctc_drafter.train.settings import TrainSettings
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,16 +18,16 @@ from ctc_drafter.drafters.registry import blank_drafter, choose_vocabulary, fres
 from ctc_drafter.drafters.trainable import TrainableDrafter
 from ctc_drafter.drafters.warm_start import Start
 from ctc_drafter.files import SPACED, disk_errors, markdown_table, write_atomic
-from ctc_drafter.load import load_config, load_target, read_template, shipped
+from ctc_drafter.load import default_target, load_config, load_target, read_template
 from ctc_drafter.provenance import MANIFEST, check_writer, read_manifest, versions
-from ctc_drafter.quickstart import TARGET_DIR
+from ctc_drafter.rows import hub_name
+from ctc_drafter.target.names import HUB_ID, SMOLLM2, kind_of
 from ctc_drafter.train.checkpoints import join_processes
-from ctc_drafter.train.data import DistilledDataset
+from ctc_drafter.train.data import DistilledDataset, parts_of
 from ctc_drafter.train.estimate import Plan, TextSize, memory_errors
-from ctc_drafter.train.prompts import hub_name
 from ctc_drafter.train.settings import TrainSettings
 from ctc_drafter.train.trainer import Trained, train_drafter
-from ctc_drafter.types import UserError, first_line
+from ctc_drafter.types import UserError, first_line, printable
 
 logger = logging.getLogger(__name__)
 Curves = Callable[[Sequence[Mapping[str, float]], Path], str | None]  # (log, folder) -> picture that was written there
@@ -37,7 +38,9 @@ Curves = Callable[[Sequence[Mapping[str, float]], Path], str | None]  # (log, fo
 
 @dataclass(frozen=True)
 class TrainJob:
-    """What to train, and where. target: folder or hub id, None for the shipped one. data: folders of `distill`.
+    """What to train, and where. target, revision, trust_remote_code, tokenizer: as for `load_target`.
+
+    data: folders of `distill`.
 
     sizes: of the drafter's config; those that are None are the method's. start: another drafter, to start from.
     held_out: share of rows for β. shard_target: see `train_drafter`. push_to_hub: `owner/name`. command: for the card.
@@ -47,6 +50,9 @@ class TrainJob:
     out: Path
     settings: TrainSettings
     target: str | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
+    tokenizer: str | None = None
     method: str = "ctc"
     sizes: Mapping[str, Any] = field(default_factory=dict)
     start: Start | None = None
@@ -71,7 +77,7 @@ class TrainJob:
 
     def plan(self, rows: DistilledDataset) -> Plan:
         """What an estimate of the run needs; nothing but the target's configuration is loaded."""
-        config, _, _ = load_config(self.target)
+        config, _, _ = load_config(self.target, self.revision, self.trust_remote_code, self.tokenizer)
         fresh = blank_drafter(self.method, **self.drafter_sizes())
         return Plan(config, getattr(torch, self.dtype), fresh, self.settings, TextSize.of(rows))
 
@@ -97,7 +103,11 @@ def train_for_target(
         check_hub(job.push_to_hub)
     processes = join_processes(job.device)
     with memory_errors(lambda: job.plan(rows)):
-        lm, tokenizer = load_target(job.target, job.dtype, "cpu" if job.shard_target else job.device)
+        name = job.target or default_target()
+        source = (job.revision, job.trust_remote_code, job.tokenizer)
+        lm, tokenizer = load_target(
+            name, job.dtype, "cpu" if job.shard_target else job.device, *source, packed=not job.shard_target
+        )
         read_template(tokenizer, job.chat_template)
         check_writer(rows.manifest or {}, lm.model, tokenizer)
         if warning := rows.cut_warning():
@@ -110,7 +120,7 @@ def train_for_target(
         trained = train_drafter(lm, draft, rows, held, job.out, job.settings, job.resume, job.shard_target, start)
     if not processes.is_main_process:
         return None
-    made = Made(job.target or shipped(TARGET_DIR), job.push_to_hub or str(job.out), job.method, job.command)
+    made = Made(name, job.push_to_hub or str(job.out), job.method, job.command, job.revision)
     with disk_errors(job.out):
         picture = curves(trained.history, job.out) if curves else None
     write_model_card(job.out, draft, made, trained.history, corpora(job.data), picture)
@@ -126,17 +136,22 @@ SIZES = ("num_hidden_layers", "frames", "draft_length", "draft_vocab_size", "tar
 
 @dataclass(frozen=True)
 class Made:
-    """target, place: names or folders of target and drafter, as a user gives them. command: that trained it."""
+    """target, place: names or folders of target and drafter, as a user gives them. command: that trained it.
+
+    revision: of the target, if it is a Hugging Face id.
+    """
 
     target: str
     place: str
     method: str
     command: str
+    revision: str | None = None
 
 
 def corpora(folders: Sequence[Path]) -> list[dict[str, Any]]:
     """The manifests of distillation folders; what has none is left out."""
-    return [found for folder in folders if (found := read_manifest(folder / MANIFEST)) is not None]
+    parts = (part for folder in folders for part in parts_of(folder))
+    return [found for part in parts if (found := read_manifest(part / MANIFEST)) is not None]
 
 
 def write_model_card(
@@ -166,9 +181,9 @@ def model_card(
     picture: str = "",
 ) -> str:
     """The card as Markdown; see `write_model_card`."""
-    on_hub = not Path(made.target).exists() and "/" in made.target
+    on_hub = kind_of(made.target) == "id" and "/" in made.target
     about = ModelCardData(
-        base_model=made.target if on_hub else None,
+        base_model=HUB_ID if made.target == SMOLLM2 else made.target if on_hub else None,
         library_name="ctc-drafter",
         tags=["speculative-decoding", "drafter", made.method],
         datasets=[name for manifest in data if (name := hub_name((manifest.get("source") or {}).get("name", "")))]
@@ -238,29 +253,47 @@ def _corpus(manifest: Mapping[str, Any]) -> tuple[Any, ...]:
     source = manifest.get("source") or {}
     dtype = f" in {manifest['dtype']}" if "dtype" in manifest else ", served"
     writer = f"{Path(str(manifest.get('target', 'unknown'))).name}{dtype}"
-    return source.get("name", "unknown"), source.get("licence", "unknown"), manifest.get("prompts", ""), writer
+    said = [_as_text(source.get(key, "unknown")) for key in ("name", "licence")]
+    return *said, manifest.get("prompts", ""), _as_text(writer)
+
+
+def _as_text(value: object) -> str:
+    """Text for Markdown: what a file calls itself must not become a link or an image of the card."""
+    return re.sub(r"([\\`*\[\]<>#!])", r"\\\1", printable(str(value)))
 
 
 def _use(drafter: TrainableDrafter, made: Made) -> str:
     kind = type(drafter)
+    pin = f', revision="{made.revision}"' if made.revision else ""
+    option = f" --revision {made.revision}" if made.revision else ""
+    place, find = f'"{made.target}"', ""
+    if kind_of(made.target) not in ("id", "a folder"):  # a file, or a name that transformers does not know
+        place, find = "folder", f'folder = resolve("{made.target}")\n'
+    imports = "from ctc_drafter.target.names import resolve\n" if find else ""
     return f"""```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from ctc_drafter import {kind.__name__}, speculate
-
-model = AutoModelForCausalLM.from_pretrained("{made.target}")
-tokenizer = AutoTokenizer.from_pretrained("{made.target}")
+{imports}
+{find}model = AutoModelForCausalLM.from_pretrained({place}{pin})
+tokenizer = AutoTokenizer.from_pretrained({place}{pin})
 drafter = {kind.__name__}.from_pretrained("{made.place}")
 inputs = tokenizer("Question: why is the sky blue?", return_tensors="pt")
 output = model.generate(**inputs, max_new_tokens=128, custom_generate=speculate(drafter))
 ```
 
-    ctc-drafter serve --target {made.target} --drafter {made.place}"""
+With the package installed, its name alone does too: `model.generate(**inputs, custom_generate="{made.place}",
+trust_remote_code=True)` runs `custom_generate/generate.py` of this drafter.
+
+    ctc-drafter serve --target {made.target}{option} --drafter {made.place}"""
 
 
 # Finished drafters on the Hugging Face hub.
 
 # Files to upload: no checkpoints, no features.
-PUBLISHED = ("config.json", "model.safetensors", "README.md", "train.json", "train_log.jsonl", "training.*")
+PUBLISHED = (
+    *("config.json", "model.safetensors", "custom_generate/generate.py"),
+    *("README.md", "train.json", "train_log.jsonl", "training.*"),
+)
 
 
 def check_hub(repository: str) -> None:

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from ctc_drafter.types import UserError
+# Without torch at import time: `ctc-drafter train --help` is made of these settings.
 
 # They affect reports, checkpoints or memory, not the trained weights: a resumed run may change them.
 FREE = {
@@ -54,6 +54,9 @@ class TrainSettings(BaseModel):
     epochs: float = Field(1.0, gt=0, description="passes over the training rows")
     batch_size: int = Field(8, ge=1, description="rows per forward pass")
     accumulate: int = Field(1, ge=1, description="forward passes per optimizer step, over all processes")
+    optimizer: Literal["adamw", "muon"] = Field(
+        "adamw", description="AdamW, or Muon for the matrices of hidden layers and AdamW for the rest"
+    )
     learning_rate: float = Field(1e-3, gt=0, description="peak of the cosine schedule")
     min_learning_rate: float = Field(0.0, ge=0, description="end of the cosine schedule")
     warmup_steps: int = Field(50, ge=0, description="steps of linear warmup")
@@ -85,14 +88,26 @@ class TrainSettings(BaseModel):
     @classmethod
     def parse(cls, values: dict[str, Any]) -> TrainSettings:
         """Raises `UserError` for an unknown key or a value out of range."""
+        from ctc_drafter.types import UserError
+
         try:
-            return cls(**values)
+            return cls(**cls.known(values))
         except ValidationError as error:
             first = error.errors()[0]
             name = ".".join(map(str, first["loc"]))
-            if first["type"] == "extra_forbidden":
-                raise UserError(f"unknown setting {name}; known are {', '.join(cls.model_fields)}") from error
             raise UserError(f"setting {name}: {first['msg']}") from error
+
+    @classmethod
+    def known(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """The values. Raises `UserError` for an unknown key, and where they are no settings at all."""
+        from ctc_drafter.types import UserError
+
+        if not isinstance(values, dict):
+            raise UserError(f"settings are {values}; give NAME: VALUE pairs")
+        for name in values:
+            if name not in cls.model_fields:
+                raise UserError(f"unknown setting {name}; known are {', '.join(cls.model_fields)}")
+        return values
 
     def learnt_from(self) -> dict[str, Any]:
         """The settings that must not change when a run is resumed."""

@@ -13,24 +13,42 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torch.optim import Optimizer
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from ctc_drafter.drafters.trainable import AnchorBatch, TrainableDrafter
 from ctc_drafter.files import disk_errors, write_atomic
-from ctc_drafter.provenance import check_writer, claim, config_hash, digest, versions, weights_hash
+from ctc_drafter.provenance import check_writer, claim, config_hash, digest, read_manifest, versions, weights_hash
 from ctc_drafter.target.model import Target
-from ctc_drafter.train.checkpoints import join_processes, latest_checkpoint, seal, shard_layers, share_of, trainer_state
+from ctc_drafter.train.checkpoints import (
+    DueCheckpoints,
+    Stopped,
+    join_processes,
+    latest_checkpoint,
+    remove_unsealed,
+    seal,
+    shard_layers,
+    share_of,
+    tensors_alone,
+    trainer_state,
+    unsealed,
+)
 from ctc_drafter.train.data import EMPTY_ROW, DistilledDataset, LengthSampler, collate
 from ctc_drafter.train.feature_cache import FeatureFiles, WithFeatures
 from ctc_drafter.train.objective import anchor_copies, anchor_counts, draw_anchors, label_anchors, loss_options
+from ctc_drafter.train.optimizer import muon_and_adamw
+from ctc_drafter.train.progress import TrainingProgress
 from ctc_drafter.train.settings import FREE, TrainSettings
+from ctc_drafter.train.temperature import fit_temperature
 from ctc_drafter.train.validate import draft_positions, offline_beta
 from ctc_drafter.types import UserError
 
 RUN_FILE = "train.json"
 LOG_FILE = "train_log.jsonl"
+OF_A_RUN = {"target", "drafter", "rows"}  # what every version has written to the run's file
 
 
 @dataclass(frozen=True)
@@ -59,6 +77,8 @@ def train_drafter(
     With `shard_target` they share the weights of the target's layers too. `start`: a hash of the weights that the
     drafter starts from, if these are another drafter's; the same call must name the same.
 
+    SIGTERM and Ctrl-C end it behind the step with a checkpoint (`Stopped`).
+
     The log holds `loss`, `seconds` and `tokens` so far, and with `held_out` rows `eval_loss`, `eval_beta_chain`,
     `eval_beta_16` and so on; it is also written to `out/train_log.jsonl`. Raises `UserError` for data of another
     target, a folder of another run, damaged checkpoints, checkpoints that `resume=False` would overwrite, and forward
@@ -73,12 +93,18 @@ def train_drafter(
     processes = join_processes(target.device.type)
     with processes.main_process_first(), disk_errors(out):
         out.mkdir(parents=True, exist_ok=True)
-        checkpoint = latest_checkpoint(out / "checkpoints")
-        if processes.is_main_process and checkpoint is None and not (out / "model.safetensors").exists():
+        known, manifest = read_manifest(out / RUN_FILE), _manifest(target, drafter, dataset, settings)
+        checkpoint, torn = latest_checkpoint(out / "checkpoints"), unsealed(out / "checkpoints")
+        ours = known is not None and known.keys() >= manifest.keys() & OF_A_RUN
+        if known is None and (torn or checkpoint is not None):
+            raise UserError(f"{out} holds checkpoints of something else; give --out a new folder")
+        if processes.is_main_process and ours and checkpoint is None and not (out / "model.safetensors").exists():
             (out / RUN_FILE).unlink(missing_ok=True)  # left by a run that wrote no checkpoint: its settings may change
         # Settings that are newer than a folder had the value then that is their default now.
         older = {"settings": TrainSettings.parse({}).learnt_from(), "start": "", "weights": None, "dtype": None}
-        claim(out / RUN_FILE, _manifest(target, drafter, dataset, settings) | {"start": start}, older, FREE)
+        claim(out / RUN_FILE, manifest | {"start": start}, older, FREE)
+        if processes.is_main_process:  # now that the folder is this run's
+            remove_unsealed(out / "checkpoints")
     if checkpoint is not None and not resume:
         raise UserError(f"{out} holds checkpoints; resume them, or use another output folder")
 
@@ -92,11 +118,16 @@ def train_drafter(
             if shard_target:
                 shard_layers(target.model)
             trainer = DrafterTrainer(target, drafter, dataset, held_out, out / "checkpoints", settings)
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            with trainer.due.signals(), tensors_alone(checkpoint), trainer.shown:
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if trainer.due.asked is not None and trainer.state.global_step < trainer.state.max_steps:
+            raise Stopped(trainer.due.asked)
         state = {"global_step": trainer.state.global_step, "log_history": trainer.state.log_history}
     # The Trainer's last entry sums up this call, not the run.
     history = [entry for entry in state["log_history"] if "train_runtime" not in entry]
     drafter.eval()
+    if held_out is not None:
+        fit_temperature(target, drafter, held_out, batch_size=settings.eval_batch_size, seed=settings.seed)
     if processes.is_main_process:
         with disk_errors(out):
             drafter.save_pretrained(out)
@@ -122,6 +153,7 @@ class DrafterTrainer(Trainer):
         settings: TrainSettings,
     ):
         self.target, self.settings = target, settings
+        self.due = DueCheckpoints()
         drafter.check_loss(settings.loss)
         super().__init__(
             model=drafter,
@@ -129,8 +161,13 @@ class DrafterTrainer(Trainer):
             train_dataset=dataset,
             eval_dataset=held_out,
             data_collator=collate,
-            callbacks=[LogBeforeSave()],
+            callbacks=[self.due, LogBeforeSave()],
         )
+        self.shown = TrainingProgress()
+        for printing in (ProgressCallback, PrinterCallback):
+            self.remove_callback(printing)
+        if settings.progress:
+            self.add_callback(self.shown)
         # The Trainer writes this into every model's config, where ours refuses unknown keys.
         if hasattr(drafter.config, "use_cache"):
             del drafter.config.use_cache
@@ -146,6 +183,14 @@ class DrafterTrainer(Trainer):
         seconds = self.before.get("seconds", 0.0) + time.perf_counter() - self.begun
         spent = {"seconds": round(seconds, 1), "tokens": int(self.before.get("tokens", 0)) + self.tokens}
         super().log(logs | spent, *args, **kwargs)
+
+    def create_optimizer(self, model: Any = None) -> Optimizer:
+        if getattr(self, "optimizer", None) is None and self.settings.optimizer == "muon":
+            config = self.model.config
+            vocabularies = (config.vocab_size, getattr(config, "draft_vocab_size", 0))
+            decayed = self.get_decay_parameter_names(self.model)
+            self.optimizer = muon_and_adamw(self.model, vocabularies, decayed, self.settings)
+        return super().create_optimizer(model)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         dataset = self.train_dataset if train_dataset is None else train_dataset

@@ -31,7 +31,9 @@ def offline_beta(
     chunk: int = 128,
     seed: int = 0,
 ) -> dict[str, float]:
-    """β on rows that the target wrote greedily: keys `beta_chain` and one per tree size, e.g. `beta_16`.
+    """β on rows that the target wrote greedily, over places drawn uniformly: more than decoding has, which takes a long
+    step once where this sees it from each of its places (`docs/log.md`, 2026-11-29). Keys `beta_chain` and one per tree
+    size, e.g. `beta_16`.
 
     With them `top_1`, `top_5` and `top_10`: of the places of the text whose tokens before were all drafted, the share
     whose token is among the drafter's 1, 5, 10 likeliest candidates there.
@@ -47,7 +49,9 @@ def offline_beta(
     ranks: list[torch.Tensor] = []
     count = 0
     heads = drafter.prepared(target.embed, target.head)
-    for batch, positions in _batches(rows, draft_positions(rows, drafter, max_positions, max_rows, seed), batch_size):
+    for batch, positions in position_batches(
+        rows, draft_positions(rows, drafter, max_positions, max_rows, seed), batch_size
+    ):
         tokens, lengths = batch["input_ids"].to(device), batch["lengths"].to(device)
         places = torch.nn.utils.rnn.pad_sequence([torch.tensor(p) for p in positions], batch_first=True)
         used = torch.arange(places.shape[1]) < torch.tensor([[len(p)] for p in positions])
@@ -125,7 +129,7 @@ def draft_positions(
     return sorted(rng.sample(found, min(max_positions, len(found))))
 
 
-def _batches(
+def position_batches(
     rows: DistilledDataset, pairs: Sequence[tuple[int, int]], size: int
 ) -> Iterator[tuple[dict[str, torch.Tensor], list[list[int]]]]:
     """Padded rows of like length with the positions asked of each."""

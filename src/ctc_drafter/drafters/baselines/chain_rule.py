@@ -12,8 +12,9 @@ from torch.nn import functional as fn
 
 from ctc_drafter.ctc.copies import Text
 from ctc_drafter.drafters.base import Step
+from ctc_drafter.drafters.config import DrafterConfig
 from ctc_drafter.drafters.lm_head import DraftHead, draft_head, target_probabilities
-from ctc_drafter.drafters.trainable import DrafterConfig, LossInputs, LossOptions, TrainableDrafter
+from ctc_drafter.drafters.trainable import LossInputs, LossOptions, TrainableDrafter
 from ctc_drafter.types import Candidates, UserError
 
 
@@ -29,9 +30,9 @@ class ChainDrafter(TrainableDrafter):
 
     @abstractmethod
     def known_logits(
-        self, blocks: torch.Tensor, prefixes: torch.Tensor, embed: nn.Module, head: nn.Module
+        self, states: torch.Tensor, prefixes: torch.Tensor, embed: nn.Module, head: nn.Module
     ) -> Iterator[torch.Tensor]:
-        """Float32 logits `[N, V]` of y1, of y2 after y1, and so on; blocks `[N, ...]`, prefixes `int64 [N, 1+U]`."""
+        """Float32 logits `[N, V]` of y1, of y2 after y1, and so on; states `[N, ...]`, prefixes `int64 [N, 1+U]`."""
 
     def check_loss(self, loss: str) -> None:
         """`prefix` or `teacher`: drafters without blanks have no full-sequence loss."""
@@ -45,25 +46,39 @@ class ChainDrafter(TrainableDrafter):
             teacher = target_probabilities(head, inputs.last)
             scores = self.teacher_scores(inputs.states, inputs.prefixes, teacher, embed, head)
         else:
-            scores = self.likelihood(inputs.states, inputs.prefixes, embed, head)
+            scores = self.log_probs(inputs.states, inputs.prefixes, embed, head)
         with torch.autocast(inputs.states.device.type, enabled=False):
             return cross_entropy(scores, inputs.valid, options.decay)
 
-    def likelihood(
-        self, blocks: torch.Tensor, prefixes: torch.Tensor, embed: nn.Module, head: nn.Module
+    def log_probs(
+        self, states: torch.Tensor, prefixes: torch.Tensor, embed: nn.Module, head: nn.Module
     ) -> torch.Tensor:
         """log P(y_u | root, y1..y(u-1)), float32 `[N, U]`."""
-        known = zip(self.known_logits(blocks, prefixes, embed, head), prefixes[:, 1:].unbind(1), strict=True)
+        known = zip(self.known_logits(states, prefixes, embed, head), prefixes[:, 1:].unbind(1), strict=True)
         return torch.stack([-fn.cross_entropy(logits, label, reduction="none") for logits, label in known], 1)
 
+    def log_likelihoods(
+        self, inputs: LossInputs, embed: nn.Module, head: nn.Module, temperatures: Sequence[float]
+    ) -> torch.Tensor:
+        """See `TrainableDrafter.log_likelihoods`. Labels that are not drafted (logit -inf) count at no temperature."""
+        found = torch.zeros(len(temperatures), dtype=torch.float64, device=inputs.states.device)
+        known = self.known_logits(inputs.states, inputs.prefixes, embed, head)
+        for logits, label, valid in zip(known, inputs.prefixes[:, 1:].unbind(1), inputs.valid.unbind(1), strict=True):
+            kept = valid & (logits.gather(1, label.unsqueeze(1)).squeeze(1) > -torch.inf)
+            if kept.any():
+                rows, labels = logits[kept], label[kept]
+                costs = [fn.cross_entropy(rows / each, labels, reduction="sum") for each in temperatures]
+                found -= torch.stack(costs)
+        return found
+
     def teacher_scores(
-        self, blocks: torch.Tensor, prefixes: torch.Tensor, teacher: torch.Tensor, embed: nn.Module, head: nn.Module
+        self, states: torch.Tensor, prefixes: torch.Tensor, teacher: torch.Tensor, embed: nn.Module, head: nn.Module
     ) -> torch.Tensor:
         """`teacher_score` of each token, float32 `[N, U]`.
 
         teacher: float32 `[N, U, V]`, the target's probabilities of the token after root, y1..y(u-1).
         """
-        logits = self.known_logits(blocks, prefixes, embed, head)
+        logits = self.known_logits(states, prefixes, embed, head)
         known = zip(logits, prefixes[:, 1:].unbind(1), teacher.unbind(1), strict=True)
         return torch.stack([self.teacher_score(*each) for each in known], 1)
 
@@ -73,13 +88,13 @@ class ChainDrafter(TrainableDrafter):
 
 
 class StepwiseDrafter(ChainDrafter):
-    """With blocks that hold all that is known before a token is drafted."""
+    """With draft states that hold all that is known before a token is drafted."""
 
     config: DrafterConfig
 
     @abstractmethod
-    def steps(self, blocks: torch.Tensor, embed: nn.Module, outputs: Sequence[nn.Module]) -> Step:
-        """What is asked for next tokens, of blocks `[N, ...]`. outputs: as in `OutputHeads`."""
+    def steps(self, states: torch.Tensor, embed: nn.Module, outputs: Sequence[nn.Module]) -> Step:
+        """What is asked for next tokens, of draft states `[N, ...]`. outputs: as in `OutputHeads`."""
 
     def outputs(self, head: nn.Module) -> Sequence[nn.Module]:
         """The matrices that make logits: the target's head, unless the drafter has its own."""
@@ -90,15 +105,15 @@ class StepwiseDrafter(ChainDrafter):
         return OutputHeads(embed, head, [ready[id(each)] for each in self.outputs(head)])
 
     def known_logits(
-        self, blocks: torch.Tensor, prefixes: torch.Tensor, embed: nn.Module, head: nn.Module
+        self, states: torch.Tensor, prefixes: torch.Tensor, embed: nn.Module, head: nn.Module
     ) -> Iterator[torch.Tensor]:
-        step = self.steps(blocks, embed, self.outputs(head))
+        step = self.steps(states, embed, self.outputs(head))
         for size in range(1, prefixes.shape[1]):
             yield step(prefixes[:, None, :size], None if size == 1 else prefixes.new_zeros(len(prefixes), 1))[:, 0]
 
     def candidates(
         self,
-        blocks: torch.Tensor,
+        states: torch.Tensor,
         root: torch.Tensor,
         heads: OutputHeads,
         nodes: int,
@@ -106,7 +121,7 @@ class StepwiseDrafter(ChainDrafter):
         text: Text | None = None,
     ) -> Candidates:
         """See `TrainableDrafter.candidates`."""
-        step = self.steps(blocks, heads.embed, heads.outputs)
+        step = tempered(self.steps(states, heads.embed, heads.outputs), self.config.score_temperature)
         return expand(step, root, nodes=nodes, depth=self.config.draft_length, min_probability=min_probability)
 
 
@@ -124,6 +139,11 @@ def cross_entropy(log_probs: torch.Tensor, valid: torch.Tensor, decay: float) ->
 # best of all are found exactly: each of them, like its ancestors, is among the n best of its level. It is the best
 # tree for any drafter that knows the probability of a token given its prefix; with heads that ignore the prefix, as
 # Medusa's, it is the best tree under the product of their probabilities.
+
+
+def tempered(step: Step, temperature: float) -> Step:
+    """The step with logits divided by a temperature."""
+    return step if temperature == 1 else lambda prefixes, places: step(prefixes, places) / temperature
 
 
 def expand(step: Step, root: torch.Tensor, *, nodes: int, depth: int, min_probability: float = 0.0) -> Candidates:

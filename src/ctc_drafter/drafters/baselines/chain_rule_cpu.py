@@ -28,20 +28,19 @@ def grow(step: Step, root: torch.Tensor, nodes: int, depth: int, min_probability
     levels: list[tuple[np.ndarray, ...]] = []
     start = 0  # where the level above begins among all candidates
     for level in range(1, depth + 1):
-        logits = step(prefixes, places).detach()
+        logits = step(prefixes, places).detach().contiguous()  # numba compiles anew for arrays with gaps
         totals = logits.logsumexp(-1)
-        tokens, owners, scores = _children(logits.numpy(), totals.numpy(), above, best, least)
+        children = _children(logits.numpy(), totals.numpy(), above, best, least)
+        tokens, owners, scores = (np.ascontiguousarray(part) for part in children)
         parents = np.where(np.isneginf(scores), -1, owners + start) if levels else np.full_like(owners, -1)
         start += levels[-1][0].shape[1] if levels else 0
         levels.append((tokens, parents, np.full_like(tokens, level), scores))
-        following, kept, above = _frontier(prefixes.numpy(), tokens, owners, scores, best)
+        following, kept, above = _frontier(prefixes.contiguous().numpy(), tokens, owners, scores, best)
         if not following.shape[1]:
             break
         prefixes, places = torch.from_numpy(following), torch.from_numpy(kept)
-    tokens, parents, depths, scores = (
-        torch.from_numpy(np.concatenate(parts, 1)) for parts in zip(*levels, strict=True)
-    )
-    return Candidates(tokens, parents, depths, scores)
+    found = [torch.from_numpy(np.concatenate(parts, 1)) for parts in zip(*levels, strict=True)]
+    return Candidates(found[0], found[1], found[2], found[3])
 
 
 @njit(cache=True, nogil=True)
@@ -104,6 +103,8 @@ def _frontier(prefixes, tokens, owners, scores, best):  # type: ignore[no-untype
     for row in range(rows):
         for w in range(wide):
             if scores[row, w] >= best[row, -1]:
-                following[row, w, :size], following[row, w, size] = prefixes[row, owners[row, w]], tokens[row, w]
+                for place in range(size):
+                    following[row, w, place] = prefixes[row, owners[row, w], place]
+                following[row, w, size] = tokens[row, w]
                 kept[row, w], above[row, w] = owners[row, w], scores[row, w]
     return following, kept, above

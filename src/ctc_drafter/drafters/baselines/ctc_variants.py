@@ -77,7 +77,7 @@ class PaperDrafter(FramesModel):
 
     def candidates(
         self,
-        blocks: torch.Tensor,
+        states: torch.Tensor,
         root: torch.Tensor,
         heads: DraftHead,
         nodes: int,
@@ -85,7 +85,7 @@ class PaperDrafter(FramesModel):
         text: Text | None = None,
     ) -> Candidates:
         """See `TrainableDrafter.candidates`: the static tree's prefixes, however many `nodes` there is room for."""
-        tokens, blanks = self.frame_logits(blocks, heads.head)
+        tokens, blanks = self.frame_logits(states, heads.head)
         logits = torch.cat([tokens, blanks.unsqueeze(-1)], -1)
         best, symbols = logits.topk(min(RANKS, logits.shape[-1]), -1)
         scores = best - logits.logsumexp(-1, keepdim=True)
@@ -203,9 +203,9 @@ class LinearCTCDrafter(CTCDrafter):
         """The state before each anchor `[B, A, H]`; see `TrainableDrafter.draft_states`."""
         return before(self.states(features), anchors)
 
-    def filled(self, blocks: torch.Tensor) -> torch.Tensor:
+    def filled(self, states: torch.Tensor) -> torch.Tensor:
         """See `CTCDrafter.filled`, of states `[N, H]`."""
-        return blocks.unsqueeze(1) + self.maps(blocks).unflatten(-1, (1 + self.frames, -1))
+        return states.unsqueeze(1) + self.maps(states).unflatten(-1, (1 + self.frames, -1))
 
     def begin(self, embed: nn.Module, head: nn.Module, batch_size: int) -> DraftSession:
         """See `Drafter.begin`."""

@@ -49,7 +49,7 @@ class TokenFrames(StepwiseDrafter, BlockModel):
 
     def candidates(
         self,
-        blocks: torch.Tensor,
+        states: torch.Tensor,
         root: torch.Tensor,
         heads: OutputHeads,
         nodes: int,
@@ -58,13 +58,18 @@ class TokenFrames(StepwiseDrafter, BlockModel):
     ) -> Candidates:
         """See `TrainableDrafter.candidates`: best first on a CPU, level by level elsewhere."""
         if not isinstance(heads, FrameHeads) or heads.bias is None:
-            return super().candidates(blocks, root, heads, nodes, min_probability)
+            return super().candidates(states, root, heads, nodes, min_probability)
         from ctc_drafter.ctc.search_cpu import best_chains
 
-        start = blocks[:, 0]
+        start = states[:, 0]
         state = start[:, :0] if self.predictor is None else self.predictor.root_state(start)
-        logits = frame_logits(blocks, heads.outputs[0])
-        return best_chains(logits, root, heads.bias, state.float(), count=nodes, min_probability=min_probability)
+        logits, bias = frame_logits(states, heads.outputs[0]), heads.bias
+        if self.config.score_temperature != 1:
+            logits, bias = (
+                logits / self.config.score_temperature,
+                bias._replace(scale=bias.scale / self.config.score_temperature),
+            )
+        return best_chains(logits, root, bias, state.float(), count=nodes, min_probability=min_probability)
 
 
 class DFlashDrafter(TokenFrames):
@@ -78,8 +83,8 @@ class DFlashDrafter(TokenFrames):
         self.predictor = None
         self.post_init()
 
-    def steps(self, blocks: torch.Tensor, embed: nn.Module, outputs: Sequence[nn.Module]) -> Step:
-        logits = frame_logits(blocks, outputs[0])
+    def steps(self, states: torch.Tensor, embed: nn.Module, outputs: Sequence[nn.Module]) -> Step:
+        logits = frame_logits(states, outputs[0])
         return lambda prefixes, _: logits[:, prefixes.shape[2] - 1].unsqueeze(1)
 
 
@@ -123,8 +128,8 @@ class DSparkDrafter(TokenFrames):
         self.predictor = Predictor(*sizes)
         self.post_init()
 
-    def steps(self, blocks: torch.Tensor, embed: nn.Module, outputs: Sequence[nn.Module]) -> Step:
-        logits, root_state = frame_logits(blocks, outputs[0]), self.predictor.root_state(blocks[:, 0])
+    def steps(self, states: torch.Tensor, embed: nn.Module, outputs: Sequence[nn.Module]) -> Step:
+        logits, root_state = frame_logits(states, outputs[0]), self.predictor.root_state(states[:, 0])
 
         def step(prefixes: torch.Tensor, _places: torch.Tensor | None) -> torch.Tensor:
             size, last = prefixes.shape[2], prefixes[:, :, -1]

@@ -15,13 +15,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import nn
 from torch.nn import functional as fn
 
 from ctc_drafter.drafters.base import Committed
-from ctc_drafter.drafters.baselines.chain_rule import ChainDrafter, expand
+from ctc_drafter.drafters.baselines.chain_rule import ChainDrafter, expand, tempered
 from ctc_drafter.drafters.baselines.heads import before
 from ctc_drafter.drafters.layers import (
     BlockAttention,
@@ -31,7 +32,7 @@ from ctc_drafter.drafters.layers import (
     GatedMLP,
     LayerConfig,
     RMSNorm,
-    cos_sin,
+    rotation,
 )
 from ctc_drafter.drafters.lm_head import DraftHead, draft_head, head_logits
 from ctc_drafter.types import Candidates, UserError
@@ -53,13 +54,26 @@ class EagleDrafter(ChainDrafter):
 
     config_class = EagleConfig
     config: EagleConfig
+    first_pair = 0  # the first pair of a text that later ones see
 
     def __init__(self, config: EagleConfig):
         super().__init__(config)
         self.fc = nn.Linear(config.hidden_size * len(config.target_layer_ids), config.hidden_size, bias=False)
-        self.layer = PairLayer(config)
+        self.layer = self.new_layer(config)
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_init()
+
+    def new_layer(self, config: EagleConfig) -> PairLayer:
+        """An untrained layer."""
+        return PairLayer(config)
+
+    def fed_back(self, states: torch.Tensor) -> torch.Tensor:
+        """The feature of a drafted token, `[..., H]`, of what the layer said after it."""
+        return states
+
+    def target_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The target's ids of drafted ones."""
+        return tokens
 
     @torch.no_grad()
     def start_from(self, norm_scale: torch.Tensor | None, head: nn.Module) -> None:
@@ -72,39 +86,41 @@ class EagleDrafter(ChainDrafter):
         return self.fc(features.to(self.fc.weight.dtype))
 
     def keys_values(
-        self, tokens: torch.Tensor, fused: torch.Tensor, by: CosSin, embed: nn.Module
+        self, tokens: torch.Tensor, fused: torch.Tensor, rotary: CosSin, embed: nn.Module
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of committed pairs: tokens `int64 [B, T]`, features of the tokens before them."""
-        return self.layer.self_attn.keys_values(self.layer.pairs(embed(tokens).to(fused.dtype), fused), by)
+        return self.layer.self_attn.keys_values(self.layer.pairs(embed(tokens).to(fused.dtype), fused), rotary)
 
     def draft_states(
         self, features: torch.Tensor, tokens: torch.Tensor, anchors: torch.Tensor, embed: nn.Module
     ) -> torch.Tensor:
         """See `TrainableDrafter.draft_states`. Depth by depth for all anchors at once, each with its own rollout."""
         fused, (batch, length), count = self.fused(features), tokens.shape, anchors.shape[1]
-        by = self.rotation(torch.arange(length, device=tokens.device).expand(batch, -1))
-        keys, values = self.keys_values(tokens, shifted(fused), by, embed)
-        mask = (torch.arange(length, device=tokens.device) < anchors.unsqueeze(-1)).unsqueeze(1)
+        rotary = self.rotation(torch.arange(length, device=tokens.device).expand(batch, -1))
+        keys, values = self.keys_values(tokens, shifted(fused), rotary, embed)
+        place = torch.arange(length, device=tokens.device)
+        mask = ((place < anchors.unsqueeze(-1)) & (place >= self.first_pair)).unsqueeze(1)
         own = torch.eye(count, dtype=torch.bool, device=tokens.device).expand(batch, 1, -1, -1)
         states, found = before(fused, anchors), []
         for depth in range(self.config.draft_length):
             place = anchors + depth
-            by = self.rotation(place)
+            rotary = self.rotation(place)
             known = embed(tokens.gather(1, place.clamp(max=length - 1))).to(states.dtype)
             pairs = self.layer.pairs(known, states)
-            new = self.layer.self_attn.keys_values(pairs, by)
+            new = self.layer.self_attn.keys_values(pairs, rotary)
             keys, values, mask = torch.cat([keys, new[0]], 2), torch.cat([values, new[1]], 2), torch.cat([mask, own], 3)
-            states = self.layer(states, pairs, by, keys, values, mask)
+            states = self.layer(states, pairs, rotary, keys, values, mask)
             found.append(self.norm(states))
+            states = self.fed_back(states)
         return torch.stack(found, 2)
 
     def rotation(self, positions: torch.Tensor) -> CosSin:
-        return cos_sin(positions, self.config.head_dim, self.config.rope_theta, self.fc.weight.dtype)
+        return rotation(self.config, positions, self.fc.weight.dtype)
 
     def known_logits(
-        self, blocks: torch.Tensor, prefixes: torch.Tensor, embed: nn.Module, head: nn.Module
+        self, states: torch.Tensor, prefixes: torch.Tensor, embed: nn.Module, head: nn.Module
     ) -> Iterator[torch.Tensor]:
-        return (head_logits(head, states) for states in blocks.unbind(1))
+        return (head_logits(head, each) for each in states.unbind(1))
 
     def drafts(
         self,
@@ -120,8 +136,8 @@ class EagleDrafter(ChainDrafter):
         fused = self.fused(features)
         cache = DraftKVCache(self.config, 1, len(tokens), fused)
         positions = cache.slots(tokens.shape[1])
-        by = cache.rotation(positions)
-        cache.store(0, positions, *self.keys_values(tokens, shifted(fused), by, heads.embed))
+        rotary = cache.rotation(positions)
+        cache.store(0, positions, *self.keys_values(tokens, shifted(fused), rotary, heads.embed))
         rows, lengths, newest = used.nonzero()[:, 0], anchors[used], before(fused, anchors)[used]
         roots = tokens.gather(1, anchors)[used]
         for part in torch.arange(len(rows), device=rows.device).split(chunk):
@@ -149,11 +165,11 @@ def shifted(fused: torch.Tensor) -> torch.Tensor:
 class PairLayer(nn.Module):
     """A decoder layer whose attention reads pairs `[..., 2H]` and whose residual stream is the feature."""
 
-    def __init__(self, config: LayerConfig):
+    def __init__(self, config: LayerConfig, normed: bool = True, bias: bool = False):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.hidden_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.self_attn = BlockAttention(config, width=2 * config.hidden_size)
+        self.self_attn = BlockAttention(config, 2 * config.hidden_size, normed, bias)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = GatedMLP(config)
 
@@ -165,13 +181,13 @@ class PairLayer(nn.Module):
         self,
         features: torch.Tensor,
         pairs: torch.Tensor,
-        by: CosSin,
+        rotary: CosSin,
         keys: torch.Tensor,
         values: torch.Tensor,
         mask: torch.Tensor | None,
     ) -> torch.Tensor:
         """The features `[B, T, H]` that follow; keys and values `[B, kv_heads, S, dim]` include the pairs' own."""
-        states = features + self.self_attn(pairs, by, keys, values, mask)
+        states = features + self.self_attn(pairs, rotary, keys, values, mask)
         return states + self.mlp(self.post_attention_layernorm(states))
 
 
@@ -194,8 +210,8 @@ class EagleSession(ContextSession):
         assert committed.features is not None
         positions = cache.slots(committed.tokens.shape[1])
         fused = torch.cat([newest.unsqueeze(1), self.drafter.fused(committed.features)], 1)
-        by = cache.rotation(positions)
-        cache.store(0, positions, *self.drafter.keys_values(committed.tokens, fused[:, :-1], by, self.head.embed))
+        rotary = cache.rotation(positions)
+        cache.store(0, positions, *self.drafter.keys_values(committed.tokens, fused[:, :-1], rotary, self.head.embed))
         cache.lengths = cache.lengths + committed.counts
         return fused.gather(1, committed.counts.view(-1, 1, 1).expand(-1, 1, fused.shape[2]))[:, 0]
 
@@ -210,8 +226,9 @@ def propose(
     min_probability: float = 0.0,
 ) -> Candidates:
     """The best prefixes after root `int64 [B]`, with the context in the cache and its last features `[B, H]`."""
-    step = Rollout(drafter, heads, cache, newest)
-    return expand(step, root, nodes=nodes, depth=drafter.config.draft_length, min_probability=min_probability)
+    step = tempered(Rollout(drafter, heads, cache, newest), drafter.config.score_temperature)
+    found = expand(step, root, nodes=nodes, depth=drafter.config.draft_length, min_probability=min_probability)
+    return replace(found, tokens=drafter.target_tokens(found.tokens))
 
 
 class Rollout:
@@ -237,19 +254,24 @@ class Rollout:
         seen = torch.cat([seen, own], 2)
         count = seen.shape[2]
         slots = cache.slots(count)[:, count - width :]
-        by = cache.rotation(cache.lengths.unsqueeze(1) + size - 1)
-        pairs = drafter.layer.pairs(self.heads.embed(prefixes[:, :, -1]).to(states.dtype), states)
-        cache.store(0, slots, *drafter.layer.self_attn.keys_values(pairs, by))
+        rotary = cache.rotation(cache.lengths.unsqueeze(1) + size - 1)
+        known = prefixes[:, :, -1] if places is None else drafter.target_tokens(prefixes[:, :, -1])
+        pairs = drafter.layer.pairs(self.heads.embed(known).to(states.dtype), states)
+        cache.store(0, slots, *drafter.layer.self_attn.keys_values(pairs, rotary))
         end = int(cache.lengths.max()) + count
-        states = drafter.layer(states, pairs, by, *cache.read(0, end), visible(cache.lengths, seen, end))
-        self.states, self.seen = states, seen
+        mask = visible(cache.lengths, seen, end, drafter.first_pair)
+        states = drafter.layer(states, pairs, rotary, *cache.read(0, end), mask)
+        self.states, self.seen = drafter.fed_back(states), seen
         logits = head_logits(self.heads.head, drafter.norm(states).flatten(0, 1))
         return logits.unflatten(0, (batch, width))
 
 
-def visible(lengths: torch.Tensor, seen: torch.Tensor, end: int) -> torch.Tensor:
-    """`bool [B, 1, W, end]`: each prefix sees its row's context, and its own way there."""
+def visible(lengths: torch.Tensor, seen: torch.Tensor, end: int, first: int = 0) -> torch.Tensor:
+    """`bool [B, 1, W, end]`: each prefix sees its row's context from the pair `first` on, and its own way there."""
     count = seen.shape[2]
-    node = torch.arange(end, device=seen.device) - lengths.unsqueeze(1)
+    slot = torch.arange(end, device=seen.device)
+    node = slot - lengths.unsqueeze(1)
     on_the_way = seen.gather(2, node.clamp(0, count - 1).unsqueeze(1).expand(-1, seen.shape[1], -1))
-    return ((node < 0).unsqueeze(1) | (on_the_way & (node < count).unsqueeze(1))).unsqueeze(1)
+    return (
+        ((node < 0) & (slot >= first)).unsqueeze(1) | (on_the_way & ((node >= 0) & (node < count)).unsqueeze(1))
+    ).unsqueeze(1)

@@ -10,9 +10,10 @@ from torch.nn import functional as fn
 
 from ctc_drafter.drafters.base import Committed, DraftSession, Step, TrainedSession
 from ctc_drafter.drafters.baselines.chain_rule import StepwiseDrafter
+from ctc_drafter.drafters.config import DrafterConfig
 from ctc_drafter.drafters.layers import RMSNorm
 from ctc_drafter.drafters.lm_head import DraftHead, head_logits
-from ctc_drafter.drafters.trainable import DrafterConfig, TrainableDrafter
+from ctc_drafter.drafters.trainable import TrainableDrafter
 from ctc_drafter.types import Candidates, UserError
 
 # Drafters whose heads read the target's last hidden state: what Medusa and Hydra share.
@@ -166,9 +167,9 @@ class MedusaDrafter(HeadsDrafter):
         if isinstance(module, ResidualLayer):
             nn.init.zeros_(module.weight)
 
-    def steps(self, blocks: torch.Tensor, embed: nn.Module, outputs: Sequence[nn.Module]) -> Step:
+    def steps(self, states: torch.Tensor, embed: nn.Module, outputs: Sequence[nn.Module]) -> Step:
         def step(prefixes: torch.Tensor, _places: torch.Tensor | None) -> torch.Tensor:
             head = prefixes.shape[2] - 1
-            return head_logits(outputs[head], self.heads[head](blocks)).unsqueeze(1)
+            return head_logits(outputs[head], self.heads[head](states)).unsqueeze(1)
 
         return step

@@ -83,11 +83,11 @@ class HydraDrafter(HeadsDrafter):
         if norm_scale is not None and self.prefix_norm is not None:
             self.prefix_norm.weight.fill_(norm_scale.square().mean().sqrt())
 
-    def steps(self, blocks: torch.Tensor, embed: nn.Module, outputs: Sequence[nn.Module]) -> Step:
+    def steps(self, states: torch.Tensor, embed: nn.Module, outputs: Sequence[nn.Module]) -> Step:
         def step(prefixes: torch.Tensor, _places: torch.Tensor | None) -> torch.Tensor:
             head = prefixes.shape[2] - 1
-            states = self.heads[head](blocks, embed(prefixes).to(blocks.dtype))
-            return head_logits(outputs[head], states.flatten(0, 1)).unflatten(0, states.shape[:2])
+            hidden = self.heads[head](states, embed(prefixes).to(states.dtype))
+            return head_logits(outputs[head], hidden.flatten(0, 1)).unflatten(0, hidden.shape[:2])
 
         return step
 
@@ -99,9 +99,11 @@ class HydraDrafter(HeadsDrafter):
         if self.prefix_layer is not None:
             length = states.shape[1]
             slots = torch.arange(length, device=states.device).unsqueeze(0)
-            by = cos_sin(slots, self.config.head_dim, self.config.rope_theta, states.dtype)
+            rotary = cos_sin(slots, self.config.head_dim, self.config.rope_theta, states.dtype)
             causal = torch.ones(length, length, dtype=torch.bool, device=states.device).tril()
-            states = self.seen(self.prefix_layer(states, by, lambda keys, values: (keys, values), causal[None, None]))
+            states = self.seen(
+                self.prefix_layer(states, rotary, lambda keys, values: (keys, values), causal[None, None])
+            )
         return before(states, anchors)
 
     def seen(self, states: torch.Tensor) -> torch.Tensor:

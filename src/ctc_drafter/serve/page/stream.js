@@ -1,16 +1,17 @@
 // Requests to the server: what it serves, and one answer as a stream of events.
 
-/** status: of the HTTP answer, undefined where there was none. */
+/** status: of the HTTP answer, undefined where there was none. code: the server's word for what is wrong. */
 export class ServerError extends Error {
-  constructor(message, status) {
+  constructor(message, status, code) {
     super(message);
     this.status = status;
+    this.code = code;
   }
 }
 
-export async function modelName(key) {
-  const response = await ask("/v1/models", { headers: headers(key) });
-  return (await response.json()).data[0].id;
+/** Model, method of the drafter (null for none), and how long prompts and answers may be. */
+export async function about(key) {
+  return (await ask("/v1/ctc/about", { headers: headers(key) })).json();
 }
 
 /** Calls `onEvent(name, data)` for every server-sent event of an answer. */
@@ -64,5 +65,5 @@ async function ask(path, options) {
   if (response.ok) return response;
   if (response.status === 401) throw new ServerError("The server wants its API key; it goes into the settings below.", 401);
   const body = await response.json().catch(() => null);
-  throw new ServerError(body?.error?.message ?? `The server answered ${response.status}.`, response.status);
+  throw new ServerError(body?.error?.message ?? `The server answered ${response.status}.`, response.status, body?.error?.code);
 }

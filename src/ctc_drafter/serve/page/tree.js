@@ -51,7 +51,7 @@ export class TreePanel {
     const step = this.answer.steps[number];
     this.count();
     byId("tree-summary").textContent = summary(step);
-    byId("tree-body").replaceChildren(...(step.tree.length ? [list(step, 0)] : []));
+    byId("tree-body").replaceChildren(...(step.tree?.length ? [list(step, 0)] : []));
     this.answer.mark(number);
   }
 
@@ -65,9 +65,10 @@ export class TreePanel {
 }
 
 function summary(step) {
+  if (!step.tree) return "Trees are not kept when the page is left; those of new answers are here again.";
   if (!step.tree.length) return "The prompt was read; the model wrote the first token itself.";
   const count = step.tree.length - 1;
-  const drafted = count ? `${count} ${count === 1 ? "token" : "tokens"} drafted and checked in one pass` : "Nothing was likely enough to draft";
+  const drafted = count ? `${count} ${count === 1 ? "token" : "tokens"} drafted and checked in one step` : "Nothing was likely enough to draft";
   const bonus = step.bonus ? `; “${visible(step.pieces.at(-1).text)}” added by the model` : "; the answer ends here";
   return `${drafted}, ${step.accepted} accepted${bonus}.`;
 }

@@ -1,0 +1,131 @@
+"""`bench --tokens-only`: what walking along plain decoding's answers says is what decoding says."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from ctc_drafter.cli import main
+from ctc_drafter.decode.sampling import ARGMAX
+from ctc_drafter.drafters.base import refuse_call
+from ctc_drafter.drafters.prompt_lookup import PromptLookup
+from ctc_drafter.drafters.registry import fresh_drafter
+from ctc_drafter.evaluate.bench import BenchSettings, Entry, bench
+from ctc_drafter.evaluate.tasks import Prompt, Task
+from ctc_drafter.evaluate.typical import Typical
+from ctc_drafter.evaluate.walk import Text, Walking, cut_of, walk
+from ctc_drafter.evaluate.who_copies import given_copies
+from ctc_drafter.load import load_drafter, load_target
+from ctc_drafter.target.chain_test import Chain
+from ctc_drafter.target.model import Target
+from ctc_drafter.types import Candidates, UserError
+from tiny_models import tiny_llama
+
+TASKS = [
+    Task("chat", (Prompt("chat/0", "a", ("Write a poem about the sea.", "Again, shorter.")),)),
+    Task("maths", (Prompt("m/0", "b", ("What is 3 times 4?",)), Prompt("m/1", "b", ("Add 2 and 5.",)))),
+]
+METHODS = ("eagle", "hydra", "medusa", "dspark", "dflash2", "ctc-paper")
+
+
+def measured(names: tuple[str, ...], tokens_only: bool, **settings: Any) -> dict[str, Any]:
+    target, tokenizer = load_target("tiny", "float32", "cpu")
+    entries = {"prompt_lookup": Entry(PromptLookup(), {})}
+    for name in names:
+        made = load_drafter("tiny", target, tokenizer) if name == "ctc" else fresh_drafter(target, tokenizer, 0, name)
+        entries[name] = Entry(made.eval(), {})
+    usual: dict[str, Any] = {"sizes": ("chain", 4, 16), "max_new_tokens": 10, "watched": 0, "tokens_only": tokens_only}
+    chosen = BenchSettings(**usual | settings)
+    return bench(target, tokenizer, given_copies(entries, ("none", "all")), TASKS, chosen, meta={})
+
+
+def counted(result: dict[str, Any]) -> list[tuple[Any, ...]]:
+    names = ("task", "method", "nodes", "prompts", "tokens", "steps", "beta")
+    return [tuple(row[name] for name in names) for row in result["rows"]]
+
+
+@pytest.mark.parametrize("names", [("ctc",), pytest.param(METHODS, marks=pytest.mark.slow)])
+def test_tokens_and_steps_are_those_of_decoding(names: tuple[str, ...]) -> None:
+    walked, decoded = measured(names, True), measured(names, False)
+    assert counted(walked) == counted(decoded)
+    assert max(row["beta"] for row in decoded["rows"] if row["beta"]) > 2  # else nothing was accepted
+    assert all(row["identical"] == row["compared"] == row["prompts"] for row in decoded["rows"])
+    assert {(row["identical"], row["compared"]) for row in walked["rows"]} == {(0, 0)}  # it would be so by definition
+    assert {row["gamma"] for row in walked["rows"]} == {None}
+    assert {row["tokens_per_s"] for row in walked["rows"]} == {None}
+    assert not any(row["stages_ms"] for row in walked["rows"])
+    assert walked["meta"]["tokens_only"]
+    assert not decoded["meta"]["tokens_only"]
+
+
+@pytest.mark.slow
+def test_rows_of_a_batch_are_walked_as_if_alone() -> None:
+    """Copies included, which decoding of a batch uses only where all rows have some."""
+    assert counted(measured(("ctc", "eagle"), True, batch_size=2)) == counted(measured(("ctc", "eagle"), True))
+
+
+class Scripted:
+    """Proposes 5, 6 and then 9 at every place, and writes down what it is asked and told."""
+
+    feature_layers = (1, 0)
+    __call__ = refuse_call
+
+    def __init__(self) -> None:
+        self.text: list[int] = []
+        self.roots: list[int] = []
+        self.features: list[torch.Tensor] = []
+
+    def begin(self, embed: object, head: object, batch_size: int) -> "Scripted":
+        return self
+
+    def extend(self, tokens: torch.Tensor, features: torch.Tensor, counts: torch.Tensor) -> None:
+        assert counts.tolist() == [tokens.shape[1]] == [features.shape[1]]
+        self.text += tokens[0].tolist()
+        self.features.append(features)
+
+    def propose(self, root: torch.Tensor, nodes: int, min_probability: float) -> Candidates:
+        self.roots.append(int(root))
+        scores = torch.tensor([[0.9, 0.6, 0.3]]).log()
+        return Candidates(torch.tensor([[5, 6, 9]]), torch.tensor([[-1, 0, 1]]), torch.tensor([[1, 2, 3]]), scores)
+
+
+def test_the_worked_example() -> None:
+    """Prompt 1 2, answer 4 5 6 7 5 8 3: a tree of two nodes at 4 accepts 5 6 and brings 7; at 7 it accepts 5 and brings
+    8; at 8 nothing, and brings 3, the end. A tree of one node accepts 5 at 4, so it stops at 6, where it accepts
+    nothing and brings 7."""
+    target, drafter = Target.wrap(tiny_llama()), Scripted()
+    answer = [4, 5, 6, 7, 5, 8, 3]
+    features = torch.arange(9 * 4.0).view(9, 4)
+    text = Text([1, 2], answer, (0, 1), features)
+    found = walk(target, drafter, [text], {size: cut_of(size, 3) for size in (1, 2)}, 3)[0]
+    assert {size: each.accepted for size, each in found.items()} == {2: [2, 1, 0], 1: [1, 0, 1, 0]}
+    assert drafter.roots == [4, 6, 7, 8]  # nobody stops at 5
+    assert drafter.text == [1, 2, 4, 5, 6, 7, 5]  # what has entered the cache before the last root
+    swapped = features[..., [2, 3, 0, 1]]  # the drafter asked for layer 1, then 0
+    assert torch.equal(torch.cat(drafter.features, 1)[0], swapped[:7])
+    # Of the tree of one node: .9 four times, of which two were accepted.
+    assert sum(found[1].calibration.nodes) == 4
+    assert sum(found[1].calibration.accepted) == 2
+    assert sum(found[1].calibration.predicted) == pytest.approx(4 * 0.9)
+    # The tree of two nodes at 8 reaches beyond the answer: it does not count.
+    assert sum(found[2].calibration.nodes) == 4
+    assert sum(found[2].calibration.accepted) == 3
+
+
+def test_only_greedy_methods() -> None:
+    walking = Walking(Target.wrap(tiny_llama()), frozenset(), 8, (4,), ())
+    with pytest.raises(UserError, match="greedy"):
+        walking.of_size("ctc", PromptLookup(), 4, Typical())
+    assert walking.of_size("ctc", PromptLookup(), 4, ARGMAX).key == ("ctc", 4)
+
+
+def test_targets_that_follow_chains_are_refused() -> None:
+    """Their steps may rest without a draft, and trees are cut to chains: counts would not be decoding's."""
+    target = Target(tiny_llama(), chain=Chain(positions=True, together=True, stepped=False))
+    with pytest.raises(UserError, match="--tokens-only counts steps of trees, which LlamaForCausalLM does not"):
+        Walking(target, frozenset(), 8, (4,), ())
+
+
+def test_nothing_is_timed_beside_it(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--tokens-only", "--also", "hf"]) != 0
+    assert "--tokens-only times nothing" in capsys.readouterr().err
