@@ -32,10 +32,11 @@ test-quant: $(DEV) ## tests of quantised targets
 	PYTHONPATH=.quant $(BIN)/python -m pytest tests/target/test_quantised.py
 
 # Other engines likewise, 101 MB of wheels: only a comparison needs them, and their requirements are there already.
-test-peers: $(DEV) ## llama.cpp and OpenVINO, which bench --also compares with
+test-peers: $(DEV) ## llama.cpp and OpenVINO: bench --also, and targets in OpenVINO
 	$(PIP) install -q --no-deps -c constraints.txt --target .peers --upgrade xllamacpp openvino-genai \
 	    openvino-tokenizers openvino openvino-telemetry
-	PYTHONPATH=.peers $(BIN)/python -m pytest -m peers tests/evaluate/test_peer_engines.py --timeout 600
+	PYTHONPATH=.peers $(BIN)/python -m pytest -m peers tests/evaluate/test_peer_engines.py tests/target/test_openvino.py \
+	    --timeout 600
 
 # vLLM has ranges of its own and needs an environment of its own. Its wheel asks for parts of torch that break its imports.
 VLLM := .venv-vllm

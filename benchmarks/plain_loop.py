@@ -23,7 +23,8 @@ from ctc_drafter.decode.generate import plain_generate
 from ctc_drafter.evaluate.bench import parse_sizes
 from ctc_drafter.evaluate.hf_generate import generated
 from ctc_drafter.files import check_place, markdown_table, write_json
-from ctc_drafter.load import chosen_device, compiled_for, load_target
+from ctc_drafter.load import chosen_device, load_target
+from ctc_drafter.steps import Steps
 from ctc_drafter.target.features import HOOKS
 from ctc_drafter.target.model import Target
 
@@ -70,7 +71,7 @@ def main(
     found, _ = load_target(target, dtype, place)
     sizes = [size for size in parse_sizes(batches) if isinstance(size, int)]
     if compiled:
-        found = compiled_for(found, None, 0, max(sizes))
+        found = Steps(compiled=True).of(found, [], 0, max(sizes))
     clock = time.process_time if cpu_time else time.perf_counter
     sides = [side for rows in sizes for side in measured(found, rows, tokens, rounds, clock)]
     if out is not None:

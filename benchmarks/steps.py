@@ -32,8 +32,9 @@ from ctc_drafter.drafters.ctc import CTCDrafter
 from ctc_drafter.drafters.registry import blank_drafter
 from ctc_drafter.evaluate.bench import parse_sizes
 from ctc_drafter.files import check_place, write_json
-from ctc_drafter.load import chosen_device, compiled_for, keep_quiet, load_drafter, load_target
+from ctc_drafter.load import chosen_device, keep_quiet, load_drafter, load_target
 from ctc_drafter.provenance import environment
+from ctc_drafter.steps import Steps
 from ctc_drafter.target.layout import columns_first
 from ctc_drafter.target.model import Target
 from ctc_drafter.types import UserError
@@ -180,7 +181,7 @@ def pair_for(cell: Cell, device: str, compiled: bool, rounds: int) -> Pair:
         target = random_target(shape, room, getattr(torch, cell.dtype), device)
         drafter = random_drafter(target)
     if compiled:
-        target = compiled_for(target, drafter, max(cell.nodes), cell.rows)
+        target = Steps(compiled=True).of(target, [drafter], max(cell.nodes), cell.rows)
     return Pair(target, drafter, bandwidth)
 
 

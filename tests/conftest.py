@@ -2,9 +2,10 @@
 
 import gc
 import json
+import logging
 import os
 from collections import Counter
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TypeVar
@@ -91,3 +92,16 @@ def tiny_quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     tasks = tmp_path / "cats.jsonl"
     tasks.write_text('{"prompt": "the cat"}\n')
     return ["--tasks", str(tasks), "--max-new-tokens", "6", "--watched", "0", "--steps", "2"]
+
+
+@pytest.fixture
+def quiet_tracing() -> Iterator[None]:
+    """pytest keeps every record that a logger lets through, and tracing makes very many."""
+    logger = logging.getLogger("torch")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    trace = logging.getLogger("torch.__trace")
+    disabled, trace.disabled = trace.disabled, True
+    yield
+    trace.disabled = disabled
+    logger.setLevel(before)

@@ -28,7 +28,6 @@ DISTRIBUTIONS = {
     "prometheus_client": "prometheus-client",
     "yaml": "pyyaml",
     "starlette": "fastapi",
-    "openvino": "openvino-genai",
     "openvino_genai": "openvino-genai",
 }
 
@@ -118,9 +117,9 @@ def test_every_optional_package_is_in_the_extra_that_is_named():
         assert package in names_of(PROJECT["optional-dependencies"][extra]), module
         assert package not in core
     everything = names_of(PROJECT["optional-dependencies"]["all"])
-    for extra in ("serve", "train", "bench", "quant", "gguf", "lora"):
+    for extra in ("serve", "train", "bench", "quant", "gguf", "lora", "openvino"):
         assert names_of(PROJECT["optional-dependencies"][extra]) <= everything
-    assert names_of(PROJECT["optional-dependencies"]["all"]) - {"torchao"} <= names_of(
+    assert names_of(PROJECT["optional-dependencies"]["all"]) - {"torchao", "openvino"} <= names_of(
         PROJECT["optional-dependencies"]["dev"]
     )
 

@@ -26,6 +26,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "ctc": {"types"},
     "target": {"types"},
     "target.gguf": {"files"},
+    "target.openvino_graph": {"files", "provenance"},
     "target.names": {"quickstart"},
     "drafters": {"types", "ctc"},
     "drafters.registry": {"target", "chat"},
@@ -47,6 +48,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "quickstart": set(),
     # The rows below serve the command line and the user; of the above only `evaluate` and `train.publish` import them.
     "load": {"types", "chat", "target", "drafters", "quickstart"},
+    "steps": {"types", "load", "target", "drafters.base"},
     "cli": {"*"},
     "speculator": {"types", "target", "drafters", "decode"},
     "__init__": {"types", "speculator", "ctc", "target", "drafters", "decode"},
@@ -58,13 +60,14 @@ CONCRETE = {"drafters.ctc", "drafters.baselines"}
 NOT_SHARED = {"drafters.registry", "drafters.warm_start"}
 SHARED_BY_BASELINES = {f"drafters.baselines.{name}" for name in ("chain_rule", "chain_rule_cpu", "heads", "eagle")}
 
-# Optional engines, and the only file or folder that may import them. Nobody but `cli` imports integrations, and lazily.
+# Optional engines, and the only files or folders that may import them. Nobody but `cli` imports integrations, and
+# lazily.
 ENGINES = {
-    "vllm": "integrations.vllm",
-    "sglang": "integrations.sglang",
-    "xllamacpp": "evaluate.llama_cpp",
-    "openvino_genai": "evaluate.openvino",
-    "openvino": "evaluate.openvino",
+    "vllm": {"integrations.vllm"},
+    "sglang": {"integrations.sglang"},
+    "xllamacpp": {"evaluate.llama_cpp"},
+    "openvino_genai": {"evaluate.openvino"},
+    "openvino": {"target.openvino", "target.openvino_graph", "evaluate.openvino"},
 }
 
 # What pure folders may import from outside besides the standard library.
@@ -167,8 +170,8 @@ def complaint(found: Import) -> str | None:
     area = found.importer.split(".")[0]
     if found.outside:
         package = found.imported.split(".")[0]
-        if package in ENGINES and not within(found.importer, {ENGINES[package]}):
-            return f"only {ENGINES[package]} may import {package}"
+        if package in ENGINES and not within(found.importer, ENGINES[package]):
+            return f"only {' and '.join(sorted(ENGINES[package]))} may import {package}"
         if area in OUTSIDE and package not in OUTSIDE[area] | sys.stdlib_module_names:
             return f"{area} is pure: only {', '.join(sorted(OUTSIDE[area]))} from outside"
         return None

@@ -37,7 +37,7 @@ from ctc_drafter.quickstart import DRAFTER_DIR, SMOLLM2_DRAFTER_DIR
 from ctc_drafter.target.checks import adapter_base, is_missing, refuse_size, why_not_loaded
 from ctc_drafter.target.model import Target
 from ctc_drafter.target.names import INSTALL, SMOLLM2, TINY, has_smollm2, resolve
-from ctc_drafter.target.packed import pack, unpack
+from ctc_drafter.target.packed import pack
 from ctc_drafter.types import UserError, first_line, listed_ids
 
 LOG = logging.getLogger(__name__)
@@ -311,32 +311,6 @@ def load_pair(
     draft = load_drafter(drafter, found, tokenizer) if drafter else None
     LOG.info("%s, %s, %s", target, str(found.dtype).removeprefix("torch."), found.device)
     return found, tokenizer, draft
-
-
-def exact_for(target: Target) -> Target:
-    """The target with steps whose rounding depends on no neighbour, tried now; see `exact_target`."""
-    from ctc_drafter.target.exact import exact_target
-
-    unpack(target.model)
-    return exact_target(target)
-
-
-def compiled_for(target: Target, drafter: Drafter | None, nodes: int, rows: int) -> Target:
-    """The target with graphs for steps of up to `nodes` nodes and `rows` rows, made now; see `compile_target`."""
-    return compiled_for_all(target, [drafter] if drafter else [], nodes, rows)
-
-
-def compiled_for_all(target: Target, drafters: Sequence[Drafter], nodes: int, rows: int) -> Target:
-    """As `compiled_for`, for several drafters, which may ask for features of other layers; plain steps without any."""
-    from ctc_drafter.target.compiled import compile_target
-
-    unpack(target.model)
-    layers = list(dict.fromkeys(tuple(drafter.feature_layers) for drafter in drafters)) or [()]
-    with said_if_slow("compiling the target's steps ..."):
-        made = compile_target(target, layers[0])
-        for each in layers:
-            made.prepare(nodes if drafters else 0, rows, each)
-    return made
 
 
 def keep_quiet() -> None:

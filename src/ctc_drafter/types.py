@@ -184,9 +184,9 @@ EXTRAS = {
     "gguf": ("reading a GGUF file", "gguf", "gguf"),
     "torchao": ("an int8 target", "torchao", "quant"),
     "peft": ("a LoRA adapter", "peft", "lora"),
+    "openvino": ("a target in OpenVINO", "openvino", "openvino"),
     "xllamacpp": ("measuring llama.cpp", "xllamacpp", "peers"),
     "openvino_genai": ("measuring OpenVINO", "openvino-genai", "peers"),
-    "openvino": ("measuring OpenVINO", "openvino-genai", "peers"),
 }
 
 

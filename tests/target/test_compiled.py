@@ -1,8 +1,5 @@
 """Compiled targets say what the others say, plain steps and trees, rows and lengths."""
 
-import logging
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -19,17 +16,7 @@ from helpers import VOCABULARY, ScriptedDrafter, tiny_drafter, tiny_target
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6], [2, 7], [8, 2, 8, 1]]
 
 
-@pytest.fixture(autouse=True)
-def quiet_tracing() -> Iterator[None]:
-    """pytest keeps every record that a logger lets through, and tracing makes very many."""
-    logger = logging.getLogger("torch")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    trace = logging.getLogger("torch.__trace")
-    disabled, trace.disabled = trace.disabled, True
-    yield
-    trace.disabled = disabled
-    logger.setLevel(before)
+pytestmark = pytest.mark.usefixtures("quiet_tracing")
 
 
 def text(count: int) -> list[int]:

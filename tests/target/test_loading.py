@@ -18,7 +18,6 @@ from ctc_drafter.cli import main
 from ctc_drafter.load import (
     Loading,
     chosen_device,
-    compiled_for,
     keep_quiet,
     load_config,
     load_pair,
@@ -26,6 +25,7 @@ from ctc_drafter.load import (
     read_template,
     said_if_slow,
 )
+from ctc_drafter.steps import Steps
 from ctc_drafter.target.checks import cpu_dtype
 from ctc_drafter.types import UserError, missing_extra
 from helpers import tiny_target
@@ -244,9 +244,9 @@ def test_a_line_of_the_hub_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_compiling_is_no_silent_wait(monkeypatch, caplog):
     caplog.set_level("INFO", "ctc_drafter")
-    monkeypatch.setattr("ctc_drafter.load.said_if_slow", partial(said_if_slow, seconds=0.0))
+    monkeypatch.setattr("ctc_drafter.steps.said_if_slow", partial(said_if_slow, seconds=0.0))
     monkeypatch.setattr("ctc_drafter.target.compiled.compile_target", lambda *_: SlowlyPrepared(caplog))
-    compiled_for(tiny_target(), None, 0, 1)
+    Steps(compiled=True).of(tiny_target(), [], 0, 1)
     assert caplog.messages == ["compiling the target's steps ..."]
 
 

@@ -9,8 +9,9 @@ from torch import nn
 
 from ctc_drafter.decode.generate import generate, plain_generate
 from ctc_drafter.drafters.prompt_lookup import PromptLookup
-from ctc_drafter.load import compiled_for, exact_for, load_target
+from ctc_drafter.load import load_target
 from ctc_drafter.quickstart import TARGET_DIR
+from ctc_drafter.steps import Steps
 from ctc_drafter.target import compiled
 from ctc_drafter.target.model import Target
 from ctc_drafter.target.packed import PackedLinear, can_pack, pack
@@ -87,7 +88,7 @@ def test_commands_load_small_float32_targets_packed(packed):
 
 @pytest.mark.parametrize(
     "way",
-    [exact_for, pytest.param(lambda target: compiled_for(target, None, 0, 1), marks=pytest.mark.slow)],
+    [Steps(exact=True), pytest.param(Steps(compiled=True), marks=pytest.mark.slow)],
     ids=["exact", "compiled"],
 )
 def test_exact_and_compiled_steps_have_products_of_their_own(way, monkeypatch):
@@ -96,7 +97,7 @@ def test_exact_and_compiled_steps_have_products_of_their_own(way, monkeypatch):
     target = tiny_target(num_hidden_layers=1)
     names, embedded = list(target.model.state_dict()), target.model.lm_head.weight
     assert pack(target.model)
-    way(target)
+    way.of(target, [], 0, 1)
     assert not any(isinstance(module, PackedLinear) for module in target.model.modules())
     assert list(target.model.state_dict()) == names
     assert target.model.lm_head.weight is embedded

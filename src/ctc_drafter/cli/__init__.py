@@ -27,6 +27,7 @@ from ctc_drafter.cli.options import (
     JsonOption,
     NewTokensOption,
     NodesOption,
+    OpenVINOOption,
     RevisionOption,
     TargetOption,
     ThreadsOption,
@@ -100,6 +101,7 @@ def generate(
     ] = None,
     compiled: CompileOption = False,
     exact: ExactOption = False,
+    openvino: OpenVINOOption = None,
     json_out: JsonOption = None,
 ) -> None:
     """Generates the target's answer to a prompt, or to every prompt of a file."""
@@ -107,9 +109,11 @@ def generate(
     from ctc_drafter.decode.sampling import ModelSampling
     from ctc_drafter.evaluate.tasks import Prompt, read_prompts
     from ctc_drafter.files import check_place
-    from ctc_drafter.load import compiled_for, exact_for, load_pair
+    from ctc_drafter.load import load_pair
+    from ctc_drafter.steps import Steps
 
-    wanted = model.loading()
+    steps = Steps(compiled, exact, openvino)
+    wanted = model.loading(steps)
     if (prompt is None) == (prompts_file is None):
         refuse("give either --prompt or --prompts-file")
     if prompt == "-":
@@ -122,10 +126,7 @@ def generate(
     names = model.names(answers.plain)
     lm, tokenizer, draft = load_pair(*names, wanted)
     settings = settings.filled(ModelSampling.of(lm.model))
-    if compiled:
-        lm = compiled_for(lm, draft, settings.nodes, batch_size)
-    if exact:
-        lm = exact_for(lm)
+    lm = steps.of(lm, [draft] if draft else [], settings.nodes, batch_size)
     answer(Answerer(lm, draft, tokenizer, settings), prompts, meta(*names), json_out, sys.stdout)
 
 
@@ -249,6 +250,7 @@ def serve(
     floor: FloorOption = None,
     budget: BudgetOption = False,
     compiled: CompileOption = False,
+    openvino: OpenVINOOption = None,
     plain: PlainOption = False,
     threads: ThreadsOption = None,
 ) -> None:
@@ -257,15 +259,17 @@ def serve(
 
     from ctc_drafter.decode.batch import DEFAULT_FLOOR, DEFAULT_NODES, DecodingConfig
     from ctc_drafter.decode.profile import budget_for
-    from ctc_drafter.load import compiled_for, load_pair
+    from ctc_drafter.load import load_pair
     from ctc_drafter.serve.engine import Worker
     from ctc_drafter.serve.metrics import log_to_stderr
     from ctc_drafter.serve.server import make_engine
     from ctc_drafter.serve.server import serve as run_server
     from ctc_drafter.serve.service import Limits, Service
+    from ctc_drafter.steps import Steps
 
     log_to_stderr(log_level, log_format)
-    wanted = model.loading()
+    steps = Steps(compiled, openvino=openvino)
+    wanted = model.loading(steps)
     limits = Limits(max_new_tokens, max_prompt, max_body, timeout, grace, lenient)
     if api_key is None:
         api_key = os.environ.get("CTC_DRAFTER_API_KEY")  # an empty one is refused, not taken for none
@@ -278,8 +282,7 @@ def serve(
 
     def ready() -> Service:
         lm, tokenizer, draft = load_pair(*names, wanted)
-        if compiled:
-            lm = compiled_for(lm, draft, size, batch_size)
+        lm = steps.of(lm, [draft] if draft else [], size, batch_size)
         pays = budget_for(lm, draft, size, batch_size) if budget and draft is not None else None
         decoding = DecodingConfig(size, DEFAULT_FLOOR if floor is None else floor, budget=pays)
         engine = make_engine(lm, draft, batch_size, queue, decoding, worker)

@@ -16,6 +16,7 @@ from ctc_drafter.cli.options import (
     DeviceOption,
     DtypeOption,
     JsonOption,
+    OpenVINOOption,
     RevisionOption,
     SeedOption,
     SomeOption,
@@ -131,6 +132,7 @@ def bench(
     device: DeviceOption = "auto",
     threads: ThreadsOption = None,
     compiled: CompileOption = False,
+    openvino: OpenVINOOption = None,
     also: AlsoOption = "",
     tokens_only: TokensOnlyOption = False,
     seed: SeedOption = 0,
@@ -151,10 +153,12 @@ def bench(
     from ctc_drafter.evaluate.variants import QUICK, TrainedAlike, chosen_entries, parse_rates
     from ctc_drafter.evaluate.who_copies import given_copies, parse_copies
     from ctc_drafter.files import check_place
-    from ctc_drafter.load import compiled_for_all, load_target, pair, refuse_missing
+    from ctc_drafter.load import load_target, pair, refuse_missing
+    from ctc_drafter.steps import Steps
     from ctc_drafter.target.names import TINY
 
     check_place(json_out)
+    way = Steps(compiled, openvino=openvino)
     named, stock, shorter = parse_drafters(drafters or []), parse_also(also), parse_depths(depths)
     if quick and ablations:
         refuse("give either --quick or --ablations")
@@ -188,12 +192,11 @@ def bench(
         for place in named.values():
             refuse_missing(place)
     stock = located(stock, name)
-    lm, tokenizer = load_target(name, dtype, device, revision, trust_remote_code, tokenizer_name)
+    lm, tokenizer = load_target(name, way.dtype(dtype), device, revision, trust_remote_code, tokenizer_name)
     made = chosen_entries(lm, tokenizer, alike if quick or ablations else named, lambda text: print(text, flush=True))
     entries = at_depths(given_copies(made, modes), shorter)
-    if compiled:
-        largest = max([PromptLookup().draft_length, *(size for size in sizes if isinstance(size, int))])
-        lm = compiled_for_all(lm, [entry.drafter for entry in entries.values()], largest, batch_size)
+    largest = max([PromptLookup().draft_length, *(size for size in sizes if isinstance(size, int))])
+    lm = way.of(lm, [entry.drafter for entry in entries.values()], largest, batch_size)
     settings = BenchSettings(
         sizes,
         limit or usual.limit,

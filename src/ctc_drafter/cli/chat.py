@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, TextIO
 import typer
 
 from ctc_drafter.cli.groups import AnswerOptions, ModelOptions, grouped
-from ctc_drafter.cli.options import NewTokensOption
+from ctc_drafter.cli.options import NewTokensOption, OpenVINOOption
 
 if TYPE_CHECKING:
     from ctc_drafter.cli.answer import Answerer
@@ -24,14 +24,18 @@ def chat(
     answers: AnswerOptions,
     system: Annotated[str, typer.Option("--system", help="System prompt.", show_default=False)] = "",
     max_new_tokens: NewTokensOption = 1024,
+    openvino: OpenVINOOption = None,
 ) -> None:
     """Chats with the target in the terminal."""
     from ctc_drafter.cli.answer import Answerer
     from ctc_drafter.decode.sampling import ModelSampling
     from ctc_drafter.load import load_pair
+    from ctc_drafter.steps import Steps
 
-    wanted, settings = model.loading(), answers.settings(max_new_tokens)
+    steps = Steps(openvino=openvino)
+    wanted, settings = model.loading(steps), answers.settings(max_new_tokens)
     lm, tokenizer, draft = load_pair(*model.names(answers.plain), wanted)
+    lm = steps.of(lm, [draft] if draft else [], settings.nodes, 1)
     answerer = Answerer(lm, draft, tokenizer, settings.filled(ModelSampling.of(lm.model)))
     print(HELP, file=sys.stderr)
     converse(answerer, typed() if sys.stdin.isatty() else sys.stdin, sys.stdout, system)

@@ -19,6 +19,7 @@ from ctc_drafter.cli.options import (
     JsonOption,
     NewTokensOption,
     NodesOption,
+    OpenVINOOption,
     RevisionOption,
     SeedOption,
     SomeOption,
@@ -71,6 +72,7 @@ def profile(
     device: DeviceOption = "auto",
     threads: ThreadsOption = None,
     compiled: CompileOption = False,
+    openvino: OpenVINOOption = None,
     json_out: JsonOption = None,
 ) -> None:
     """Measures step time by tree size on this machine, and stores it for --budget."""
@@ -80,16 +82,17 @@ def profile(
     from ctc_drafter.decode.batch import DEFAULT_NODES
     from ctc_drafter.decode.profile import measured_again, profile_json, profile_table
     from ctc_drafter.files import check_place, write_json
-    from ctc_drafter.load import compiled_for, load_drafter, load_target, pair
+    from ctc_drafter.load import load_drafter, load_target, pair
+    from ctc_drafter.steps import Steps
 
     check_place(json_out)
+    steps = Steps(compiled, openvino=openvino)
     if threads:
         torch.set_num_threads(threads)
     names = pair(target, drafter)
-    lm, tokenizer = load_target(names[0], dtype, device, revision, trust_remote_code, tokenizer_name)
+    lm, tokenizer = load_target(names[0], steps.dtype(dtype), device, revision, trust_remote_code, tokenizer_name)
     draft = load_drafter(names[1], lm, tokenizer)
-    if compiled:
-        lm = compiled_for(lm, draft, nodes or DEFAULT_NODES, batch_size)
+    lm = steps.of(lm, [draft], nodes or DEFAULT_NODES, batch_size)
     times = measured_again(lm, draft, nodes or DEFAULT_NODES, batch_size)
     if json_out:
         write_json(json_out, profile_json(times, lm, meta(*names)))
@@ -122,6 +125,7 @@ def evaluate(
     ] = False,
     compiled: CompileOption = False,
     exact: ExactOption = False,
+    openvino: OpenVINOOption = None,
     copies: CopiesOption = "own",
     also: Annotated[
         str,
@@ -147,9 +151,11 @@ def evaluate(
     from ctc_drafter.evaluate.tasks import read_tasks
     from ctc_drafter.evaluate.who_copies import as_told, parse_copies
     from ctc_drafter.files import check_place, write_json
-    from ctc_drafter.load import compiled_for, exact_for, load_drafter, load_target, pair
+    from ctc_drafter.load import load_drafter, load_target, pair
+    from ctc_drafter.steps import Steps
 
     check_place(json_out)
+    steps = Steps(compiled, exact, openvino)
     modes = parse_copies(copies)
     if len(modes) > 1:
         refuse("eval measures one drafter in one way; give --copies none or --copies all, or use bench")
@@ -159,12 +165,9 @@ def evaluate(
     if threads:
         torch.set_num_threads(threads)
     others = located(others, names[0])
-    lm, tokenizer = load_target(names[0], dtype, device, revision, trust_remote_code, tokenizer_name)
+    lm, tokenizer = load_target(names[0], steps.dtype(dtype), device, revision, trust_remote_code, tokenizer_name)
     draft = as_told(load_drafter(names[1], lm, tokenizer), modes[0])
-    if compiled:
-        lm = compiled_for(lm, draft, nodes or DEFAULT_NODES, batch_size)
-    if exact:
-        lm = exact_for(lm)
+    lm = steps.of(lm, [draft], nodes or DEFAULT_NODES, batch_size)
     result = measure(
         lm,
         draft,

@@ -35,6 +35,7 @@ from ctc_drafter.cli.options import (
 if TYPE_CHECKING:
     from ctc_drafter.cli.answer import AnswerSettings
     from ctc_drafter.load import Loading
+    from ctc_drafter.steps import Steps
 
 PlainOption = Annotated[bool, typer.Option("--plain", help="Decode without a drafter, one token per step.")]
 
@@ -62,14 +63,14 @@ class ModelOptions:
 
         return (self.target or default_target(), None) if plain else pair(self.target, self.drafter)
 
-    def loading(self) -> Loading:
-        """How the target is loaded. Raises `UserError` for contradictions."""
+    def loading(self, steps: Steps | None = None) -> Loading:
+        """How the target is loaded for steps computed in this way. Raises `UserError` for contradictions."""
         from ctc_drafter.load import Loading
 
         if self.load_in_4bit and self.load_in_8bit:
             refuse("give either --load-in-4bit or --load-in-8bit")
         return Loading(
-            self.dtype,
+            self.dtype if steps is None else steps.dtype(self.dtype),
             self.device,
             self.revision,
             self.trust_remote_code,

@@ -15,7 +15,7 @@ import typer
 PANELS = {
     "Model": "target revision trust-remote-code drafter dtype device attn load-in-4bit load-in-8bit chat-template "
     "chat-template-arg tokenizer threads",
-    "Decoding": "max-new-tokens batch-size nodes floor budget compile exact plain raw",
+    "Decoding": "max-new-tokens batch-size nodes floor budget compile exact openvino plain raw",
     "Sampling": "temperature top-p top-k seed stop prompt-temperature",
     "Drafter's sizes": "frames draft-length draft-layers predictor-rank carry convolution copies lookup "
     "draft-vocabulary init",

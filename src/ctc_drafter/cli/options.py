@@ -121,6 +121,15 @@ ExactOption = Annotated[
         help="Compute steps so that drafting changes no bit, in bfloat16 too; tried at loading. float32 needs it less.",
     ),
 ]
+OpenVINOOption = Annotated[
+    Literal["f32", "int8"] | None,
+    typer.Option(
+        "--openvino",
+        help="Compute the target in OpenVINO on the CPU, with weights of this type. int8 is the fastest; such a target "
+        "is another one, and drafts do not change what its own plain decoding writes.",
+        show_default="PyTorch",
+    ),
+]
 AlsoOption = Annotated[
     str,
     typer.Option(

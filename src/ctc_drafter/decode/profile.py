@@ -77,7 +77,7 @@ def place_of(target: Target, drafter: Drafter, sizes: Sequence[int], batches: Se
 def profile_json(times: StepTimes, target: Target, meta: dict[str, Any]) -> dict[str, Any]:
     """A results file: where, how and what."""
     dtype = str(target.dtype).removeprefix("torch.")
-    facts = {"dtype": dtype, "threads": torch.get_num_threads(), "compiled": target.compiled}
+    facts = {"dtype": dtype, "threads": torch.get_num_threads(), "compiled": target.compiled, "engine": target.engine}
     return {"meta": environment() | facts | meta, "times": FILE.dump_python(times)}
 
 
@@ -100,8 +100,8 @@ def key(target: Target, drafter: Drafter, batches: Sequence[int], sizes: Sequenc
     config = drafter.config.to_json_string() if hasattr(drafter, "config") else ""
     kinds = sorted({str(p.dtype) for p in drafter.parameters()}) if isinstance(drafter, nn.Module) else []
     known = [
-        *(target.model.config.to_json_string(), str(target.dtype), target.cache, str(target.compiled)),
-        *(type(drafter).__name__, config, *(["exact"] if target.alone else [])),
+        *(target.model.config.to_json_string(), str(target.dtype), target.cache, target.engine),
+        *(type(drafter).__name__, config),
         *(str(environment()["hardware"]), target.device.type, str(torch.get_num_threads()), *kinds),
         *(source_hash(), torch.__version__, transformers.__version__, str(tuple(batches)), str(tuple(sizes))),
     ]

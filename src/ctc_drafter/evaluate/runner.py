@@ -228,6 +228,7 @@ def head(bench: Bench, settings: dict[str, Any]) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "compiled": target.compiled,
         "exact": target.alone,
+        "engine": target.engine,
         "batch_size": bench.batch_size,
         "max_new_tokens": bench.max_new_tokens,
         **({"peers": peers} if peers else {}),

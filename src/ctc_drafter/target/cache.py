@@ -187,7 +187,7 @@ def shorten(cache: Cache, slots: int) -> None:
 def erase(cache: Cache | RowCache, slots: int) -> None:
     """Erases everything behind the first `slots` slots, as if it had never been computed.
 
-    Static layers hand out their free slots, too, and a mask gives them weight 0; 0 times NaN is NaN, hence the zeros.
+    Free slots may be handed out, too, and a mask gives them weight 0; 0 times NaN is NaN, hence the zeros.
     """
     if isinstance(cache, RowCache):
         cache.undo()
@@ -195,9 +195,8 @@ def erase(cache: Cache | RowCache, slots: int) -> None:
     for layer in cache.layers:
         if layer.keys is None:
             continue
-        if isinstance(layer, StaticLayer):
-            layer.keys[:, :, slots:] = 0
-            layer.values[:, :, slots:] = 0
+        layer.keys[:, :, slots:] = 0
+        layer.values[:, :, slots:] = 0
         truncate(layer, slots)
 
 
@@ -345,7 +344,7 @@ class GrowingLayer(DynamicLayer):
         room = self.buffers[which]
         if slots > room.shape[2] or old.data_ptr() != room.data_ptr() or not old.shape[0] <= rows <= room.shape[0]:
             slots = -(-slots // GROWTH) * GROWTH
-            room = self.buffers[which] = old.new_empty(rows, old.shape[1], slots, old.shape[3])
+            room = self.buffers[which] = old.new_zeros(rows, old.shape[1], slots, old.shape[3])
             room[: old.shape[0], :, : old.shape[2]] = old
         return room
 

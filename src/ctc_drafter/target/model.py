@@ -107,6 +107,11 @@ class Target:
         columns_first(model)
         return cls.wrap(model, cache)
 
+    @property
+    def engine(self) -> str:
+        """What computes its forwards, in a word or two."""
+        return "compiled" if self.compiled else "exact" if self.alone else "PyTorch"
+
     @cached_property
     def config(self) -> PreTrainedConfig:
         return self.model.config.get_text_config(decoder=True)
