@@ -11,7 +11,7 @@ import typer
 
 from ctc_drafter.cli import bad_input
 from ctc_drafter.evaluate.hf_generate import HF, HF_LOOKUP
-from ctc_drafter.evaluate.results import BUDGET, engines_of, weights_of
+from ctc_drafter.evaluate.results import BUDGET, computed_in, engines_of
 from ctc_drafter.files import markdown_table, number, read_json
 from ctc_drafter.load import keep_quiet
 from ctc_drafter.types import UserError
@@ -31,8 +31,8 @@ def markdown_figures(results: Sequence[dict[str, Any]]) -> str:
         for row in result["rows"]:
             method = row["method"] + (", budget" if row["nodes"] == BUDGET else "")
             peers = meta.get("peers", {})
-            compiled = meta.get("compiled") and row["method"] not in (HF, HF_LOOKUP, *peers)  # which run as they are
-            kind = (weights_of(meta, row["method"]) or meta["dtype"]) + (", compiled" if compiled else "")
+            as_it_is = row["method"] in (HF, HF_LOOKUP, *peers)  # not compiled
+            kind = peers.get(row["method"], {}).get("weights", meta["dtype"]) if as_it_is else computed_in(meta)
             cells = [
                 TARGETS.get(meta["target"], meta["target"]),
                 row["task"],
@@ -66,7 +66,7 @@ def markdown_summary(results: Sequence[dict[str, Any]]) -> str:
         for task, _, nodes in (key for key in rows if key[1] == "ctc" and key[2] != BUDGET):
             ours, plain = rows[task, "ctc", nodes], next(r for key, r in rows.items() if key[:2] == (task, "plain"))
             copied = next((row for key, row in rows.items() if key[:2] == (task, "prompt_lookup")), None)
-            cells = [TASK_NAMES.get(task, task), result["meta"]["dtype"], number(plain["tokens_per_s"], 1)]
+            cells = [TASK_NAMES.get(task, task), computed_in(result["meta"]), number(plain["tokens_per_s"], 1)]
             cells += [number(ours["tokens_per_s"], 1), f"**{number(ours['gamma'], 2)}x**", number(ours["beta"], 2)]
             cells += [f"{ours['identical']} of {ours['compared']}"]
             lines.append([*cells, "" if copied is None else f"{number(copied['gamma'], 2)}x"])
@@ -83,7 +83,7 @@ def measured_on(results: Sequence[dict[str, Any]]) -> list[str]:
             f"{meta['floor']:g} and more, at most {meta['max_new_tokens']} new tokens"
             f"{'' if meta['complete'] else ', unfinished run'}"
         )
-        places.setdefault(place, []).append(meta["dtype"])
+        places.setdefault(place, []).append(computed_in(meta))
     lines = []
     for place, dtypes in sorted(places.items()):
         of = f" ({', '.join(dict.fromkeys(dtypes))})" if len(places) > 1 else ""

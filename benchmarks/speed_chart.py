@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.pages import TASK_NAMES, read_result, run_alone
 from ctc_drafter.evaluate.figures import COLOURS, PLACES, panels, save
-from ctc_drafter.evaluate.results import BUDGET
+from ctc_drafter.evaluate.results import BUDGET, computed_in
 from ctc_drafter.types import UserError
 
 NAMES = {"ctc": "CTC drafter", "prompt_lookup": "prompt lookup"}
@@ -26,7 +26,7 @@ def speed_chart(results: Sequence[dict[str, Any]]) -> Figure:
     for result in results:
         rows = [row for row in result["rows"] if row["method"] in NAMES and row["nodes"] != BUDGET]
         for task in dict.fromkeys(row["task"] for row in rows):
-            title = f"{TASK_NAMES.get(task, task)}\n{result['meta']['dtype']}"
+            title = f"{TASK_NAMES.get(task, task)}\n{computed_in(result['meta'])}"
             groups.append((title, {row["method"]: row["gamma"] for row in rows if row["task"] == task}))
     if not groups:
         raise UserError("these results have no drafter; write them with ctc-drafter eval --json FILE")

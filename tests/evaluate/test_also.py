@@ -19,7 +19,7 @@ from ctc_drafter.evaluate.also import also_contenders, located, parse_also, pars
 from ctc_drafter.evaluate.gguf_weights import Weights
 from ctc_drafter.evaluate.methods import Contender, Decoding, counted
 from ctc_drafter.evaluate.report_page import main_table
-from ctc_drafter.evaluate.results import Results, engines_of, results_table, weights_of
+from ctc_drafter.evaluate.results import Results, computed_in, engines_of, results_table, weights_of
 from ctc_drafter.evaluate.runner import evaluate
 from ctc_drafter.evaluate.tasks import Prompt, Task
 from ctc_drafter.target import names
@@ -179,6 +179,22 @@ def test_each_row_says_what_its_weights_are(monkeypatch: pytest.MonkeyPatch) -> 
     console.print(results_table({"meta": alone, "rows": rows}))
     assert "weights" not in console.export_text()
     assert weights_of(alone, "plain") is None
+
+
+@pytest.mark.parametrize(
+    ("facts", "words"),
+    [
+        ({}, "float32"),
+        ({"compiled": True}, "float32, compiled"),
+        ({"engine": "PyTorch"}, "float32"),
+        ({"engine": "exact"}, "float32, exact"),
+        ({"engine": "OpenVINO int8"}, "int8, OpenVINO"),
+    ],
+)
+def test_tables_say_what_our_steps_are_computed_in(facts: dict[str, object], words: str) -> None:
+    """Results of earlier versions name no engine."""
+    assert computed_in({"dtype": "float32", **facts}) == words
+    assert weights_of({"dtype": "float32", "peers": {"x": {}}, **facts}, "ctc") == words.partition(",")[0]
 
 
 def test_the_page_says_weights_and_engines(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,7 +29,7 @@ ROW_KEYS = {
 }
 META_KEYS = {
     *("command", "commit", "versions", "hardware", "dtype", "seed", "target", "drafter", "threads", "nodes", "floor"),
-    *("batch_size", "max_new_tokens", "limit", "date", "device", "note", "complete", "compiled", "exact"),
+    *("batch_size", "max_new_tokens", "limit", "date", "device", "note", "complete", "compiled", "exact", "engine"),
 }
 
 

@@ -103,7 +103,7 @@ class Results:
         unfinished = "" if meta["complete"] else ", unfinished run"
         return (
             f"results/{meta.get('file', self.name)}.json, commit {(meta['commit'] or 'unknown')[:9]}, {machine}, "
-            f"{meta['dtype']}, batch {meta['batch_size']}{unfinished}"
+            f"{computed_in(meta)}, batch {meta['batch_size']}{unfinished}"
         )
 
 
@@ -297,7 +297,15 @@ def difference(old: dict[str, Any], new: dict[str, Any]) -> str:
 def weights_of(meta: Mapping[str, Any], method: str) -> str | None:
     """The type of the weights that a method computed with; None where no other engine was measured: all are alike."""
     peers = meta.get("peers")
-    return str(peers.get(method, {}).get("weights", meta["dtype"])) if peers else None
+    return str(peers.get(method, {}).get("weights", computed_in(meta).partition(",")[0])) if peers else None
+
+
+def computed_in(meta: Mapping[str, Any]) -> str:
+    """Numbers and engine of our own steps, such as `float32, compiled`; results of earlier versions name no engine."""
+    engine = str(meta.get("engine", "compiled" if meta.get("compiled") else ""))
+    if engine.startswith("OpenVINO "):
+        return f"{engine.removeprefix('OpenVINO ')}, OpenVINO"
+    return str(meta["dtype"]) + (f", {engine}" if engine in ("compiled", "exact") else "")
 
 
 def engines_of(meta: Mapping[str, Any]) -> list[str]:
