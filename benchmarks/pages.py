@@ -86,7 +86,7 @@ def measured_on(results: Sequence[dict[str, Any]]) -> list[str]:
         places.setdefault(place, []).append(computed_in(meta))
     lines = []
     for place, dtypes in sorted(places.items()):
-        of = f" ({', '.join(dict.fromkeys(dtypes))})" if len(places) > 1 else ""
+        of = f" ({'; '.join(dict.fromkeys(dtypes))})" if len(places) > 1 else ""
         lines.append(f"Measured on{of}: {place}.")
     return lines + sorted({line for result in results for line in engines_of(result["meta"])})
 
