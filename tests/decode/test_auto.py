@@ -14,9 +14,11 @@ from ctc_drafter.decode.hf import speculate
 from ctc_drafter.decode.profile import CONTEXTS, SECONDS, automatic, measure, measured_again
 from ctc_drafter.decode.sampling import Sampled, warpers
 from ctc_drafter.drafters.base import NoDrafter
+from ctc_drafter.drafters.copying import Copying
 from ctc_drafter.drafters.prompt_lookup import PromptLookup
 from ctc_drafter.serve.server import make_engine
 from ctc_drafter.speculator import Speculator
+from ctc_drafter.target.packed import pack
 from helpers import ScriptedDrafter, tiny_drafter, tiny_target
 
 PROMPTS = [[3, 1, 4, 1, 5], [9, 2, 6, 5, 3], [5, 8, 9, 7, 9]]
@@ -123,6 +125,34 @@ def test_times_of_more_rows_serve_fewer(counted):
     automatic(target, drafter, 500)
     automatic(target, drafter, 64)
     assert [call["batches"][-1] for call in counted] == [16, 64]
+
+
+def test_times_are_those_of_one_target_and_one_drafter():
+    target = tiny_target()
+    drafters = [
+        *(tiny_drafter(target), tiny_drafter(target, frames=6), tiny_drafter(target).bfloat16(), PromptLookup()),
+        *(Copying(tiny_drafter(target), 4), Copying(tiny_drafter(target, frames=6), 4)),
+    ]
+    targets = [tiny_target(), tiny_target(num_hidden_layers=2), tiny_target(dtype=torch.bfloat16), tiny_target()]
+    assert pack(targets[3].model)
+    keys = [profile.key(target, drafter, [1], [2]) for drafter in drafters]
+    keys += [profile.key(each, drafters[0], [1], [2]) for each in targets[1:]]
+    keys += [profile.key(target, drafters[0], *axes) for axes in (([2], [2]), ([1], [3]))]
+    assert len(set(keys)) == len(keys) == 11
+    assert profile.key(targets[0], tiny_drafter(targets[0], seed=3), [1], [2]) == keys[0], "weights take no time"
+
+
+@pytest.mark.measured
+def test_a_drafter_that_fails_is_left_to_decoding(caplog):
+    """What breaks a measurement may break drafting as well; that is for decoding to say."""
+    target = tiny_target()
+    broken = tiny_drafter(target)
+    broken.config.to_json_string = lambda: 1 / 0
+    for _ in range(2):
+        assert automatic(target, broken, 1) is None
+    assert [each.message for each in caplog.records if each.levelname == "WARNING"] == [
+        f"step times cannot be measured (division by zero); trees have up to {DEFAULT_NODES} nodes"
+    ]
 
 
 @pytest.mark.measured
@@ -252,6 +282,7 @@ class Machine:
 
     def take(self, batch, _clock):
         self.steps += 1
+        batch.trees.asked = True
         seconds = self.step * (1 + 0.1 * (len(batch.rows) - 1)) + self.node * batch.trees.told * len(batch.rows)
         self.now += seconds
         for row in batch.rows:

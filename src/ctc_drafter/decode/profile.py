@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import transformers
@@ -63,16 +64,17 @@ def automatic(target: Target, drafter: Drafter, rows: int) -> Budget | None:
     steps where those take longer, and kept on disk and in this process. None where they cannot be."""
     if isinstance(drafter, NoDrafter):
         return None
-    nodes = reach(target)
+    nodes, known = reach(target), ""
     with MEASURING:
-        known = key(target, drafter, [rounded(rows)], [nodes])
-        if known not in BUDGETS:
-            try:
+        try:
+            known = key(target, drafter, [rounded(rows)], [nodes])
+            if known not in BUDGETS:
                 BUDGETS[known] = budget_for(target, drafter, nodes, rows)
-            except Exception as error:  # whatever it is, decoding needs no step times
+        except Exception as error:  # whatever it is, decoding needs no step times
+            if known not in BUDGETS:
                 why = first_line(error)
                 LOG.warning("step times cannot be measured (%s); trees have up to %d nodes", why, DEFAULT_NODES)
-                BUDGETS[known] = None
+            BUDGETS[known] = None
         return BUDGETS[known]
 
 
@@ -154,16 +156,34 @@ def profile_table(times: StepTimes) -> Table:
 
 def key(target: Target, drafter: Drafter, batches: Sequence[int], sizes: Sequence[int]) -> str:
     """Cache key: a hash of everything known that step times depend on."""
-    config = drafter.config.to_json_string() if hasattr(drafter, "config") else ""
-    kinds = sorted({str(p.dtype) for p in drafter.parameters()}) if isinstance(drafter, nn.Module) else []
-    layers = sorted({type(layer).__name__ for layer in target.model.modules()})  # packed, quantised, with adapters
     known = [
-        *(target.model.config.to_json_string(), str(target.dtype), target.cache, str(target.compiled)),
-        *(type(drafter).__name__, config, *(["exact"] if target.alone else [])),
-        *(machine(), target.device.type, str(torch.get_num_threads()), *kinds, *layers),
+        *(facts(target.model), str(target.dtype), target.cache, str(target.compiled)),
+        *(*drafter_facts(drafter), *(["exact"] if target.alone else [])),
+        *(machine(), target.device.type, str(torch.get_num_threads())),
         *(torch.__version__, transformers.__version__, str(tuple(batches)), str(tuple(sizes))),
     ]
     return hashlib.sha256("\n".join(known).encode()).hexdigest()[:16]
+
+
+FACTS: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()  # they take milliseconds, and are asked for at each call
+
+
+def facts(model: nn.Module) -> str:
+    """Sizes and kinds of layers: packed, quantised, with adapters."""
+    if model not in FACTS:
+        config: Any = getattr(model, "config", None)
+        sizes = config.to_json_string() if hasattr(config, "to_json_string") else repr(config)
+        FACTS[model] = "\n".join([sizes, *sorted({type(layer).__name__ for layer in model.modules()})])
+    return FACTS[model]
+
+
+def drafter_facts(drafter: Drafter) -> list[str]:
+    """The same of a drafter and of those inside, with its dtypes."""
+    found = [type(drafter).__name__]
+    if isinstance(drafter, nn.Module):
+        found += [facts(drafter), *sorted({str(weight.dtype) for weight in drafter.parameters()})]
+    inner = getattr(drafter, "__dict__", {}).get("inner")
+    return found if inner is None else [*found, *drafter_facts(inner)]
 
 
 @lru_cache(maxsize=1)
@@ -255,7 +275,7 @@ class Rehearsal:
     """Steps of the size that is told, in place of a `Pace`: what each costs where a budget chooses it. See `Trees`."""
 
     def __init__(self, nodes: int):
-        self.nodes, self.told = nodes, 0
+        self.nodes, self.told, self.asked = nodes, 0, False
 
     def drafts(self, rows: int) -> bool:
         return self.told > 0
@@ -264,6 +284,7 @@ class Rehearsal:
         return 0.0
 
     def size(self, candidates: Candidates, context: int) -> int:
+        self.asked = True
         return self.told
 
     def note(self, context: int, tree: TokenTree, acceptance: Acceptance) -> None:
@@ -284,7 +305,10 @@ def measure_cell(
     over = False
     for turn in range(WARM + ROUNDS):
         for trees.told, figures in taken.items():
+            trees.asked = False
             found = timed_step(batch, clock)
+            if not trees.asked:  # a step of the target's own, see `RowCache.resting`
+                found = timed_step(batch, clock)
             if turn >= WARM or over:
                 figures.append(found)
         longest = max(len(row.read) for row in batch.rows)
