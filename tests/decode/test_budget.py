@@ -1,5 +1,6 @@
 """Tree sizes that pay: the choice by hand, and decoding under a budget."""
 
+import itertools
 import math
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 from ctc_drafter.decode import budget as budget_file
-from ctc_drafter.decode.budget import REST, START, Budget, Pace, StepTimes
+from ctc_drafter.decode.budget import REST, START, Budget, Pace, StepTimes, ascending
 from ctc_drafter.decode.generate import generate, plain_generate
 from ctc_drafter.decode.prefill import prefill
 from ctc_drafter.decode.profile import measure, step_times
@@ -59,7 +60,21 @@ def test_times_between_the_measured_ones():
 
 def test_noise_never_makes_more_nodes_cheaper():
     whole = Budget(times(whole=(6.0, 5.0, 9.0)), 4).curve(1, 100).whole
-    assert whole.tolist() == [5.0, 6.0, 6.0, 7.0, 9.0]
+    assert whole.tolist() == [5.0, 5.5, 5.5, 7.25, 9.0]
+
+
+@pytest.mark.parametrize("times", [[3.0], [1.0, 2.0, 2.0], [3.0, 2.0, 1.0], [1.0, 4.0, 2.0, 3.0, 2.5]])
+def test_times_that_never_fall_are_the_nearest_such_ones(times):
+    """Nearer than any others on a grid, and no further from them than the grid is fine."""
+    found = ascending(times)
+    assert found == sorted(found)
+
+    def distance(others):
+        return sum((a - b) ** 2 for a, b in zip(times, others, strict=True))
+
+    grid = np.arange(8, 33) / 8
+    nearest = min(map(distance, itertools.combinations_with_replacement(grid, len(times))))
+    assert nearest - 0.02 * len(times) <= distance(found) <= nearest
 
 
 @pytest.mark.parametrize(
