@@ -87,7 +87,7 @@ def forwards_per_token(target: Target, drafted: int, right: int) -> float:
     prompt = prompts_of(target.vocab_size, [16])
     text = plain_generate(target, prompt, max_new_tokens=LENGTH, eos=()).tokens
     drafter = Path([prompt[0] + text[0]], right, target.vocab_size, drafted)
-    found = generate(target, drafter, prompt, max_new_tokens=LENGTH, eos=(), min_probability=0.0)
+    found = generate(target, drafter, prompt, max_new_tokens=LENGTH, eos=(), nodes=drafted, min_probability=0.0)
     assert found.tokens == text
     return len(found.accepted[0]) / (LENGTH - 1)
 

@@ -4,6 +4,8 @@ import gc
 import json
 import logging
 import os
+import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Generator, Iterator
 from contextlib import nullcontext
@@ -15,6 +17,8 @@ import torch
 from hypothesis import settings
 
 torch.set_num_threads(1)
+
+CACHE = "CTC_DRAFTER_CACHE"
 # The first example may wait for a compiler, and machines of continuous integration are uneven.
 settings.register_profile("patient", deadline=None)
 settings.load_profile("patient")
@@ -37,6 +41,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             seen[family] += 1
             if seen[family] > (mark.args[0] if mark.args else 1):
                 item.add_marker(pytest.mark.slow)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """What commands and servers in processes of their own measure stays out of the user's cache."""
+    if CACHE not in os.environ:
+        os.environ[CACHE] = tempfile.mkdtemp(prefix="ctc-drafter-tests-")
+        config.add_cleanup(lambda: shutil.rmtree(os.environ.pop(CACHE), ignore_errors=True))
+
+
+@pytest.fixture(autouse=True)
+def trees_of_fixed_size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`nodes="auto"` measures nothing, which takes time, and trees have the size they have where nothing can be
+    measured; `@pytest.mark.measured` lets a test measure into a cache of its own, as if it were the first."""
+    if request.node.get_closest_marker("measured") is None:
+        monkeypatch.setattr("ctc_drafter.decode.profile.automatic", lambda *_: None)
+    else:
+        monkeypatch.setenv(CACHE, str(request.getfixturevalue("tmp_path") / "cache"))
+        monkeypatch.setattr("ctc_drafter.decode.profile.BUDGETS", {})
 
 
 # What may be skipped in continuous integration (CI=1), since it runs elsewhere: `make test-quant`, `pytest -m gpu`.

@@ -39,7 +39,8 @@ def test_help(command: str) -> None:
     params = typer.main.get_command(app).commands[command].params
     assert [param.name for param in params if not getattr(param, "help", None)] == []
     if (nodes := [param for param in params if param.name == "nodes"]) and command != "bench":
-        assert nodes[0].show_default == str(DEFAULT_NODES)
+        shown = {"generate": "auto", "chat": "auto", "serve": "auto", "profile": "those of --nodes auto"}
+        assert nodes[0].show_default == shown.get(command, str(DEFAULT_NODES))
 
 
 def test_help_needs_no_heavy_library() -> None:
@@ -180,6 +181,29 @@ def test_a_budget_is_measured_and_used(models: list[str], tasks_path: str, tmp_p
     assert all(row["identical"] == row["compared"] == 1 for row in rows)
     assert len(list((tmp_path / "cache").iterdir())) == 1
     assert main(["generate", *models, "--prompt", "the cat", "--max-new-tokens", "4", "--nodes", "2", "--budget"]) == 0
+
+
+@pytest.mark.measured
+def test_answers_are_drafted_in_trees_that_pay_unless_a_number_is_given(models: list[str], tmp_path, caplog) -> None:
+    caplog.set_level("INFO", "ctc_drafter")
+    out, options = tmp_path / "out.json", ["--prompt", "the cat", "--max-new-tokens", "8"]
+    texts = []
+    for more in (["--plain"], ["--nodes", "4"], [], ["--nodes", "auto"], ["--nodes", "3", "--budget"]):
+        assert main(["generate", *models, *options, *more, "--json", str(out)]) == 0
+        result = json.loads(out.read_text())
+        texts.append(result["outputs"][0]["tokens"])
+        wanted = {"4": 4, "3": 3}.get(more[1] if more[1:] else "", "auto")
+        assert result["meta"]["nodes"] == wanted
+    assert len(set(map(tuple, texts))) == 1
+    assert caplog.text.count("measuring step times") == 2, "up to all nodes, and up to 3"
+    assert len(list((tmp_path / "cache").glob("steps-*.json"))) == 2
+
+
+@pytest.mark.parametrize("command", [["generate", "--prompt", "a"], ["chat"], ["serve"]])
+@pytest.mark.parametrize("size", ["0", "-1", "2.5", "many"])
+def test_sizes_that_are_none_are_refused(models: list[str], command, size, capfd) -> None:
+    assert main([*command, *models, "--nodes", size]) == 2
+    assert f"--nodes {size} is no size; give a number from 1, or auto" in capfd.readouterr().err
 
 
 def test_demo_without_a_terminal(models: list[str], capfd: pytest.CaptureFixture[str]) -> None:

@@ -69,7 +69,7 @@ def test_a_budget_chooses_sizes_and_leaves_the_output_alone(way, sizes):
     drafter = ScriptedDrafter([p + t for p, t in zip(PROMPTS, expected, strict=True)], 4)
     for budget, largest in ((DEAR, 0), (CHEAP, 4)):
         sizes.clear()
-        assert way(target, drafter, budget=budget) == expected
+        assert way(target, drafter, budget=replace(budget)) == expected
         assert sizes
         assert max(sizes) == largest
     sizes.clear()
@@ -81,10 +81,10 @@ def test_a_budget_chooses_sizes_and_leaves_the_output_alone(way, sizes):
 def test_a_config_says_the_same_as_keywords_and_keywords_win(way, sizes):
     target = tiny_target()
     drafter, expected = tiny_drafter(target), stock(target)
-    assert way(target, drafter, config=DecodingConfig(budget=CHEAP)) == expected
+    assert way(target, drafter, config=DecodingConfig(budget=replace(CHEAP))) == expected
     first = list(sizes)
     sizes.clear()
-    assert way(target, drafter, config=DecodingConfig(budget=DEAR), budget=CHEAP) == expected
+    assert way(target, drafter, config=DecodingConfig(budget=DEAR), budget=replace(CHEAP)) == expected
     assert sizes == first != []
 
 

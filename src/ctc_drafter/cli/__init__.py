@@ -18,12 +18,12 @@ from ctc_drafter.cli.help import registered, resumable
 from ctc_drafter.cli.options import (
     BatchOption,
     BudgetOption,
+    ChosenFloorOption,
     CompileOption,
     ConfigOption,
     DrafterOption,
     DtypeOption,
     ExactOption,
-    FloorOption,
     JsonOption,
     NewTokensOption,
     NodesOption,
@@ -32,9 +32,11 @@ from ctc_drafter.cli.options import (
     TargetOption,
     ThreadsOption,
     TokenizerOption,
+    TreesOption,
     TrustOption,
     meta,
     refuse,
+    tree_nodes,
 )
 from ctc_drafter.cli.train import recipe, train
 
@@ -105,7 +107,7 @@ def generate(
     json_out: JsonOption = None,
 ) -> None:
     """Generates the target's answer to a prompt, or to every prompt of a file."""
-    from ctc_drafter.cli.answer import Answerer, answer
+    from ctc_drafter.cli.answer import Answerer, answer, most_nodes
     from ctc_drafter.decode.sampling import ModelSampling
     from ctc_drafter.evaluate.tasks import Prompt, read_prompts
     from ctc_drafter.files import check_place
@@ -126,7 +128,7 @@ def generate(
     names = model.names(answers.plain)
     lm, tokenizer, draft = load_pair(*names, wanted)
     settings = settings.filled(ModelSampling.of(lm.model))
-    lm = steps.of(lm, [draft] if draft else [], settings.nodes, batch_size)
+    lm = steps.of(lm, [draft] if draft else [], most_nodes(settings.nodes, lm), batch_size)
     answer(Answerer(lm, draft, tokenizer, settings), prompts, meta(*names), json_out, sys.stdout)
 
 
@@ -246,8 +248,8 @@ def serve(
     grace: Annotated[
         float, typer.Option("--grace", min=0.0, help="Seconds that running answers have to finish at shutdown.")
     ] = 10.0,
-    nodes: NodesOption = None,
-    floor: FloorOption = None,
+    nodes: TreesOption = None,
+    floor: ChosenFloorOption = None,
     budget: BudgetOption = False,
     compiled: CompileOption = False,
     openvino: OpenVINOOption = None,
@@ -257,7 +259,8 @@ def serve(
     """Runs an OpenAI-compatible server, with a page that visualises drafts and accepted tokens."""
     import torch
 
-    from ctc_drafter.decode.batch import DEFAULT_FLOOR, DEFAULT_NODES, DecodingConfig
+    from ctc_drafter.cli.answer import most_nodes
+    from ctc_drafter.decode.batch import AUTO, DecodingConfig
     from ctc_drafter.decode.profile import budget_for
     from ctc_drafter.load import load_pair
     from ctc_drafter.serve.engine import Worker
@@ -276,15 +279,15 @@ def serve(
     if threads:
         torch.set_num_threads(threads)
     names = model.names(plain)
-    size = nodes or DEFAULT_NODES
+    size = tree_nodes(nodes)
     public = name or public_name(names[0])
     worker = Worker("engine")
 
     def ready() -> Service:
         lm, tokenizer, draft = load_pair(*names, wanted)
-        lm = steps.of(lm, [draft] if draft else [], size, batch_size)
-        pays = budget_for(lm, draft, size, batch_size) if budget and draft is not None else None
-        decoding = DecodingConfig(size, DEFAULT_FLOOR if floor is None else floor, budget=pays)
+        lm = steps.of(lm, [draft] if draft else [], most_nodes(size, lm), batch_size)
+        upto = None if size == AUTO or draft is None or not budget else budget_for(lm, draft, size, batch_size)
+        decoding = DecodingConfig(size, floor, budget=upto)
         engine = make_engine(lm, draft, batch_size, queue, decoding, worker)
         return Service(engine, lm, tokenizer, public, limits)
 

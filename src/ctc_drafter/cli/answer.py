@@ -19,10 +19,11 @@ from transformers import (
 )
 
 from ctc_drafter.chat import AnswerText, encode_conversation, eos_ids
+from ctc_drafter.decode.batch import AUTO, DecodingConfig, Method, Nodes
 from ctc_drafter.decode.budget import Budget
 from ctc_drafter.decode.generate import Generation, generate, plain_generate
 from ctc_drafter.decode.prefill import check_prompts
-from ctc_drafter.decode.profile import budget_for
+from ctc_drafter.decode.profile import budget_for, reach, settled
 from ctc_drafter.decode.sampling import ARGMAX, Greedy, ModelSampling, Sampled, Sampler, row_seeds, warpers
 from ctc_drafter.decode.sequence import OnTokens
 from ctc_drafter.decode.stats import Stats
@@ -38,15 +39,15 @@ LOG = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class AnswerSettings:
     """`raw` leaves the chat template out. Temperature 0 is greedy; settings of sampling that are None are the model's,
-    see `filled`. `stop` holds texts that end an answer. With `budget` trees are as large as pays on this machine, up to
-    `nodes`.
+    see `filled`. `stop` holds texts that end an answer. With `nodes` "auto" trees are as large as pays on this machine;
+    with a number and `budget` so, too, up to that number.
 
     Raises `UserError` for contradictions.
     """
 
     max_new_tokens: int
     batch_size: int
-    nodes: int
+    nodes: Nodes
     raw: bool = False
     temperature: float | None = None
     top_k: int | None = None
@@ -125,9 +126,13 @@ class Answerer:
 
     @cached_property
     def budget(self) -> Budget | None:
-        if self.drafter is None or not self.settings.budget:
+        """For all batches, the last and smallest, too."""
+        nodes, rows = self.settings.nodes, self.settings.batch_size
+        if self.drafter is None:
             return None
-        return budget_for(self.target, self.drafter, self.settings.nodes, self.settings.batch_size)
+        if nodes == AUTO:
+            return settled(Method(self.target, self.drafter, DecodingConfig(nodes)), rows).config.budget
+        return budget_for(self.target, self.drafter, nodes, rows) if self.settings.budget else None
 
     def sampler(self, numbers: Sequence[int]) -> Sampler:
         if not self.settings.temperature:
@@ -175,6 +180,11 @@ def answer(
         note = f"note: {len(beyond)} answers, the first {beyond[0]}, go beyond the target's context of {context} tokens"
         print(note, file=sys.stderr)
     print(figures_line(stats), file=sys.stderr)
+
+
+def most_nodes(nodes: Nodes, target: Target) -> int:
+    """Nodes of the largest tree that may be verified."""
+    return reach(target) if nodes == AUTO else nodes
 
 
 ENOUGH = 50  # tokens behind which the first calls' cost matters little

@@ -56,6 +56,14 @@ CopiesOption = Annotated[
 ]
 
 
+ReachOption = Annotated[
+    int | None,
+    typer.Option(
+        "--nodes", min=1, help="Nodes of the largest tree that is measured.", show_default="those of --nodes auto"
+    ),
+]
+
+
 def task_names(given: str | None) -> list[str]:
     return [name.strip() for name in (TASKS if given is None else given).split(",") if name.strip()]
 
@@ -67,7 +75,7 @@ def profile(
     tokenizer_name: TokenizerOption = None,
     drafter: DrafterOption = None,
     batch_size: BatchOption = 1,
-    nodes: NodesOption = None,
+    nodes: ReachOption = None,
     dtype: DtypeOption = "float32",
     device: DeviceOption = "auto",
     threads: ThreadsOption = None,
@@ -75,12 +83,11 @@ def profile(
     openvino: OpenVINOOption = None,
     json_out: JsonOption = None,
 ) -> None:
-    """Measures step time by tree size on this machine, and stores it for --budget."""
+    """Measures step time by tree size on this machine, and stores it for --nodes auto and --budget."""
     import torch
     from rich.console import Console
 
-    from ctc_drafter.decode.batch import DEFAULT_NODES
-    from ctc_drafter.decode.profile import measured_again, profile_json, profile_table
+    from ctc_drafter.decode.profile import measured_again, profile_json, profile_table, reach
     from ctc_drafter.files import check_place, write_json
     from ctc_drafter.load import load_drafter, load_target, pair
     from ctc_drafter.steps import Steps
@@ -92,8 +99,8 @@ def profile(
     names = pair(target, drafter)
     lm, tokenizer = load_target(names[0], steps.dtype(dtype), device, revision, trust_remote_code, tokenizer_name)
     draft = load_drafter(names[1], lm, tokenizer)
-    lm = steps.of(lm, [draft], nodes or DEFAULT_NODES, batch_size)
-    times = measured_again(lm, draft, nodes or DEFAULT_NODES, batch_size)
+    lm = steps.of(lm, [draft], nodes or reach(lm), batch_size)
+    times = measured_again(lm, draft, nodes or reach(lm), batch_size)
     if json_out:
         write_json(json_out, profile_json(times, lm, meta(*names)))
     Console().print(profile_table(times))
@@ -142,7 +149,7 @@ def evaluate(
     import torch
     from rich.console import Console
 
-    from ctc_drafter.decode.batch import DEFAULT_FLOOR, DEFAULT_NODES
+    from ctc_drafter.decode.batch import DEFAULT_NODES
     from ctc_drafter.decode.profile import budget_for
     from ctc_drafter.drafters.registry import PROMPT_LOOKUP
     from ctc_drafter.evaluate.also import NAMES, located, parse_also
@@ -177,7 +184,7 @@ def evaluate(
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
         nodes=nodes or DEFAULT_NODES,
-        min_probability=DEFAULT_FLOOR if floor is None else floor,
+        min_probability=floor,
         budget=budget_for(lm, draft, nodes or DEFAULT_NODES, batch_size) if budget else None,
         also=[name for name in others if name != names[1]],
         seed=seed,

@@ -18,7 +18,6 @@ from ctc_drafter.cli.options import (
     DrafterOption,
     EightBitOption,
     FourBitOption,
-    NodesOption,
     RevisionOption,
     SeedOption,
     TargetOption,
@@ -28,8 +27,10 @@ from ctc_drafter.cli.options import (
     TokenizerOption,
     TopKOption,
     TopPOption,
+    TreesOption,
     TrustOption,
     refuse,
+    tree_nodes,
 )
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ class ModelOptions:
 class AnswerOptions:
     """How an answer is decoded and sampled."""
 
-    nodes: NodesOption = None
+    nodes: TreesOption = None
     plain: PlainOption = False
     temperature: TemperatureOption = None
     top_p: TopPOption = None
@@ -99,12 +100,11 @@ class AnswerOptions:
     ) -> AnswerSettings:
         """Raises `UserError` for contradictions."""
         from ctc_drafter.cli.answer import AnswerSettings
-        from ctc_drafter.decode.batch import DEFAULT_NODES
 
         return AnswerSettings(
             max_new_tokens,
             batch_size,
-            self.nodes or DEFAULT_NODES,
+            tree_nodes(self.nodes),
             raw,
             self.temperature,
             self.top_k,

@@ -10,9 +10,12 @@ import sys
 import tomllib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, get_args
 
 import typer
+
+if TYPE_CHECKING:
+    from ctc_drafter.decode.batch import Nodes
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 AutoDtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -95,15 +98,34 @@ NodesOption = Annotated[
         show_default="16",
     ),
 ]
+TreesOption = Annotated[
+    str | None,
+    typer.Option(
+        "--nodes",
+        metavar="<n|auto>",
+        help="Largest number of drafted tokens that one step verifies (nodes of the token tree); auto chooses it for "
+        "each step, none included, from step times that are measured on this machine at first use, for some seconds.",
+        show_default="auto",
+    ),
+]
 FloorOption = Annotated[
     float | None,
     typer.Option("--floor", min=0.0, max=0.99, help="Minimum probability of a drafted prefix.", show_default="0.02"),
 ]
+ChosenFloorOption = Annotated[
+    float | None,
+    typer.Option(
+        "--floor",
+        min=0.0,
+        max=0.99,
+        help="Minimum probability of a drafted prefix.",
+        show_default="what step times say; 0.02 with a number of --nodes",
+    ),
+]
 BudgetOption = Annotated[
     bool,
     typer.Option(
-        "--budget",
-        help="Choose the tree size of each step, up to --nodes, from step times measured on this machine at first use.",
+        "--budget", help="Choose the tree size of each step as with --nodes auto, up to the number that --nodes names."
     ),
 ]
 CompileOption = Annotated[
@@ -178,6 +200,15 @@ TopKOption = Annotated[
     ),
 ]
 SeedOption = Annotated[int, typer.Option("--seed", help="Random seed.")]
+
+
+def tree_nodes(text: str | None) -> Nodes:
+    """What `--nodes` says of the size of trees, `auto` unless it is given. Raises `UserError` for what is no size."""
+    if text is None or text == "auto":
+        return "auto"
+    if not (text.isdecimal() and int(text) > 0):
+        refuse(f"--nodes {text} is no size; give a number from 1, or auto")
+    return int(text)
 
 
 def arguments(command: Callable[..., None], values: Mapping[str, Any]) -> dict[str, Any]:

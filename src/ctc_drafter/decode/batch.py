@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral, Real
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
 import torch
 from transformers import Cache
 
-from ctc_drafter.decode.budget import Budget, Pace
+from ctc_drafter.decode.budget import Budget, Pace, Trees
 from ctc_drafter.decode.pictures import Pictures
 from ctc_drafter.decode.prefill import Prefill, prefill, reread
 from ctc_drafter.decode.sampling import ARGMAX, RowErrors, Sampler, chosen, tokens_along
@@ -57,15 +57,17 @@ class Judged:
     broken: set[int]
 
 
-DEFAULT_NODES = 16
-DEFAULT_FLOOR = 0.02
+Nodes = int | Literal["auto"]
+AUTO: Literal["auto"] = "auto"
+DEFAULT_NODES = 16  # of a tree of fixed size
+DEFAULT_FLOOR = 0.02  # likewise
 
 
 class DecodingOptions(TypedDict, total=False):
     """The fields of `DecodingConfig` as keyword arguments."""
 
-    nodes: int
-    min_probability: float
+    nodes: Nodes
+    min_probability: float | None
     sampler: Sampler
     budget: Budget | None
 
@@ -74,25 +76,28 @@ class DecodingOptions(TypedDict, total=False):
 class DecodingConfig:
     """How rows are decoded, whatever the target and the drafter: in which trees, and who chooses the tokens.
 
-    nodes: of a tree, at most. min_probability: prefixes less likely are not worth the time that a node adds to a
-    verification. sampler: greedy unless told otherwise, as by `Sampled(seeds, warpers(temperature=0.8))`. With a
-    budget, which was measured for one target and drafter, trees are as large as pays instead, up to its own nodes, and
-    plain steps are taken where none does. Raises `UserError` for values that cannot be.
+    nodes: of a tree, at most; "auto" for trees as large as pays on this machine, and plain steps where none does. Step
+    times are then measured when target and drafter are first used together, for some seconds, and kept
+    (`profile.settled`). min_probability: prefixes less likely are not worth the time that a node adds to a
+    verification; None for `DEFAULT_FLOOR` in trees of fixed size, and for what step times say otherwise. sampler:
+    greedy unless told otherwise, as by `Sampled(seeds, warpers(temperature=0.8))`. budget: one that was measured for
+    target and drafter; it chooses, up to its own nodes, whatever `nodes` is. Raises `UserError` for values that cannot
+    be.
     """
 
-    nodes: int = DEFAULT_NODES
-    min_probability: float = DEFAULT_FLOOR
+    nodes: Nodes = AUTO
+    min_probability: float | None = None
     sampler: Sampler = ARGMAX
     budget: Budget | None = None
 
     def __post_init__(self) -> None:
         nodes: Any = self.nodes
         floor: Any = self.min_probability
-        if isinstance(nodes, bool) or not isinstance(nodes, Integral):
-            raise UserError(f"nodes is {nodes!r}; give a whole number")
-        if int(nodes) < 1:
+        if nodes != AUTO and (isinstance(nodes, bool) or not isinstance(nodes, Integral)):
+            raise UserError(f"nodes is {nodes!r}; give a whole number, or {AUTO}")
+        if nodes != AUTO and int(nodes) < 1:
             raise UserError(f"nodes is {nodes}; give at least 1, or use plain_generate")
-        if not isinstance(floor, Real) or not 0 <= float(floor) < 1:
+        if floor is not None and (not isinstance(floor, Real) or not 0 <= float(floor) < 1):
             raise UserError(f"floor is {floor!r}; give a probability, at least 0 and below 1")
         if isinstance(self.sampler, type) or not callable(getattr(self.sampler, "sample", None)):
             name = self.sampler.__name__ if isinstance(self.sampler, type) else repr(self.sampler)
@@ -101,6 +106,16 @@ class DecodingConfig:
             raise UserError(f"{self.budget!r} is no budget; give what budget_for(target, drafter, nodes, rows) returns")
         if self.budget is not None and self.budget.nodes < 1:
             raise UserError(f"the budget has {self.budget.nodes} nodes; give at least 1, or use plain_generate")
+
+    @property
+    def fixed_nodes(self) -> int:
+        """Nodes of a tree at most, where no budget chooses."""
+        return DEFAULT_NODES if self.nodes == AUTO else int(self.nodes)
+
+    @property
+    def fixed_floor(self) -> float:
+        """Least probability of a node, where no budget chooses."""
+        return DEFAULT_FLOOR if self.min_probability is None else float(self.min_probability)
 
     @classmethod
     def of(cls, config: DecodingConfig | None, options: DecodingOptions) -> DecodingConfig:
@@ -143,7 +158,7 @@ class Batch:
 
     def __init__(self, method: Method, clock: Stopwatch):
         self.method, self.clock = method, clock
-        self.pace = Pace(method.config.budget) if method.config.budget else None
+        self.trees: Trees | None = Pace(method.config.budget) if method.config.budget else None
         self.rows: list[SequenceState] = []
         self.shift: torch.Tensor | None = None  # see `Target.forward`
 
@@ -222,7 +237,7 @@ class Batch:
         if len(resting) == len(self.rows):
             tree = build_tree(self.root, Candidates.nothing(self.root), 0)
         else:
-            tree = self._draft() if self.pace is None else self._draft_what_pays(self.pace)
+            tree = self._draft() if self.trees is None else self._draft_what_pays(self.trees)
         if target.reread_at is not None:
             tree = up_to(tree, self.lengths, target.reread_at)
         plain = resting | {place for place, row in enumerate(self.rows) if row.broken}
@@ -242,8 +257,8 @@ class Batch:
         except Exception:
             erase(self.cache, slots)
             raise
-        if self.pace is not None and not resting:
-            self.pace.note(slots, tree, acceptance)
+        if self.trees is not None and not resting:
+            self.trees.note(slots, tree, acceptance)
         self.lengths, self.root = self.lengths + acceptance.counts + 1, acceptance.bonus
         for place, row in enumerate(self.rows):
             row.broken = place in judged.broken
@@ -271,7 +286,7 @@ class Batch:
         return Judged(tree, verification, acceptance, longest, found)
 
     def _draft(self) -> TokenTree:
-        nodes, min_probability = self.method.config.nodes, self.method.config.min_probability
+        nodes, min_probability = self.method.config.fixed_nodes, self.method.config.fixed_floor
         with self.clock("draft"):
             candidates = self._followed(self.session.propose(self.root, nodes, min_probability))
         with self.clock("tree"):
@@ -281,14 +296,15 @@ class Batch:
         """What the target can follow of a draft: all of it, or its best chain."""
         return candidates if self.method.target.chain is None else best_chain(candidates)
 
-    def _draft_what_pays(self, pace: Pace) -> TokenTree:
+    def _draft_what_pays(self, trees: Trees) -> TokenTree:
         slots, rows = self.cache.get_seq_length(), len(self.rows)
         with self.clock("draft"):
-            draft = self.session.propose if pace.drafts() else self.session.free  # copies cost nothing
-            found = draft(self.root, pace.budget.nodes, pace.min_probability(rows, slots))
+            draft = self.session.propose if trees.drafts(rows) else self.session.free  # copies cost nothing
+            floor = max(trees.min_probability(rows, slots), self.method.config.min_probability or 0.0)
+            found = draft(self.root, trees.nodes, floor)
             candidates = Candidates.nothing(self.root) if found is None else self._followed(found)
         with self.clock("tree"):
-            return build_tree(self.root, candidates, pace.size(candidates, slots))
+            return build_tree(self.root, candidates, trees.size(candidates, slots))
 
 
 def committed(

@@ -13,6 +13,7 @@ from transformers import Cache, StoppingCriteriaList
 
 from ctc_drafter.decode.batch import Batch, DecodingConfig, DecodingOptions, Method
 from ctc_drafter.decode.prefill import Beginning, beginning, check_prompts, prefill, reread
+from ctc_drafter.decode.profile import settled
 from ctc_drafter.decode.sampling import Sampler, chosen
 from ctc_drafter.decode.sequence import OnTokens, OutputWriter, SequenceState
 from ctc_drafter.decode.stats import Stats, Stopwatch
@@ -56,7 +57,8 @@ def generate(
 ) -> Generation:
     """The target's continuation of each prompt, drafted in trees and verified.
 
-    `config` is a `DecodingConfig`; its fields may be given by name instead: `nodes=32`, `budget=...`. A row ends at an
+    `config` is a `DecodingConfig`; its fields may be given by name instead: `nodes=32`, `budget=...`. Trees are as
+    large as pays unless it says otherwise; the first call measures step times, see `profile.settled`. A row ends at an
     `eos`, by default those of the target's generation config, at `max_new_tokens`, or where `criteria` say so; like
     transformers' own `generate` it may go on beyond the context that the target is made for.
 
@@ -65,7 +67,8 @@ def generate(
     Raises `UserError` for prompts or settings that cannot be decoded.
     """
     method = Method(target, drafter, DecodingConfig.of(config, options))
-    return run(method, new_rows(target, prompts, max_new_tokens, eos), criteria, on_tokens, timed)
+    rows = new_rows(target, prompts, max_new_tokens, eos)
+    return run(settled(method, len(rows)), rows, criteria, on_tokens, timed)
 
 
 @torch.inference_mode()
@@ -301,7 +304,7 @@ def generate_many(
     """
     if in_flight < 1:
         raise UserError(f"in_flight is {in_flight}; give at least 1")
-    method = Method(target, drafter, DecodingConfig.of(config, options))
+    method = settled(Method(target, drafter, DecodingConfig.of(config, options)), in_flight)
     arriving = (new_rows(target, [prompt], max_new_tokens, eos, place)[0] for place, prompt in enumerate(prompts))
     writer = OutputWriter(Stats(), on_tokens, criteria, target.device)
     return flow(Batch(method, Stopwatch(target.device, False)), writer, arriving, in_flight)

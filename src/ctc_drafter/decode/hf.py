@@ -18,6 +18,7 @@ from ctc_drafter.decode.generate_inputs import has_pictures, passed_name, refuse
 from ctc_drafter.decode.generate_settings import refuse_settings
 from ctc_drafter.decode.pictures import Pictures
 from ctc_drafter.decode.processors import end_tokens, fills_up, process, refuse_criteria, remaining
+from ctc_drafter.decode.profile import settled
 from ctc_drafter.decode.sampling import ARGMAX, Greedy, Sampled, Sampler, walk
 from ctc_drafter.decode.sequence import OnTokens, SequenceState
 from ctc_drafter.decode.stats import Stats
@@ -48,8 +49,9 @@ def speculate(
     counted, has a seed of its own: from `generate(..., seeds=[...])`, else drawn from PyTorch's generator, so that
     `torch.manual_seed` repeats a run. Rows that stop early are filled up with the pad token.
 
-    Trees are as `config` says; its fields may be given by name instead, such as `nodes=32` or `budget=...`, but for
-    the sampler, which is `generate`'s. A drafter on another device or in another dtype than the model is copied there.
+    Trees are as `config` says, as large as pays without one; its fields may be given by name instead, such as
+    `nodes=32` or `budget=...`, but for the sampler, which is `generate`'s. A drafter on another device or in another
+    dtype than the model is copied there.
 
     `on_tokens(row, tokens)` streams; so does a streamer of transformers, which is given here: `generate` keeps its own
     `streamer`, `assistant_model`, `tokenizer` and `synced_gpus` from callables, and nothing here can notice them; a
@@ -123,6 +125,7 @@ class Decoder:
             if has_pictures(prepared):
                 method = self.shown(method, Pictures(input_ids, mask, prepared, passed_name(model, prepared)))
             rows = rows_of(input_ids, mask, stopping_criteria, method.target)
+            method = settled(method, len(rows))
             told = on_tokens if streamer is None else streaming(streamer, input_ids, on_tokens)
             rows, stats = decode_rows(method, rows, criteria, told, record, fills_up(stopping_criteria))
             self.tried = method.target if method.pictures else self.tried

@@ -149,9 +149,14 @@ def decoding(target: Target, tokenizer: PreTrainedTokenizerBase, max_new_tokens:
 
 def contenders_of(decoding: Decoding, drafter: Drafter, config: DecodingConfig) -> list[Contender]:
     """Plain decoding and the drafter's without a budget, and under it if there is one."""
-    method, fixed = method_of(drafter), replace(config, budget=None)
-    found = [decoding.plain(), decoding.drafted(method, drafter, config.nodes, fixed)]
+    method, fixed = method_of(drafter), fixed_size(config)
+    found = [decoding.plain(), decoding.drafted(method, drafter, config.fixed_nodes, fixed)]
     return found if config.budget is None else [*found, decoding.drafted(method, drafter, BUDGET, config)]
+
+
+def fixed_size(config: DecodingConfig) -> DecodingConfig:
+    """The config where no budget chooses."""
+    return replace(config, nodes=config.fixed_nodes, budget=None)
 
 
 # Chains: the best single path of a tree.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Unpack
 
@@ -19,7 +19,7 @@ from ctc_drafter.drafters.base import Drafter
 from ctc_drafter.drafters.prompt_lookup import PromptLookup
 from ctc_drafter.drafters.registry import PROMPT_LOOKUP
 from ctc_drafter.evaluate.also import also_contenders
-from ctc_drafter.evaluate.methods import Calibration, Contender, contenders_of, decoding, steps_of
+from ctc_drafter.evaluate.methods import Calibration, Contender, contenders_of, decoding, fixed_size, steps_of
 from ctc_drafter.evaluate.results import Journal, Record, histogram, row_of
 from ctc_drafter.evaluate.tasks import Prompt, Task
 from ctc_drafter.provenance import environment
@@ -208,10 +208,10 @@ def evaluate(
     made = decoding(target, tokenizer, max_new_tokens)
     contenders = contenders_of(made, drafter, config)
     if PROMPT_LOOKUP in also:
-        contenders.append(made.drafted(PROMPT_LOOKUP, PromptLookup(), config.nodes, replace(config, budget=None)))
+        contenders.append(made.drafted(PROMPT_LOOKUP, PromptLookup(), config.fixed_nodes, fixed_size(config)))
     contenders += also_contenders(made, [name for name in also if name != PROMPT_LOOKUP])
     bench = Bench(target, tokenizer, contenders, max_new_tokens, batch_size)
-    settings = {"seed": seed, "nodes": config.nodes, "floor": config.min_probability, "limit": limit}
+    settings = {"seed": seed, "nodes": config.fixed_nodes, "floor": config.fixed_floor, "limit": limit}
     result = {"meta": head(bench, settings) | (meta or {}), "rows": []}
     measure_all(bench, [task.some(limit) for task in tasks], result, save=save, console=console)
     return result

@@ -22,7 +22,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from ctc_drafter.decode.batch import DecodingConfig, DecodingOptions, Method
 from ctc_drafter.decode.generate import generate
-from ctc_drafter.decode.profile import plain_method
+from ctc_drafter.decode.profile import plain_method, settled
 from ctc_drafter.drafters.base import Drafter
 from ctc_drafter.serve import middleware
 from ctc_drafter.serve.connections import (
@@ -68,9 +68,11 @@ def make_engine(
     """
     config = DecodingConfig.of(config, options).without_sampler("every request has its own")
     plain = plain_method(target)
-    methods = {PLAIN: plain} if drafter is None else {"draft": Method(target, drafter, config), PLAIN: plain}
+    methods = {PLAIN: plain}
     if drafter is not None:
-        generate(target, drafter, [[0, 0]], max_new_tokens=8, config=replace(config, budget=None), eos=())
+        fixed = replace(config, nodes=config.fixed_nodes, budget=None)  # what it measures comes next
+        generate(target, drafter, [[0, 0]], max_new_tokens=8, config=fixed, eos=())
+        methods = {"draft": settled(Method(target, drafter, config), batch_size), PLAIN: plain}
     return Engine(methods, batch_size, queue, Speedup(time_plain_steps(target, batch_size)), worker)
 
 
