@@ -47,30 +47,59 @@ MOST_BYTES = 2**30  # of the weights of a target that is not large
 
 
 @dataclass
+class Request:
+    """A compiled graph with the tensors that it reads and writes, which must not be let go before it is.
+
+    Most of a step's inputs, the cache, are where they were in the step before; they are not handed over again.
+    """
+
+    inner: Any
+    inputs: dict[int, torch.Tensor] = field(default_factory=dict)
+    outputs: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    def read(self, index: int, tensor: torch.Tensor) -> None:
+        import openvino
+
+        before = self.inputs.get(index)
+        if before is None or before.data_ptr() != tensor.data_ptr() or before.shape != tensor.shape:
+            self.inner.set_input_tensor(index, openvino.Tensor(tensor.numpy(), shared_memory=True))
+        self.inputs[index] = tensor
+
+    def write(self, index: int, tensor: torch.Tensor) -> None:
+        import openvino
+
+        self.inner.set_output_tensor(index, openvino.Tensor(tensor.numpy(), shared_memory=True))
+        self.outputs[index] = tensor
+
+
+@dataclass
 class Runtime:
     """Compiled graphs by their shape, `(rows, tokens)`; made when they are first needed, and used by one thread at a
     time."""
 
     graph: Any
     spec: GraphSpec
-    requests: dict[tuple[int, int], Any] = field(default_factory=dict)
+    requests: dict[tuple[int, int], Request] = field(default_factory=dict)
     lock: threading.RLock = field(default_factory=threading.RLock)
 
     def run(self, inputs: list[torch.Tensor], logits: torch.Tensor, shape: tuple[int, int]) -> list[torch.Tensor]:
         """Computes `Forward` of these inputs into `logits`; returns the other outputs, good until the next run."""
-        import openvino
-
         if shape not in self.requests:
             self.requests[shape] = self.compiled(*shape)
-        request = self.requests[shape]
+        request, count = self.requests[shape], len(self.spec.layers) + 2 * len(self.spec.states)
         for index, tensor in enumerate(inputs):
-            request.set_input_tensor(index, openvino.Tensor(tensor.numpy(), shared_memory=True))
-        request.set_output_tensor(0, openvino.Tensor(logits.numpy(), shared_memory=True))
-        request.infer()
-        count = len(self.spec.layers) + 2 * len(self.spec.states)
-        return [torch.from_numpy(request.get_output_tensor(1 + index).data) for index in range(count)]
+            request.read(index, tensor)
+        request.write(0, logits)
+        request.inner.infer()
+        if len(request.outputs) > 1:
+            return [request.outputs[1 + index] for index in range(count)]
+        found = [torch.from_numpy(request.inner.get_output_tensor(1 + index).data) for index in range(count)]
+        if MANY not in shape:  # from now on they have a place
+            for index, each in enumerate(found):
+                request.write(1 + index, each.clone())
+        return found
 
-    def compiled(self, rows: int, tokens: int) -> Any:
+    def compiled(self, rows: int, tokens: int) -> Request:
         """A graph of fixed sizes, for which the runtime plans but once; `MANY` leaves a size open."""
         import openvino
 
@@ -87,7 +116,7 @@ class Runtime:
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
             "DYNAMIC_QUANTIZATION_GROUP_SIZE": 32,
         }
-        return openvino.Core().compile_model(graph, "CPU", settings).create_infer_request()
+        return Request(openvino.Core().compile_model(graph, "CPU", settings).create_infer_request())
 
 
 @dataclass(frozen=True)
