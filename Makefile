@@ -35,7 +35,7 @@ test-quant: $(DEV) ## tests of quantised targets
 test-peers: $(DEV) ## llama.cpp and OpenVINO: bench --also, and targets in OpenVINO
 	$(PIP) install -q --no-deps -c constraints.txt --target .peers --upgrade xllamacpp openvino-genai \
 	    openvino-tokenizers openvino openvino-telemetry
-	PYTHONPATH=.peers $(BIN)/python -m pytest -m peers tests/evaluate/test_peer_engines.py tests/target/test_openvino.py \
+	PYTHONPATH=.peers $(BIN)/python -m pytest -m peers tests/evaluate/test_peer_engines.py tests/target/test_openvino_target.py \
 	    --timeout 600
 
 # vLLM has ranges of its own and needs an environment of its own. Its wheel asks for parts of torch that break its imports.

@@ -48,7 +48,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "quickstart": set(),
     # The rows below serve the command line and the user; of the above only `evaluate` and `train.publish` import them.
     "load": {"types", "chat", "target", "drafters", "quickstart"},
-    "steps": {"types", "load", "target", "drafters.base"},
+    "steps": {"types", "load", "target", "drafters.base", "decode"},
     "cli": {"*"},
     "speculator": {"types", "target", "drafters", "decode"},
     "__init__": {"types", "speculator", "ctc", "target", "drafters", "decode"},

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ctc_drafter.decode.batch import AUTO, Nodes
+from ctc_drafter.decode.profile import reach
 from ctc_drafter.drafters.base import Drafter
 from ctc_drafter.load import said_if_slow
 from ctc_drafter.target.model import Target
@@ -33,17 +35,24 @@ class Steps:
             raise UserError(f"--openvino reads weights in float32; leave out --dtype {wanted}")
         return "float32" if self.openvino else wanted
 
-    def of(self, target: Target, drafters: Sequence[Drafter], nodes: int, rows: int) -> Target:
+    def of(self, target: Target, drafters: Sequence[Drafter], nodes: Nodes, rows: int) -> Target:
         """The target with its steps computed so, made ready now for these drafters, and for up to `nodes` nodes and
         `rows` rows; without drafters for plain decoding."""
         if self.compiled:
-            return compiled(target, drafters, nodes, rows)
+            return compiled(target, drafters, most_nodes(nodes, target), rows)
         if self.exact:
             from ctc_drafter.target.exact import exact_target
 
             unpack(target.model)
             return exact_target(target)
-        return in_openvino(target, drafters, self.openvino, nodes) if self.openvino else target
+        if self.openvino:
+            return in_openvino(target, drafters, self.openvino, most_nodes(nodes, target))
+        return target
+
+
+def most_nodes(nodes: Nodes, target: Target) -> int:
+    """Nodes of the largest tree that may be verified."""
+    return reach(target) if nodes == AUTO else nodes
 
 
 def compiled(target: Target, drafters: Sequence[Drafter], nodes: int, rows: int) -> Target:

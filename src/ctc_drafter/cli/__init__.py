@@ -107,7 +107,7 @@ def generate(
     json_out: JsonOption = None,
 ) -> None:
     """Generates the target's answer to a prompt, or to every prompt of a file."""
-    from ctc_drafter.cli.answer import Answerer, answer, most_nodes
+    from ctc_drafter.cli.answer import Answerer, answer
     from ctc_drafter.decode.sampling import ModelSampling
     from ctc_drafter.evaluate.tasks import Prompt, read_prompts
     from ctc_drafter.files import check_place
@@ -128,7 +128,7 @@ def generate(
     names = model.names(answers.plain)
     lm, tokenizer, draft = load_pair(*names, wanted)
     settings = settings.filled(ModelSampling.of(lm.model))
-    lm = steps.of(lm, [draft] if draft else [], most_nodes(settings.nodes, lm), batch_size)
+    lm = steps.of(lm, [draft] if draft else [], settings.nodes, batch_size)
     answer(Answerer(lm, draft, tokenizer, settings), prompts, meta(*names), json_out, sys.stdout)
 
 
@@ -259,7 +259,6 @@ def serve(
     """Runs an OpenAI-compatible server, with a page that visualises drafts and accepted tokens."""
     import torch
 
-    from ctc_drafter.cli.answer import most_nodes
     from ctc_drafter.decode.batch import AUTO, DecodingConfig
     from ctc_drafter.decode.profile import budget_for
     from ctc_drafter.load import load_pair
@@ -285,7 +284,7 @@ def serve(
 
     def ready() -> Service:
         lm, tokenizer, draft = load_pair(*names, wanted)
-        lm = steps.of(lm, [draft] if draft else [], most_nodes(size, lm), batch_size)
+        lm = steps.of(lm, [draft] if draft else [], size, batch_size)
         upto = None if size == AUTO or draft is None or not budget else budget_for(lm, draft, size, batch_size)
         decoding = DecodingConfig(size, floor, budget=upto)
         engine = make_engine(lm, draft, batch_size, queue, decoding, worker)

@@ -23,7 +23,7 @@ from ctc_drafter.decode.batch import AUTO, DecodingConfig, Method, Nodes
 from ctc_drafter.decode.budget import Budget
 from ctc_drafter.decode.generate import Generation, generate, plain_generate
 from ctc_drafter.decode.prefill import check_prompts
-from ctc_drafter.decode.profile import budget_for, reach, settled
+from ctc_drafter.decode.profile import budget_for, settled
 from ctc_drafter.decode.sampling import ARGMAX, Greedy, ModelSampling, Sampled, Sampler, row_seeds, warpers
 from ctc_drafter.decode.sequence import OnTokens
 from ctc_drafter.decode.stats import Stats
@@ -180,11 +180,6 @@ def answer(
         note = f"note: {len(beyond)} answers, the first {beyond[0]}, go beyond the target's context of {context} tokens"
         print(note, file=sys.stderr)
     print(figures_line(stats), file=sys.stderr)
-
-
-def most_nodes(nodes: Nodes, target: Target) -> int:
-    """Nodes of the largest tree that may be verified."""
-    return reach(target) if nodes == AUTO else nodes
 
 
 ENOUGH = 50  # tokens behind which the first calls' cost matters little

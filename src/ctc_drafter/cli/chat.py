@@ -27,7 +27,7 @@ def chat(
     openvino: OpenVINOOption = None,
 ) -> None:
     """Chats with the target in the terminal."""
-    from ctc_drafter.cli.answer import Answerer, most_nodes
+    from ctc_drafter.cli.answer import Answerer
     from ctc_drafter.decode.sampling import ModelSampling
     from ctc_drafter.load import load_pair
     from ctc_drafter.steps import Steps
@@ -35,7 +35,7 @@ def chat(
     steps = Steps(openvino=openvino)
     wanted, settings = model.loading(steps), answers.settings(max_new_tokens)
     lm, tokenizer, draft = load_pair(*model.names(answers.plain), wanted)
-    lm = steps.of(lm, [draft] if draft else [], most_nodes(settings.nodes, lm), 1)
+    lm = steps.of(lm, [draft] if draft else [], settings.nodes, 1)
     answerer = Answerer(lm, draft, tokenizer, settings.filled(ModelSampling.of(lm.model)))
     print(HELP, file=sys.stderr)
     converse(answerer, typed() if sys.stdin.isatty() else sys.stdin, sys.stdout, system)
