@@ -1,5 +1,6 @@
 """llama.cpp and OpenVINO themselves: with the target's own weights they write what plain decoding writes."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -35,8 +36,13 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("name", SAME)
-def test_the_same_weights_write_plain_decodings_text(file: Path, name: str) -> None:
-    """float32 in llama.cpp, halves in OpenVINO; what these tiny models write is decided by more than rounding."""
+def test_the_same_weights_write_plain_decodings_text(file: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """float32 in llama.cpp, halves in OpenVINO; what these tiny models write is decided by more than rounding, but not
+    by more than bfloat16, which OpenVINO computes in where the CPU has it."""
+    if name.startswith(OPENVINO):
+        genai = pytest.importorskip("openvino_genai")
+        precise = partial(genai.LLMPipeline, INFERENCE_PRECISION_HINT="f32")
+        monkeypatch.setattr(genai, "LLMPipeline", precise)
     target = Target.load(str(converted(file)))
     free = plain_generate(target, PROMPTS, max_new_tokens=TOKENS).tokens
     eos = frozenset({1, free[0][7], free[2][11]})
