@@ -43,11 +43,15 @@ def markdown_figures(results: Sequence[dict[str, Any]]) -> str:
             ]
             cells += [number(row["tokens_per_s"], 0), number(row["gamma"], 2), number(row["beta"], 2)]
             rows.append([*cells, f"{row['identical']} of {row['compared']}"])
-    return "\n".join([markdown_table(head, rows), "", *measured_on(results)])
+    engines = sorted({line for result in results for line in engines_of(result["meta"])})
+    return "\n".join([markdown_table(head, rows), "", *measured_on(results), *engines])
 
 
 def markdown_summary(results: Sequence[dict[str, Any]]) -> str:
-    """A line for each task and dtype: plain decoding beside what drafts by default, and prompt lookup's speedup."""
+    """A line for each task and dtype: plain decoding beside what drafts by default, and prompt lookup's speedup.
+
+    Where trees were chosen by step times, as `generate` and `serve` do it, the line is theirs.
+    """
     head = [
         "task",
         "dtype",
@@ -63,7 +67,9 @@ def markdown_summary(results: Sequence[dict[str, Any]]) -> str:
         return "Not measured yet."
     for result in results:
         rows = {(row["task"], row["method"], row["nodes"]): row for row in result["rows"]}
-        for task, _, nodes in (key for key in rows if key[1] == "ctc" and key[2] != BUDGET):
+        ours_by_task = {key[0]: key for key in rows if key[1] == "ctc"}
+        ours_by_task |= {key[0]: key for key in rows if key[1:] == ("ctc", BUDGET)}
+        for task, _, nodes in ours_by_task.values():
             ours, plain = rows[task, "ctc", nodes], next(r for key, r in rows.items() if key[:2] == (task, "plain"))
             copied = next((row for key, row in rows.items() if key[:2] == (task, "prompt_lookup")), None)
             cells = [TASK_NAMES.get(task, task), computed_in(result["meta"]), number(plain["tokens_per_s"], 1)]
@@ -88,7 +94,7 @@ def measured_on(results: Sequence[dict[str, Any]]) -> list[str]:
     for place, dtypes in sorted(places.items()):
         of = f" ({'; '.join(dict.fromkeys(dtypes))})" if len(places) > 1 else ""
         lines.append(f"Measured on{of}: {place}.")
-    return lines + sorted({line for result in results for line in engines_of(result["meta"])})
+    return lines
 
 
 def main(
