@@ -6,14 +6,17 @@ from benchmarks.speed_chart import speed_chart
 from ctc_drafter.types import UserError
 
 
-def result(dtype: str, **gammas: float):
+def result(dtype: str, budget: float | None = None, **gammas: float):
+    """budget: speedup of trees chosen by step times, where they were measured."""
     rows = [{"task": "mt_bench", "method": name, "nodes": 16, "gamma": value} for name, value in gammas.items()]
-    rows.append({"task": "mt_bench", "method": "ctc", "nodes": "budget", "gamma": 9.0})  # not drawn
+    if budget is not None:
+        rows.insert(0, {"task": "mt_bench", "method": "ctc", "nodes": "budget", "gamma": budget})
     return {"meta": {"dtype": dtype}, "rows": rows}
 
 
 def test_bars_and_the_line_at_1():
-    figure = speed_chart([result("float32", plain=1.0, ctc=1.5, prompt_lookup=1.25), result("bfloat16", ctc=0.9)])
+    """Trees chosen by step times are drawn in place of those of a fixed size."""
+    figure = speed_chart([result("float32", plain=1.0, ctc=1.5, prompt_lookup=1.25), result("bfloat16", 0.9, ctc=0.8)])
     (axis,) = figure.axes
     heights = {bars.get_label(): [bar.get_height() for bar in bars] for bars in axis.containers}
     assert heights == {"CTC drafter": [1.5, 0.9], "prompt lookup": [1.25]}
