@@ -67,7 +67,9 @@ ENGINES = {
     "sglang": {"integrations.sglang"},
     "xllamacpp": {"evaluate.llama_cpp"},
     "openvino_genai": {"evaluate.openvino"},
-    "openvino": {"target.openvino", "target.openvino_graph", "evaluate.openvino"},
+    "openvino": {
+        *("target.openvino", "target.openvino_attention", "target.openvino_graph", "evaluate.openvino"),
+    },
 }
 
 # What pure folders may import from outside besides the standard library.

@@ -5,17 +5,8 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from ctc_drafter.target.openvino import filled_up, in_parts, openvino_target, spec_of
-from ctc_drafter.target.openvino_graph import (
-    HIGH,
-    LOW,
-    VALUE_BITS,
-    Forward,
-    GraphSpec,
-    attention_in_parts,
-    example,
-    grid_for,
-    split_weights,
-)
+from ctc_drafter.target.openvino_attention import HIGH, LOW, VALUE_BITS, attention_in_parts, grid_for, split_weights
+from ctc_drafter.target.openvino_graph import Forward, GraphSpec, InParts, example
 from ctc_drafter.types import UserError
 from helpers import tiny_target
 
@@ -132,3 +123,9 @@ def test_a_spec_has_heads_and_sizes_of_every_layer():
 def test_types_of_weights_and_targets_that_do_not_go_are_refused():
     with pytest.raises(UserError, match="no weights of type int3"):
         openvino_target(tiny_target(), "int3")
+
+
+@pytest.mark.parametrize("setting", [{"is_causal": True}, {"dropout_p": 0.1}])
+def test_attention_with_a_mask_or_dropout_of_its_own_is_refused(setting):
+    with pytest.raises(UserError, match="of its own"), InParts([]):
+        scaled_dot_product_attention(*[states(1, 1, 2, 4)] * 3, **setting)

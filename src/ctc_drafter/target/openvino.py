@@ -14,7 +14,8 @@ from transformers import Cache
 from ctc_drafter.target.cache import GROWTH, GrowingLayer
 from ctc_drafter.target.features import concatenate
 from ctc_drafter.target.model import Target
-from ctc_drafter.target.openvino_graph import WEIGHTS, GraphSpec, graph_of, grid_for
+from ctc_drafter.target.openvino_attention import grid_for
+from ctc_drafter.target.openvino_graph import WEIGHTS, GraphSpec, graph_of
 from ctc_drafter.target.self_test import (
     PARENTS,
     PATHS,
@@ -31,7 +32,7 @@ from ctc_drafter.types import EXTRAS, UserError, Verification, first_line
 # The target is another one then, in weights and rounding, and what holds is what always holds: drafts do not change
 # what its own plain decoding writes. Its plain steps, trees and prompts go through one graph. With weights in integers
 # each row of a product is rounded to 8 bits by itself, its sums are exact, and so are those of attention
-# (`openvino_graph.py`): a token's logits are the same to the last bit, whatever it is computed with.
+# (`openvino_attention.py`): a token's logits are the same to the last bit, whatever it is computed with.
 
 # Tokens of a row's forward; smaller ones are filled up. One token alone is rounded otherwise than several, and costs as
 # much as two.
