@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ctc_drafter.decode.prefill import prefill
-from ctc_drafter.drafters.block import block_mask
+from ctc_drafter.drafters.block import Carry, block_mask
 from ctc_drafter.drafters.ctc import CTCDrafter, CTCDrafterConfig
 from ctc_drafter.types import UserError
 from helpers import VOCABULARY, tiny_config, tiny_drafter, tiny_target
@@ -24,13 +24,26 @@ def test_the_block_mask_as_a_matrix():
     ]
 
 
-@pytest.mark.parametrize("carry", [False, True])
+def carrying(target, carry, rank=0, **sizes):
+    """A drafter whose places carry something of their own, which a fresh one's do not."""
+    drafter = tiny_drafter(target, carry=carry, carry_rank=rank, **sizes)
+    if rank:
+        with torch.no_grad():
+            drafter.carry.up.normal_(std=0.5)
+            drafter.carry.own.normal_(std=0.5)
+    return drafter
+
+
+CARRIES = pytest.mark.parametrize(("carry", "rank"), [(False, 0), (True, 0), (True, 2)])
+
+
+@CARRIES
 @pytest.mark.parametrize("layers", [1, 2])
 @torch.inference_mode()
-def test_a_session_drafts_what_training_saw(layers, carry):
+def test_a_session_drafts_what_training_saw(layers, carry, rank):
     """Blocks over a whole row at once, as in training, against a session that is fed step by step."""
     target = tiny_target()
-    drafter = tiny_drafter(target, num_hidden_layers=layers, carry=carry)
+    drafter = carrying(target, carry, rank, num_hidden_layers=layers)
     state = prefill(target, ROWS, drafter.feature_layers)
     session = drafter.begin(target.embed, target.head, len(ROWS))
     start, cuts = torch.tensor([3, 1, 2]), torch.tensor([4, 3, 1])
@@ -53,11 +66,45 @@ def test_a_session_drafts_what_training_saw(layers, carry):
     assert torch.equal(again.tokens, expected.tokens[[2, 0]])
 
 
-@pytest.mark.parametrize("carry", [False, True])
-@torch.inference_mode()
-def test_later_tokens_do_not_reach_a_block(carry):
+@torch.no_grad()
+def test_what_places_carry_by_hand():
+    """Two places of width 2, rank 1: W h + (own vector) + (own map of rank 1) h, place by place."""
+    carry = Carry(2, places=2, rank=1)
+    newest = torch.tensor([[2.0, 3.0]])
+    carry.weight.copy_(torch.tensor([[1.0, 0.0], [0.0, -1.0]]))
+    torch.testing.assert_close(carry(newest).expand(1, 2, 2), torch.tensor([[[2.0, -3.0], [2.0, -3.0]]]))
+    carry.down.weight.copy_(torch.tensor([[1.0, 1.0]]))  # 5
+    carry.up.copy_(torch.tensor([[[1.0, 0.0]], [[0.0, 2.0]]]))
+    carry.own.copy_(torch.tensor([[0.0, 0.5], [0.25, 0.0]]))
+    expected = torch.tensor([[[2.0 + 5.0, -3.0 + 0.5], [2.0 + 0.25, -3.0 + 10.0]]])
+    torch.testing.assert_close(carry(newest), expected)
+    torch.testing.assert_close(carry(newest, 1), expected[:, :1])
+
+
+def test_places_that_carry_start_as_if_they_did_not():
+    """So that a drafter that was trained without goes on as it was; and each place learns from the first step on."""
     target = tiny_target()
-    drafter = tiny_drafter(target, carry=carry)
+    plain, more = tiny_drafter(target, carry=True), tiny_drafter(target, carry=True, carry_rank=3)
+    missing = more.load_state_dict(plain.state_dict(), strict=False).missing_keys
+    assert missing == ["carry.up", "carry.own", "carry.down.weight"]
+    given = torch.tensor([5]), torch.randn(1, plain.config.hidden_size), target.embed
+    torch.testing.assert_close(more.block_states(*given), plain.block_states(*given))
+    more.block_states(*given).square().sum().backward()
+    assert all(weight.grad.abs().sum() > 0 for weight in (more.carry.up, more.carry.own))
+
+
+def test_a_rank_without_a_carry_is_refused():
+    with pytest.raises(UserError, match="set carry, or carry_rank to 0"):
+        CTCDrafterConfig(carry_rank=2)
+    with pytest.raises(UserError, match="carry_rank is -1"):
+        CTCDrafterConfig(carry=True, carry_rank=-1)
+
+
+@CARRIES
+@torch.inference_mode()
+def test_later_tokens_do_not_reach_a_block(carry, rank):
+    target = tiny_target()
+    drafter = carrying(target, carry, rank)
     tokens = torch.tensor([ROWS[0]])
     features = target.hidden_features(tokens, drafter.feature_layers)
     anchors = torch.tensor([[4]])

@@ -17,7 +17,7 @@ PANELS = {
     "chat-template-arg tokenizer threads",
     "Decoding": "max-new-tokens batch-size nodes floor budget compile exact openvino plain raw",
     "Sampling": "temperature top-p top-k seed stop prompt-temperature",
-    "Drafter's sizes": "frames draft-length draft-layers predictor-rank carry convolution copies lookup "
+    "Drafter's sizes": "frames draft-length draft-layers predictor-rank carry carry-rank convolution copies lookup "
     "draft-vocabulary init",
     "Training": "steps epochs learning-rate anchors loss bf16 set held-out max-length resume method",
     "Memory and time": "features features-limit shard-target estimate flops bandwidth",

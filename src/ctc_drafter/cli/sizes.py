@@ -16,6 +16,7 @@ SIZE_OPTIONS = {
     "predictor_rank": "--predictor-rank",
     "draft_vocab_size": "--draft-vocabulary",
     "carry": "--carry",
+    "carry_rank": "--carry-rank",
     "convolution": "--convolution",
     "copies": "--copies",
     "lookup_length": "--lookup",

@@ -119,6 +119,14 @@ def train(
             show_default="the method's",
         ),
     ] = None,
+    carry_rank: Annotated[
+        int | None,
+        typer.Option(
+            "--carry-rank",
+            help="Rank of what each place of the block adds by itself with --carry; 0 for nothing.",
+            show_default="the method's",
+        ),
+    ] = None,
     convolution: Annotated[
         bool | None,
         typer.Option(
@@ -193,6 +201,7 @@ def train(
     chosen = TrainSettings.parse(trained_method(method).training | given)
     sizes: dict[str, Any] = {"frames": frames, "draft_length": draft_length, "num_hidden_layers": draft_layers}
     sizes |= {"predictor_rank": predictor_rank, "draft_vocab_size": draft_vocabulary, "carry": carry}
+    sizes |= {"carry_rank": 0 if carry is False and carry_rank is None else carry_rank}
     sizes |= {"convolution": convolution, "copies": copies, "lookup_length": lookup}
     check_sizes(method, sizes)
     job = TrainJob(

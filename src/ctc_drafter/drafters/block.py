@@ -42,6 +42,7 @@ class BlockConfig(LayerConfig):
     Args:
         mask_token_id: vocabulary token whose embedding stands in every frame of the block.
         carry: whether a map of the newest committed token's context state is added to every place of the block.
+        carry_rank: rank of what that map has beside for each place alone, 0 for nothing (`Carry`).
         convolution: whether convolutions mix neighbouring places of the block (`drafters/convolution.py`).
     """
 
@@ -49,12 +50,40 @@ class BlockConfig(LayerConfig):
 
     mask_token_id: int = 0
     carry: bool = False
+    carry_rank: int = 0
     convolution: bool = False
 
     def check(self) -> None:
         super().check()
+        if self.carry_rank < 0:
+            raise UserError(f"carry_rank is {self.carry_rank}; give a rank, or 0 for one map for all places")
+        if self.carry_rank and not self.carry:
+            raise UserError(f"carry_rank is {self.carry_rank} without carry; set carry, or carry_rank to 0")
         if not 0 <= self.mask_token_id < self.vocab_size:
             raise UserError(f"mask_token_id {self.mask_token_id} must lie below vocab_size ({self.vocab_size})")
+
+
+class Carry(nn.Linear):
+    """What the newest committed token's context state adds to the places of a block.
+
+    One map for all places; with a rank also a vector and a map of that rank for each place, which start at zero. The
+    masks of a block are alike, so that without them its frames differ by their rotary positions alone. Heads that
+    share no map, as Medusa's (Cai et al., 2024), are the case of full rank.
+    """
+
+    def __init__(self, size: int, places: int, rank: int):
+        super().__init__(size, size, bias=False)
+        self.down = nn.Linear(size, rank, bias=False) if rank else None
+        self.up = nn.Parameter(torch.zeros(places, rank, size)) if rank else None
+        self.own = nn.Parameter(torch.zeros(places, size)) if rank else None
+
+    def forward(self, newest: torch.Tensor, places: int | None = None) -> torch.Tensor:
+        """`[..., P, H]` of newest `[..., H]`, for the first `places`, all by default; P is 1 where all get the same."""
+        shared = super().forward(newest).unsqueeze(-2)
+        if self.down is None or self.up is None or self.own is None:
+            return shared
+        apart = torch.einsum("...r,prh->...ph", self.down(newest), self.up[:places])
+        return shared + self.own[:places] + apart
 
 
 class BlockModel(TrainableDrafter):
@@ -70,7 +99,7 @@ class BlockModel(TrainableDrafter):
         self.hidden_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.layers = nn.ModuleList(DraftLayer(config, config.convolution) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.carry = nn.Linear(config.hidden_size, config.hidden_size, bias=False) if config.carry else None
+        self.carry = Carry(config.hidden_size, 1 + self.frames, config.carry_rank) if config.carry else None
 
     @property
     def frames(self) -> int:
@@ -105,7 +134,7 @@ class BlockModel(TrainableDrafter):
         """What goes into the layers, `[..., 1+F, H]`, of root `int64 [...]` and the context state of the token before
         it, `[..., H]`. What that token's features say of the next ones need not pass through attention then."""
         states = embed(self.block_tokens(root)).to(self.fc.weight.dtype)
-        return states if self.carry is None else states + self.carry(newest).unsqueeze(-2)
+        return states if self.carry is None else states + self.carry(newest, 1 + self.frames)
 
     def rotation(self, positions: torch.Tensor) -> CosSin:
         return cos_sin(positions, self.config.head_dim, self.config.rope_theta, self.fc.weight.dtype)

@@ -17,7 +17,8 @@ logger = logging.getLogger(__name__)
 # What another method may take over with the draft layers.
 SHARED = {
     *("target_layer_ids", "num_hidden_layers", "intermediate_size", "num_attention_heads", "num_key_value_heads"),
-    *("head_dim", "rms_norm_eps", "rope_theta", "max_position_embeddings", "mask_token_id", "carry"),
+    *("head_dim", "rms_norm_eps", "rope_theta", "max_position_embeddings", "mask_token_id"),
+    *("carry", "carry_rank"),
 }
 DFLASH2_KEYS = ("conv_kernel_size", "conv_group_size", "selector_rank", "selector_top_k")
 
@@ -58,7 +59,7 @@ def dflash_sizes(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
     if None in sizes.values():
         missing = next(key for key, value in sizes.items() if value is None)
         raise UserError(f"{name}'s config.json is not DFlash's: {missing} is missing")
-    return sizes | {"carry": False}
+    return sizes | {"carry": False, "carry_rank": 0}
 
 
 def dflash2_sizes(name: str, config: Mapping[str, Any]) -> dict[str, Any]:

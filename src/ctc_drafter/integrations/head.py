@@ -11,6 +11,7 @@ from torch.nn.functional import pad
 
 from ctc_drafter.ctc.search import prefix_search
 from ctc_drafter.decode.tree import best_chain
+from ctc_drafter.drafters.block import Carry
 from ctc_drafter.drafters.ctc_session import divided
 from ctc_drafter.drafters.predictor import Embed, Predictor
 from ctc_drafter.integrations.settings import HeadSettings
@@ -31,7 +32,7 @@ class CTCHead(nn.Module):
         if settings.predictor_rank:
             sizes = (settings.vocab_size, size, settings.predictor_rank, settings.predictor_width)
             self.predictor = Predictor(*sizes, settings.draft_vocab_size)
-        self.carry = nn.Linear(size, size, bias=False) if settings.carry else None
+        self.carry = Carry(size, 1 + settings.frames, settings.carry_rank) if settings.carry else None
         if settings.draft_vocab_size:
             self.register_buffer("d2t", torch.zeros(settings.draft_vocab_size, dtype=torch.long))
 

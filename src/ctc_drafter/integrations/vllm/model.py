@@ -20,7 +20,7 @@ from ctc_drafter.integrations.settings import HeadSettings, check_vllm
 
 
 class DFlashCTCModel(DFlashQwen3Model):
-    """The draft layers. `carried`: what each request's newest committed token adds to every place of its block."""
+    """The draft layers. carried `[B, 1+F, H]`: what each request's newest committed token adds to its block."""
 
     carried: torch.Tensor | None
 
@@ -29,7 +29,7 @@ class DFlashCTCModel(DFlashQwen3Model):
         settings = HeadSettings.of(self.config.ctc_config)
         self.scale, self.block = settings.embedding_scale, 1 + settings.frames
         rows = vllm_config.scheduler_config.max_num_seqs
-        carried = torch.zeros(rows, settings.hidden_size) if settings.carry else None
+        carried = torch.zeros(rows, self.block, settings.hidden_size) if settings.carry else None
         self.register_buffer("carried", carried, persistent=False)
 
     def embed_tokens_scaled(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -41,8 +41,9 @@ class DFlashCTCModel(DFlashQwen3Model):
         states = self.embed_tokens_scaled(input_ids)
         if self.carried is None:
             return states
-        row = torch.arange(len(input_ids), device=input_ids.device) // self.block
-        return states + self.carried[row.clamp(max=len(self.carried) - 1)].to(states.dtype)
+        places = self.carried.flatten(0, 1)
+        index = torch.arange(len(input_ids), device=input_ids.device).clamp(max=len(places) - 1)
+        return states + places[index].to(states.dtype)
 
 
 class DFlashCTCForCausalLM(DFlashQwen3ForCausalLM):
