@@ -95,7 +95,7 @@ def build(
         distill(target, tokenizer, prompts, folder, max_new_tokens=ANSWER_TOKENS, batch_size=64, name="quickstart")
     train_rows, held_out = DistilledDataset.load(folders).split(HELD_OUT)
     drafter = fresh_drafter(target, tokenizer, seed=0, **DRAFTER)
-    choose_vocabulary(drafter, train_rows.answer_counts(target.vocab_size))
+    choose_vocabulary(drafter, train_rows.answer_counts(target.vocab_size), target.head)
     train_drafter(target, drafter, train_rows, held_out, work / "drafter", TRAINING)
     start = tensors_hash(drafter.state_dict().items())
     train_drafter(target, drafter, train_rows, held_out, work / FINISHED, MIXED, start=start)

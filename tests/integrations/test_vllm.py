@@ -20,7 +20,7 @@ from ctc_drafter.drafters.ctc import CTCDrafter
 from ctc_drafter.evaluate.methods import Chained
 from ctc_drafter.integrations.export import export
 from ctc_drafter.load import load_drafter, load_target
-from ctc_drafter.quickstart import DRAFTER_DIR, TARGET_DIR
+from ctc_drafter.quickstart import TARGET_DIR
 from helpers import without_copies
 
 pytestmark = pytest.mark.vllm
@@ -34,6 +34,7 @@ ENVIRONMENT = {
 }
 OPTIONS = {"dtype": "float32", "max_model_len": 512}
 TOKENS = 96
+PLACES = 6.0  # spread of what each place carries by itself
 QUESTIONS = [
     "Why is the sky blue?",
     "What is 12 times 7?",
@@ -48,7 +49,7 @@ QUESTIONS = [
 def shipped():
     """Target, tokenizer and drafter in float32, and prompts as token ids."""
     target, tokenizer = load_target("tiny", "float32", "cpu")
-    drafter = load_drafter("tiny", target, tokenizer)
+    drafter = with_places(load_drafter("tiny", target, tokenizer))
     chats = [[{"role": "user", "content": question}] for question in QUESTIONS]
     prompts = [tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False) for chat in chats]
     return target, drafter, [list(prompt) for prompt in prompts]
@@ -58,16 +59,29 @@ def without_carry(drafter):
     """The same drafter whose newest state says nothing: worse, so that it is seen whether an engine carries."""
     other = copy.deepcopy(drafter)
     with torch.no_grad():
-        other.carry.weight.zero_()
+        for weight in other.carry.parameters():
+            weight.zero_()
     return other
+
+
+def with_places(drafter):
+    """The same drafter whose places carry something of their own, too, as those that are trained now do."""
+    config = copy.deepcopy(drafter.config)
+    config.carry_rank = 4
+    other = CTCDrafter(config)
+    other.load_state_dict(drafter.state_dict(), strict=False)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in (other.carry.own, other.carry.up):
+            weight.normal_(std=PLACES, generator=generator)
+    return other.to(drafter.device, drafter.dtype).eval()
 
 
 @pytest.fixture(scope="module")
 def folders(shipped, tmp_path_factory):
     """Where the shipped drafter is exported to."""
-    target, _, _ = shipped
+    target, drafter, _ = shipped
     root = tmp_path_factory.mktemp("exported")
-    drafter = CTCDrafter.from_pretrained(DRAFTER_DIR).float()
     export(drafter, target.config, str(TARGET_DIR), root / "shipped", 8)
     return root
 

@@ -135,10 +135,22 @@ class CTCDrafter(FramesModel):
             )
             raise UserError(f"{name} is damaged: its draft vocabulary (d2t) {what}; download it again")
 
-    def draft_only(self, tokens: torch.Tensor) -> None:
-        """Drafts these tokens from now on: sorted ids `int64 [V]`, `draft_vocab_size` of them. For fresh drafters."""
+    def draft_only(self, tokens: torch.Tensor, head: nn.Module | None = None) -> None:
+        """Drafts these tokens from now on: sorted ids `int64 [V]`, `draft_vocab_size` of them. For fresh drafters.
+
+        head: the target's LM head, for the predictor to start from.
+        """
         offsets = cast(torch.Tensor, self.d2t)
         offsets.copy_(tokens.to(offsets.device) - torch.arange(len(offsets), device=offsets.device))
+        if self.predictor is not None and head is not None:
+            self.predictor.start_from(head, self.vocabulary)
+
+    def start_from(self, norm_scale: torch.Tensor | None, head: nn.Module) -> None:
+        """See `BlockModel.start_from`; so does the predictor from the LM head, with a draft vocabulary once that is
+        chosen (`draft_only`)."""
+        super().start_from(norm_scale, head)
+        if self.predictor is not None and self.vocabulary is None:
+            self.predictor.start_from(head)
 
     @torch.no_grad()
     def pruned(self, tokens: torch.Tensor) -> CTCDrafter:

@@ -43,6 +43,23 @@ class Predictor(nn.Module):
         self.output = nn.Linear(rank, draft_vocab_size or vocab_size, bias=False)
         self.copying = nn.Linear(width, copies) if copies else None
 
+    @torch.no_grad()
+    def start_from(self, head: nn.Module, vocabulary: torch.Tensor | None = None) -> None:
+        """The output matrix starts as the LM head's rows along their `rank` main directions.
+
+        Tokens that the target tells apart little get biases that differ little from the first step on, where a random
+        matrix has to learn so for each token. vocabulary `int64 [V]`: the tokens that are drafted, None for all. A
+        quantised head changes nothing.
+        """
+        weight = getattr(head, "weight", None)
+        if type(weight) is not nn.Parameter or weight.is_meta:
+            return
+        rows = (weight.detach() if vocabulary is None else weight.detach()[vocabulary]).float()
+        rows = rows - rows.mean(0)
+        rank = min(self.output.in_features, rows.shape[1])
+        main = torch.linalg.eigh(rows.T @ rows).eigenvectors[:, -rank:]  # of the largest eigenvalues
+        self.output.weight[:, :rank] = (rows @ main).to(self.output.weight)
+
     def root_state(self, start: torch.Tensor) -> torch.Tensor:
         """Projection of the block's output at the root for the MLP, `[B, H]`, `[B, M]`."""
         return self.root(start) if self.width else start[:, :0]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from ctc_drafter.chat import fingerprint
@@ -51,7 +52,9 @@ class Trained:
 
 
 TRAINED = {
-    "ctc": Trained("ctc", "CTCDrafter", "ctc_drafter", usual={"carry": True, "copies": 16, "lookup_length": 15}),
+    "ctc": Trained(
+        "ctc", "CTCDrafter", "ctc_drafter", usual={"carry": True, "carry_rank": 64, "copies": 16, "lookup_length": 15}
+    ),
     "ctc-linear": Trained("baselines.ctc_variants", "LinearCTCDrafter", "ctc_linear_drafter"),
     "ctc-paper": Trained("baselines.ctc_variants", "PaperDrafter", "ctc_paper_drafter"),
     "medusa": Trained("baselines.heads", "MedusaDrafter", "medusa_drafter"),
@@ -150,7 +153,8 @@ def blank_drafter(method: str = "ctc", **sizes: Any) -> Callable[[PreTrainedConf
     return make
 
 
-def choose_vocabulary(drafter: TrainableDrafter, counts: torch.Tensor) -> None:
-    """Lets a fresh drafter with a draft vocabulary draft the most frequent tokens; counts `int64 [T]`."""
+def choose_vocabulary(drafter: TrainableDrafter, counts: torch.Tensor, head: nn.Module) -> None:
+    """Lets a fresh drafter with a draft vocabulary draft the most frequent tokens; counts `int64 [T]`; head: the
+    target's LM head."""
     if isinstance(drafter, CTCDrafter) and drafter.config.draft_vocab_size:
-        drafter.draft_only(most_frequent(counts, drafter.config.draft_vocab_size))
+        drafter.draft_only(most_frequent(counts, drafter.config.draft_vocab_size), head)

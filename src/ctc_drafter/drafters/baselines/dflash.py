@@ -128,6 +128,12 @@ class DSparkDrafter(TokenFrames):
         self.predictor = Predictor(*sizes)
         self.post_init()
 
+    def start_from(self, norm_scale: torch.Tensor | None, head: nn.Module) -> None:
+        """See `BlockModel.start_from`; with the CTC drafter's MLP it starts as that does, else as its authors' does."""
+        super().start_from(norm_scale, head)
+        if self.config.predictor_width:
+            self.predictor.start_from(head)
+
     def steps(self, states: torch.Tensor, embed: nn.Module, outputs: Sequence[nn.Module]) -> Step:
         logits, root_state = frame_logits(states, outputs[0]), self.predictor.root_state(states[:, 0])
 
