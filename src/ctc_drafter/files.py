@@ -110,6 +110,16 @@ def check_place(path: Path | None) -> None:
         raise UserError(f"cannot write {path}; give a file in a folder that exists")
 
 
+def make_folder(folder: Path) -> None:
+    """Makes a folder and those above it, if they are not there. Raises `UserError` where that cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"cannot make the folder {folder}: {error.strerror}; give a place that can be written"
+        ) from error
+
+
 def write_json(path: Path, value: object) -> None:
     """Writes the whole file or nothing. Raises `UserError` when the place cannot be written."""
     try:
