@@ -132,6 +132,11 @@ def identity(meta: dict[str, Any], tasks: Sequence[Task], settings: BenchSetting
 def parse_sizes(text: str) -> tuple[int | str, ...]:
     """`chain,8,16` as sizes. Raises `UserError` for others."""
     found: list[int | str] = []
+    if text.strip() == "auto":
+        raise UserError(
+            f"--nodes auto is for generate, and bench compares fixed sizes; give {CHAIN} or numbers from 1, or measure "
+            "sizes that step times choose with eval --budget"
+        )
     for part in filter(None, (part.strip() for part in text.split(","))):
         if part != CHAIN and not (part.isdecimal() and int(part) > 0):
             raise UserError(f"--nodes {part} is no size; give {CHAIN} or numbers from 1, with commas between them")
