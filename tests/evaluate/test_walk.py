@@ -17,7 +17,18 @@ from ctc_drafter.drafters.registry import fresh_drafter
 from ctc_drafter.drafters.trainable import TrainableDrafter
 from ctc_drafter.evaluate.bench import BenchSettings, Entry, bench, shortened
 from ctc_drafter.evaluate.methods import POOL, Calibration
-from ctc_drafter.evaluate.places import Text, Walker, cut_of, network_key, nodes_asked, walk_network, way_of
+from ctc_drafter.evaluate.places import (
+    Drafts,
+    Place,
+    Text,
+    Walker,
+    cut_of,
+    first_of,
+    network_key,
+    nodes_asked,
+    walk_network,
+    way_of,
+)
 from ctc_drafter.evaluate.tasks import Prompt, Task
 from ctc_drafter.evaluate.typical import Typical
 from ctc_drafter.evaluate.walk import Walking, read, walk
@@ -167,16 +178,36 @@ def test_what_networks_are_asked_for() -> None:
     assert small is not None is not large
     assert chain is not None
     assert among_copies is not None is not copied_chain
-    assert nodes_asked([small, large]) == {small: 16, large: 16}
-    assert nodes_asked([small, chain]) == {small: POOL, chain: POOL}
+    assert nodes_asked([small, large], False) == {small: 16, large: 16}
+    assert nodes_asked([small, chain], False) == {small: POOL, chain: POOL}
     huge = replace(small, size=2 * POOL)
-    assert nodes_asked([small, huge, chain]) == {small: 2 * POOL, huge: 2 * POOL, chain: POOL}  # others would be chosen
-    assert nodes_asked([small, among_copies, copied_chain]) == {small: 4, among_copies: 4, copied_chain: POOL}
+    assert nodes_asked([small, huge, chain], False) == {
+        small: 2 * POOL,
+        huge: 2 * POOL,
+        chain: POOL,
+    }  # others would be chosen
+    assert nodes_asked([small, among_copies, copied_chain], False) == {small: 4, among_copies: 4, copied_chain: POOL}
+    assert set(nodes_asked([huge, chain, among_copies, copied_chain], True).values()) == {2 * POOL}
     assert among_copies.lookup
     assert not copied_chain.lookup  # chains ask the network
     assert network_key(small.network) == network_key(copied_chain.network)
     assert network_key(small.network) != network_key(shortened(drafter, 2))
     assert way_of(PromptLookup(), 4) is way_of(Scripted(), 4) is None
+
+
+@pytest.mark.parametrize(("name", "expected"), [("ctc", True), ("dspark", True), ("dflash", True), ("hydra", False)])
+@torch.inference_mode()
+def test_drafts_that_are_the_first_of_more(name: str, expected: bool) -> None:
+    target = Target.wrap(tiny_llama())
+    drafter = fresh_drafter(target, None, 0, name, **{"copies": 0} if name == "ctc" else {}).eval()
+    assert drafter.best_first(drafter.prepared(*target.draft_modules)) is expected
+    text = read(target, [1, 2, 3], [4, 5, 6, 7], drafter.feature_layers)
+    drafts, places = Drafts(target, drafter, [text]), [Place(0, place) for place in range(text.last)]
+    drafts.make((place, nodes) for place in places for nodes in (5, 16))
+    few = [drafts.known[place, 5] for place in places]
+    first = [first_of(drafts.known[place, 16], 5) for place in places]
+    for name in ("tokens", "parents", "depths", "scores") if expected else ():
+        assert all(torch.equal(getattr(one, name), getattr(other, name)) for one, other in zip(few, first, strict=True))
 
 
 def test_each_size_decides_whether_copies_do() -> None:

@@ -288,6 +288,10 @@ class CTCDrafter(FramesModel):
         states = self.filled(states)
         return heads.search(*self.frame_logits(states, heads.head), root, states[:, 0], text, nodes, min_probability)
 
+    def best_first(self, heads: SearchHead) -> bool:
+        """See `TrainableDrafter.best_first`: so is the search for a CPU."""
+        return next(heads.embed.parameters()).device.type == "cpu"
+
     def drafting_at(
         self, features: torch.Tensor, tokens: torch.Tensor, anchors: torch.Tensor, used: torch.Tensor, heads: SearchHead
     ) -> DraftAt:

@@ -210,6 +210,10 @@ class TrainableDrafter(PreTrainedModel):
         """
         raise NotImplementedError
 
+    def best_first(self, heads: Any) -> bool:
+        """Whether `candidates` for n nodes are the very first n of those for more."""
+        return False
+
     def drafts(
         self,
         features: torch.Tensor,

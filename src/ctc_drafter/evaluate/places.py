@@ -109,6 +109,11 @@ class Way:
     def nodes(self) -> int:
         return POOL if self.size == CHAIN else int(self.size)
 
+    @property
+    def own_size(self) -> bool:
+        """Whether what the network proposes for more nodes would not do."""
+        return self.copying is not None or self.size == CHAIN
+
 
 def way_of(drafter: Drafter, size: Size) -> Way | None:
     """The drafter's way to trees of this size; None for a drafter whose drafts are not a trained network's."""
@@ -130,16 +135,17 @@ def network_key(network: TrainableDrafter) -> tuple[Any, ...]:
     return type(network), state_of(network), json.dumps(network.config.to_dict(), sort_keys=True, default=str)
 
 
-def nodes_asked(ways: Iterable[Way]) -> dict[Way, int]:
+def nodes_asked(ways: Iterable[Way], best_first: bool) -> dict[Way, int]:
     """What each way asks the network for: as little as serves it, and one number for as many as can be.
 
-    The best n prefixes are the best n of more, so trees share the drafts of the largest, and of chains where they are
-    no larger. Among copies every size has drafts of its own: what the network did not propose depends on what it did.
+    The best n prefixes are the best n of more, so trees share the drafts of the largest. Chains, and drafts with copies
+    among them, need what is proposed for their own size: a chain is looked for among all of it, and what the network
+    did not propose is given another probability. best_first: whether that is the first part of what is proposed for
+    more.
     """
     ways = list(ways)
-    alone = [way for way in ways if way.copying is None]
-    shared = max((way.nodes for way in alone), default=0)
-    return {way: way.nodes if way.copying or way.size == CHAIN else shared for way in ways}
+    shared = max((way.nodes for way in ways if best_first or way.copying is None), default=0)
+    return {way: shared if best_first or not way.own_size else way.nodes for way in ways}
 
 
 @dataclass(frozen=True)
@@ -181,6 +187,14 @@ class Drafts:
                 found = on_cpu(self.draft(index, nodes))
                 for number, place in enumerate(part):
                     self.known[place, nodes] = found.select(torch.tensor([number]))
+
+
+def first_of(found: Candidates, count: int) -> Candidates:
+    """The first candidates of each row."""
+    part = slice(count)
+    return Candidates(
+        found.tokens[:, part], found.parents[:, part], found.depths[:, part], found.scores[:, part], found.free
+    )
 
 
 def on_cpu(found: Candidates) -> Candidates:
@@ -231,6 +245,8 @@ class Walker:
         candidates = self.copied
         if candidates is None:
             candidates = drafts.known[Place(self.number, self.place), self.asked]
+            if self.way.own_size and self.asked > self.way.nodes:
+                candidates = first_of(candidates, self.way.nodes)
             if self.way.copying is not None:
                 from ctc_drafter.drafters.copying_cpu import with_copied
 
@@ -243,8 +259,8 @@ class Walker:
 @torch.inference_mode()
 def walk_network(target: Target, ways: Mapping[Any, Way], texts: Sequence[Text]) -> dict[Any, list[Found]]:
     """What each way, all of one network, would have done with each text."""
-    asked = nodes_asked(ways.values())
     network = next(iter(ways.values())).network
+    asked = nodes_asked(ways.values(), network.best_first(network.prepared(*target.draft_modules)))
     walkers = {
         name: [Walker(way, asked[way], number, text, cut_of(way.size, way.nodes)) for number, text in enumerate(texts)]
         for name, way in ways.items()
