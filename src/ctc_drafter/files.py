@@ -1,9 +1,10 @@
-"""Files: atomic writes, JSON in and out, disk errors, the cache folder, Markdown tables."""
+"""Files: atomic writes, locks, JSON in and out, disk errors, the cache folder, Markdown tables."""
 
 from __future__ import annotations
 
 import gzip
 import json
+import logging
 import os
 import platform
 import re
@@ -15,10 +16,12 @@ from typing import Any
 
 import platformdirs
 import psutil
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from ctc_drafter.types import UserError, first_line
 
+LOG = logging.getLogger(__name__)
 # In errors of torch and safetensors that are no OSError.
 OF_A_DISK = ("No space left", "I/O error", "file write failed", "failed writing file", "unexpected pos", "os error")
 SPACED = " --- "  # cells below the head of a Markdown table
@@ -59,6 +62,27 @@ def remove_leftovers(folder: Path, pattern: str) -> None:
             file.unlink(missing_ok=True)
 
 
+@contextmanager
+def made_once(place: Path, doing: str) -> Iterator[None]:
+    """While open, other processes and threads that would make what is to stand at `place` wait; the log says that
+    another one is `doing` it. Makes the folder above.
+
+    The lock ends with its process: one that was killed keeps nobody waiting. Raises `OSError` where it cannot be
+    written.
+    """
+    place.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(place.with_name(f".{place.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        LOG.info("waiting for another process that is %s", doing)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def write_atomic(path: Path, lines: Iterable[str]) -> None:
     """Writes a text file atomically: all lines or none."""
     with whole_or_nothing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
@@ -84,6 +108,16 @@ def check_place(path: Path | None) -> None:
     """Raises `UserError` before the work, not after it, when results cannot be written there."""
     if path is not None and (path.is_dir() or not path.parent.is_dir()):
         raise UserError(f"cannot write {path}; give a file in a folder that exists")
+
+
+def make_folder(folder: Path) -> None:
+    """Makes a folder and those above it, if they are not there. Raises `UserError` where that cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"cannot make the folder {folder}: {error.strerror}; give a place that can be written"
+        ) from error
 
 
 def write_json(path: Path, value: object) -> None:

@@ -282,6 +282,7 @@ BAD = {
     "no tasks": (["eval", "--tasks", "x", "--tasks-path", "none"], "none is not a folder"),
     "no folder of tasks": (["bench", "--tasks", "nothing_known"], "task nothing_known has no file"),
     "no size": (["bench", "--tasks", "x.jsonl", "--nodes", "8,many"], "--nodes many is no size"),
+    "sizes by step times": (["bench", "--tasks", "x.jsonl", "--nodes", "auto"], "eval --budget"),
     "a name without a drafter": (["bench", "--tasks", "x.jsonl", "--drafter", "medusa"], "write NAME=DIR"),
     "a name twice": (["bench", "--tasks", "x.jsonl", "--drafter", "a=b", "--drafter", "a=c"], "the name a is taken"),
     "quick with a drafter": (["bench", "--quick", "--drafter", "a=b"], "leave out --drafter"),

@@ -199,7 +199,6 @@ def test_one_size_one_method_one_task(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_command(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "docs").mkdir()
     made, out = made_up(6, methods={"ctc": 3.0}, sizes=("chain", 8)), tmp_path / "docs" / "results.md"
     (tmp_path / "bench-a.json").write_text(json.dumps(made))
     (tmp_path / "eval.json").write_text(json.dumps({"meta": {}, "rows": []}))
@@ -208,6 +207,13 @@ def test_command(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert out.read_text() == page(read_results([tmp_path / "bench-a.json"]))
     assert main(["report", files[1], "--out", str(out)]) == 2
     assert "none of these files is a bench's" in capfd.readouterr().err
+
+
+def test_places_where_no_page_can_be(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "bench.json").write_text(json.dumps(made_up(6, methods={"ctc": 3.0}, sizes=("chain", 8))))
+    for place, message in (("bench.json/a/b.md", "cannot make the folder"), (".", "give a file in a folder")):
+        assert main(["report", str(tmp_path / "bench.json"), "--out", str(tmp_path / place)]) == 2
+        assert message in " ".join(capfd.readouterr().err.split())
 
 
 def test_unreadable_files(tmp_path: Path) -> None:

@@ -1,19 +1,37 @@
 """`bench --tokens-only`: what walking along plain decoding's answers says is what decoding says."""
 
+from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from ctc_drafter.cli import main
+from ctc_drafter.decode.generate import Generation, plain_generate
 from ctc_drafter.decode.sampling import ARGMAX
 from ctc_drafter.drafters.base import refuse_call
+from ctc_drafter.drafters.copying import with_copies
 from ctc_drafter.drafters.prompt_lookup import PromptLookup
 from ctc_drafter.drafters.registry import fresh_drafter
-from ctc_drafter.evaluate.bench import BenchSettings, Entry, bench
+from ctc_drafter.drafters.trainable import TrainableDrafter
+from ctc_drafter.evaluate.bench import BenchSettings, Entry, bench, shortened
+from ctc_drafter.evaluate.methods import POOL, Calibration
+from ctc_drafter.evaluate.places import (
+    Drafts,
+    Place,
+    Text,
+    Walker,
+    cut_of,
+    first_of,
+    network_key,
+    nodes_asked,
+    walk_network,
+    way_of,
+)
 from ctc_drafter.evaluate.tasks import Prompt, Task
 from ctc_drafter.evaluate.typical import Typical
-from ctc_drafter.evaluate.walk import Text, Walking, cut_of, walk
+from ctc_drafter.evaluate.walk import Walking, read, walk
 from ctc_drafter.evaluate.who_copies import given_copies
 from ctc_drafter.load import load_drafter, load_target
 from ctc_drafter.target.chain_test import Chain
@@ -110,6 +128,108 @@ def test_the_worked_example() -> None:
     # The tree of two nodes at 8 reaches beyond the answer: it does not count.
     assert sum(found[2].calibration.nodes) == 4
     assert sum(found[2].calibration.accepted) == 3
+
+
+def hydra_on_a_tiny_target() -> tuple[Target, TrainableDrafter, tuple[int, ...]]:
+    target = Target.wrap(tiny_llama())
+    drafter = fresh_drafter(target, None, 0, "hydra").eval()
+    return target, drafter, drafter.feature_layers
+
+
+def test_answers_are_written_once_and_places_drafted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For all sizes, with and without copies, and when calibration asks again: but among copies each size is asked
+    for drafts of its own."""
+    target, drafter, layers = hydra_on_a_tiny_target()
+    written, asked = list[tuple[int, ...]](), Counter[int]()
+
+    def plain(target: Target, prompts: list[tuple[int, ...]], **options: Any) -> Generation:
+        written.extend(prompts)
+        return plain_generate(target, prompts, **options)
+
+    def candidates(states: torch.Tensor, root: torch.Tensor, heads: object, nodes: int) -> Candidates:
+        asked[nodes] += len(root)
+        return type(drafter).candidates(drafter, states, root, heads, nodes)
+
+    monkeypatch.setattr("ctc_drafter.evaluate.walk.plain_generate", plain)
+    monkeypatch.setattr(drafter, "candidates", candidates)
+    sizes = ("chain", 4, 16)
+    walking = Walking(target, frozenset(), 12, sizes, layers)
+    ways = [
+        walking.of_size(name, each, size)
+        for name, each in (("a", drafter), ("b", with_copies(drafter)))
+        for size in sizes
+    ]
+    prompts = [[3, 1, 4], [1, 5, 9, 2, 6]]
+    calibration = Calibration()
+    first = [way.run(prompts, False, calibration).accepted for way in (*ways, walking.plain())]
+    walking.texts([[2, 7, 1]])  # another batch
+    assert [way.run(prompts, False, None).accepted for way in (*ways, walking.plain())] == first
+    assert sum(calibration.nodes) > 0
+    assert written == [*map(tuple, prompts), (2, 7, 1)]
+    assert set(asked) == {POOL, 4, 16}
+    assert max(asked.values()) <= 2 * 11  # places of both answers that have a next token
+
+
+def test_what_networks_are_asked_for() -> None:
+    _, drafter, _ = hydra_on_a_tiny_target()
+    copying = with_copies(drafter)
+    small, large, chain = (way_of(drafter, size) for size in (4, 16, "chain"))
+    among_copies, copied_chain = way_of(copying, 4), way_of(copying, "chain")
+    assert small is not None is not large
+    assert chain is not None
+    assert among_copies is not None is not copied_chain
+    assert nodes_asked([small, large], False) == {small: 16, large: 16}
+    assert nodes_asked([small, chain], False) == {small: POOL, chain: POOL}
+    huge = replace(small, size=2 * POOL)
+    assert nodes_asked([small, huge, chain], False) == {
+        small: 2 * POOL,
+        huge: 2 * POOL,
+        chain: POOL,
+    }  # others would be chosen
+    assert nodes_asked([small, among_copies, copied_chain], False) == {small: 4, among_copies: 4, copied_chain: POOL}
+    assert set(nodes_asked([huge, chain, among_copies, copied_chain], True).values()) == {2 * POOL}
+    assert among_copies.lookup
+    assert not copied_chain.lookup  # chains ask the network
+    assert network_key(small.network) == network_key(copied_chain.network)
+    assert network_key(small.network) != network_key(shortened(drafter, 2))
+    assert way_of(PromptLookup(), 4) is way_of(Scripted(), 4) is None
+
+
+@pytest.mark.parametrize(("name", "expected"), [("ctc", True), ("dspark", True), ("dflash", True), ("hydra", False)])
+@torch.inference_mode()
+def test_drafts_that_are_the_first_of_more(name: str, expected: bool) -> None:
+    target = Target.wrap(tiny_llama())
+    drafter = fresh_drafter(target, None, 0, name, **{"copies": 0} if name == "ctc" else {}).eval()
+    assert drafter.best_first(drafter.prepared(*target.draft_modules)) is expected
+    text = read(target, [1, 2, 3], [4, 5, 6, 7], drafter.feature_layers)
+    drafts, places = Drafts(target, drafter, [text]), [Place(0, place) for place in range(text.last)]
+    drafts.make((place, nodes) for place in places for nodes in (5, 16))
+    few = [drafts.known[place, 5] for place in places]
+    first = [first_of(drafts.known[place, 16], 5) for place in places]
+    for name in ("tokens", "parents", "depths", "scores") if expected else ():
+        assert all(torch.equal(getattr(one, name), getattr(other, name)) for one, other in zip(few, first, strict=True))
+
+
+def test_each_size_decides_whether_copies_do() -> None:
+    """As in decoding, where a tree of one node is never expected to accept `ENOUGH`."""
+    target = Target.wrap(tiny_llama())
+    drafter = fresh_drafter(target, None, 0, "ctc").eval()
+    text = read(target, [*range(1, 9), *range(1, 9), 1], [2, 3, 4, 5, 6, 7], drafter.feature_layers)
+    wants = {}
+    for size in (1, 16, "chain"):
+        way = way_of(drafter, size)
+        assert way
+        wants[size] = [nodes for _, nodes in Walker(way, 64, 0, text, cut_of(size, 64)).want()]
+    assert wants == {1: [64], 16: [], "chain": [64]}
+
+
+def test_answers_of_one_token_have_no_drafts() -> None:
+    target, drafter, layers = hydra_on_a_tiny_target()
+    texts = [read(target, [1, 2], answer, layers) for answer in ([3], [4, 5], [6])]
+    way = way_of(drafter, 4)
+    assert way
+    assert [len(found.accepted) for found in walk_network(target, {"a": way}, texts)["a"]] == [0, 1, 0]
+    assert [found.accepted for found in walk_network(target, {"a": way}, texts[:1])["a"]] == [[]]
 
 
 def test_only_greedy_methods() -> None:

@@ -48,18 +48,25 @@ def test_without_a_drafter_there_is_nothing_to_compare(page):
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text", "verdict"),
+    ("seconds", "text", "verdict", "colour"),
     [
-        (2.3, "yes", "2.3× faster, same text"),
-        (0.5, "yes", "2.0× slower, same text"),
-        (1.02, "no!", "As fast, another text"),
+        (2.3, "yes", "2.3× faster, same text", "good"),
+        (1.02, "yes", "As fast, same text", "good"),
+        (0.5, "yes", "2.0× slower, same text", "ink"),
+        (1.02, "no!", "As fast, another text", "bad"),
+        (0.5, "no!", "2.0× slower, another text", "bad"),
     ],
 )
-def test_the_comparison_says_how_many_times(page, seconds, text, verdict):
+def test_the_comparison_says_how_many_times(page, seconds, text, verdict, colour):
+    """In green only where nothing is worse."""
     StandIn(page, [events("yes"), events(text, seconds=seconds)])
     page.check("#compare")
     ask(page)
     assert page.text_content(".verdict") == verdict
+    colour_of = "getComputedStyle(document.querySelector('.verdict')).color"
+    found = page.evaluate(colour_of)
+    page.evaluate(f"document.querySelector('.verdict').style.color = 'var(--{colour})'")
+    assert page.evaluate(colour_of) == found
 
 
 def test_figures_count_tokens_and_steps(page):

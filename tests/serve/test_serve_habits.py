@@ -125,6 +125,12 @@ BAD = [
         {"messages": [{"role": "user", "content": [{"type": "text", "text": "a", "wings": 2}]}]},
         "unknown field messages.0.content.0.wings; leave it out",
     ),
+    ({"maxTokens": 3}, "unknown field maxTokens; did you mean max_tokens?"),
+    (
+        {"messages": [{"role": "user", "content": "a", "tool_call": []}]},
+        "unknown field messages.0.tool_call; did you mean tool_calls?",
+    ),
+    ({"temprature": 1, "wings": 2}, "unknown field temprature; did you mean temperature?"),
     (
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "u"}}]}]},
         "messages.0.content.0: the model reads text alone; leave out the part of type image_url",

@@ -1,12 +1,18 @@
 """Parts of an OpenVINO target, without OpenVINO: attention in two parts, exact sums, masks, the traced forward."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from ctc_drafter.files import CACHE
+from ctc_drafter.target import openvino_graph
 from ctc_drafter.target.openvino import filled_up, in_parts, openvino_target, spec_of
 from ctc_drafter.target.openvino_attention import HIGH, LOW, VALUE_BITS, attention_in_parts, grid_for, split_weights
-from ctc_drafter.target.openvino_graph import Forward, GraphSpec, InParts, example
+from ctc_drafter.target.openvino_graph import Forward, GraphSpec, InParts, example, graph_of
 from ctc_drafter.types import UserError
 from helpers import tiny_target
 
@@ -129,3 +135,33 @@ def test_types_of_weights_and_targets_that_do_not_go_are_refused():
 def test_attention_with_a_mask_or_dropout_of_its_own_is_refused(setting):
     with pytest.raises(UserError, match="of its own"), InParts([]):
         scaled_dot_product_attention(*[states(1, 1, 2, 4)] * 3, **setting)
+
+
+def test_two_at_a_time_convert_a_target_once(tmp_path, monkeypatch):
+    """They would write into one temporary folder, each removing what the other has begun."""
+    target, made = tiny_target(), []
+    given = target.model, spec_of(target, [], exact=False), "f32", True
+
+    def slowly(*_: object) -> str:
+        made.append("graph")
+        time.sleep(0.2)
+        return "graph"
+
+    def keep(graph: str, place: Path) -> None:
+        place.mkdir()
+        (place / openvino_graph.NAME).write_text(graph)
+
+    def read_kept(place: Path) -> str | None:
+        return (place / openvino_graph.NAME).read_text() if place.is_dir() else None
+
+    monkeypatch.setenv(CACHE, str(tmp_path))
+    for name, value in (("converted", slowly), ("keep", keep), ("read_kept", read_kept), ("key", lambda *_: "key")):
+        monkeypatch.setattr(openvino_graph, name, value)
+    with ThreadPoolExecutor(2) as pool:
+        found = pool.map(lambda _: graph_of(*given), range(2))
+        assert list(found) == ["graph", "graph"]
+    assert made == ["graph"]
+    monkeypatch.setenv(CACHE, str(tmp_path / openvino_graph.FOLDER / "key" / openvino_graph.NAME))  # no folder
+    monkeypatch.setattr(openvino_graph, "keep", lambda *_: None)
+    assert graph_of(*given) == "graph"
+    assert made == ["graph"] * 2

@@ -239,10 +239,11 @@ def report(
     """Writes a Markdown page of bench results: tables, figures and confidence intervals."""
     from ctc_drafter.evaluate.report_page import draw, page
     from ctc_drafter.evaluate.results import read_results
-    from ctc_drafter.files import check_place
+    from ctc_drafter.files import check_place, make_folder
 
-    check_place(out)
     results = read_results(files)
+    make_folder(out.parent)
+    check_place(out)
     drawn = draw(results, out.parent / "figures")
     out.write_text(page(results), encoding="utf-8")
     print(f"{out}: {len(results)} results, {len(drawn)} figures")

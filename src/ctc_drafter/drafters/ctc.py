@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -17,7 +17,7 @@ from ctc_drafter.drafters.block import BlockConfig, BlockModel, frame_logits
 from ctc_drafter.drafters.ctc_session import CTCSession, SearchHead, search_head
 from ctc_drafter.drafters.lm_head import columns_of, drafted_part, head_logits, narrow_head
 from ctc_drafter.drafters.predictor import Predictor
-from ctc_drafter.drafters.trainable import LossInputs, LossOptions
+from ctc_drafter.drafters.trainable import DraftAt, LossInputs, LossOptions
 from ctc_drafter.types import Candidates, UserError
 
 COPYING = "predictor.copying."  # tensors of the copies
@@ -300,22 +300,23 @@ class CTCDrafter(FramesModel):
         states = self.filled(states)
         return heads.search(*self.frame_logits(states, heads.head), root, states[:, 0], text, nodes, min_probability)
 
-    def drafts(
-        self,
-        features: torch.Tensor,
-        tokens: torch.Tensor,
-        anchors: torch.Tensor,
-        used: torch.Tensor,
-        heads: SearchHead,
-        nodes: int,
-        chunk: int,
-    ) -> Iterator[Candidates]:
-        """See `TrainableDrafter.drafts`."""
+    def best_first(self, heads: SearchHead) -> bool:
+        """See `TrainableDrafter.best_first`: so is the search for a CPU."""
+        return next(heads.embed.parameters()).device.type == "cpu"
+
+    def drafting_at(
+        self, features: torch.Tensor, tokens: torch.Tensor, anchors: torch.Tensor, used: torch.Tensor, heads: SearchHead
+    ) -> DraftAt:
+        """See `TrainableDrafter.drafting_at`."""
         states = self.draft_states(features, tokens, anchors, heads.embed)[used]
-        rows = used.nonzero()[:, 0]
-        for part, row, end in zip(states.split(chunk), rows.split(chunk), anchors[used].split(chunk), strict=True):
+        rows, ends = used.nonzero()[:, 0], anchors[used]
+
+        def draft(part: torch.Tensor, nodes: int) -> Candidates:
+            row, end = rows[part], ends[part]
             text = Text(tokens[row], end) if self.config.copies else None
-            yield self.candidates(part, tokens[row, end], heads, nodes, text=text)
+            return self.candidates(states[part], tokens[row, end], heads, nodes, text=text)
+
+        return draft
 
     def begin(self, embed: nn.Module, head: nn.Module, batch_size: int) -> DraftSession:
         """See `Drafter.begin`."""

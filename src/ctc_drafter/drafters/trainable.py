@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Self, cast
@@ -20,6 +20,9 @@ from ctc_drafter.drafters.chunked import chunked_sum
 from ctc_drafter.drafters.config import DrafterConfig
 from ctc_drafter.drafters.lm_head import DraftHead, needed_size, target_size, usual_chunk
 from ctc_drafter.types import Candidates, UserError, first_line
+
+# (which of the used anchors, int64 [N], nodes) -> the drafts there
+DraftAt = Callable[[torch.Tensor, int], Candidates]
 
 # What a drafter learns from. Shapes: B rows, T tokens, A anchors of a row, N of a batch, U labels, H hidden size.
 
@@ -203,9 +206,13 @@ class TrainableDrafter(PreTrainedModel):
         """The prefixes of draft states `[N, ...]` (`draft_states`) after root `int64 [N]`, enough for `nodes` nodes.
 
         Those of probability below `min_probability` may be missing. text: up to the roots, for drafters that copy.
-        Where states say too little for this, a drafter has `drafts` of its own instead.
+        Where states say too little for this, a drafter has a `drafting_at` of its own instead.
         """
         raise NotImplementedError
+
+    def best_first(self, heads: Any) -> bool:
+        """Whether `candidates` for n nodes are the very first n of those for more."""
+        return False
 
     def drafts(
         self,
@@ -221,10 +228,19 @@ class TrainableDrafter(PreTrainedModel):
 
         features, tokens and anchors as in `draft_states`; used `bool [B, A]`.
         """
-        states = self.draft_states(features, tokens, anchors, heads.embed)[used].split(chunk)
-        roots = tokens.gather(1, anchors)[used].split(chunk)
-        for part, root in zip(states, roots, strict=True):
-            yield self.candidates(part, root, heads, nodes)
+        draft = self.drafting_at(features, tokens, anchors, used, heads)
+        for part in torch.arange(int(used.sum()), device=anchors.device).split(chunk):
+            yield draft(part, nodes)
+
+    def drafting_at(
+        self, features: torch.Tensor, tokens: torch.Tensor, anchors: torch.Tensor, used: torch.Tensor, heads: Any
+    ) -> DraftAt:
+        """What a session would propose at any of the used anchors, when asked; arguments as in `drafts`.
+
+        What the anchors share is worked out here, once.
+        """
+        states, roots = self.draft_states(features, tokens, anchors, heads.embed)[used], tokens.gather(1, anchors)[used]
+        return lambda part, nodes: self.candidates(states[part], roots[part], heads, nodes)
 
     @abstractmethod
     def begin(self, embed: nn.Module, head: nn.Module, batch_size: int) -> DraftSession:

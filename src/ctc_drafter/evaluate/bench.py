@@ -25,7 +25,7 @@ from ctc_drafter.evaluate.methods import decoding
 from ctc_drafter.evaluate.results import CHAIN, PLAIN, Journal
 from ctc_drafter.evaluate.runner import Bench, head, measure_all
 from ctc_drafter.evaluate.tasks import Task
-from ctc_drafter.evaluate.walk import Walking
+from ctc_drafter.evaluate.walk import TOGETHER, Walking
 from ctc_drafter.files import write_json
 from ctc_drafter.provenance import read_manifest, source_hash
 from ctc_drafter.target.model import Target
@@ -91,11 +91,12 @@ def bench(
         sizes = entry.sizes or settings.sizes
         contenders += [made.of_size(name, entry.drafter, size, entry.sampler) for size in sizes]
     contenders += also_contenders(made, settings.also)
-    given = settings.max_new_tokens, settings.batch_size, settings.watched, not settings.tokens_only
+    together = max(settings.batch_size, TOGETHER) if settings.tokens_only else settings.batch_size
+    given = settings.max_new_tokens, together, settings.watched, not settings.tokens_only
     work = Bench(target, tokenizer, contenders, *given)
     chosen = [task.some(settings.limit) for task in tasks]
     about = {"seed": settings.seed, "nodes": list(settings.sizes), "floor": 0.0, "limit": settings.limit}
-    about["tokens_only"] = settings.tokens_only
+    about |= {"tokens_only": settings.tokens_only, "batch_size": settings.batch_size}
     about["target_parameters"] = sum(weight.numel() for weight in target.model.parameters())
     text = own_text(target)
     about["drafters"] = {
@@ -131,6 +132,11 @@ def identity(meta: dict[str, Any], tasks: Sequence[Task], settings: BenchSetting
 def parse_sizes(text: str) -> tuple[int | str, ...]:
     """`chain,8,16` as sizes. Raises `UserError` for others."""
     found: list[int | str] = []
+    if text.strip() == "auto":
+        raise UserError(
+            f"--nodes auto is for generate, and bench compares fixed sizes; give {CHAIN} or numbers from 1, or measure "
+            "sizes that step times choose with eval --budget"
+        )
     for part in filter(None, (part.strip() for part in text.split(","))):
         if part != CHAIN and not (part.isdecimal() and int(part) > 0):
             raise UserError(f"--nodes {part} is no size; give {CHAIN} or numbers from 1, with commas between them")

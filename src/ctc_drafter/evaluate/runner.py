@@ -273,7 +273,8 @@ def _batches(bench: Bench, tasks: Sequence[Task], journal: Journal, console: Con
     done = sum(len(journal.done(task.name)) for task in tasks)
     with Progress("warm-up", total, done, transient=True, console=console) as progress:
         bench.prepare(tasks)
-        warm = next((first for task in tasks if (first := bench.first_turns(task.prompts, bench.batch_size))), [])
+        firsts = (bench.first_turns(task.prompts, bench.batch_size) for task in tasks if bench.timed)
+        warm = next(filter(None, firsts), [])
         for contender in bench.contenders if warm else ():
             contender.run(warm, False, None)
         for task in tasks:

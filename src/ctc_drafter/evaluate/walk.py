@@ -1,16 +1,17 @@
 """Tokens per step without timing: drafts are checked against the answers of plain decoding (`bench --tokens-only`).
 
 Greedy decoding writes one text whatever is drafted, so what a step accepts is known once the text is: the drafted path
-that agrees with it. The target reads each text once; a drafter's session is led along it as decoding would lead it,
-and one draft serves trees of all sizes, since the best n prefixes are the first n (not so among the copies that a
-drafter was given, where each size has drafts of its own). A comparison of drafters then costs their drafts alone. What
-is found is decoding's, but for rounding: the target computes features of a whole text here.
+that agrees with it. The target writes and reads each text once, several of them together; drafts are made where
+decoding would stop, once for all who need them there (`places.py`). A comparison of drafters then costs their drafts
+alone. What is found is decoding's, but for rounding: the target computes features of a whole text here. Drafters that
+are no trained network have their sessions led along the texts, as decoding would lead them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -18,45 +19,18 @@ from torch.nn.utils.rnn import pad_sequence
 from ctc_drafter.decode.generate import Generation, plain_generate
 from ctc_drafter.decode.sampling import ARGMAX, Sampler
 from ctc_drafter.decode.stats import Stats
-from ctc_drafter.decode.tree import best_chain, build_tree
-from ctc_drafter.decode.verify import follow
 from ctc_drafter.drafters.base import Drafter
 from ctc_drafter.drafters.copying import Copying
 from ctc_drafter.drafters.prompt_lookup import PromptLookup
 from ctc_drafter.drafters.trainable import network_of
 from ctc_drafter.evaluate.methods import POOL, Calibration, Contender, Decoding
-from ctc_drafter.evaluate.results import CHAIN, PLAIN
+from ctc_drafter.evaluate.places import Cut, Found, Size, Text, Way, cut_of, network_key, walk_network, way_of
+from ctc_drafter.evaluate.results import CHAIN, PLAIN, Key
 from ctc_drafter.target.model import Target
-from ctc_drafter.types import Candidates, TokenTree, UserError
+from ctc_drafter.types import TokenTree, UserError
 
-Size = int | str
-Cut = Callable[[torch.Tensor, Candidates], TokenTree]  # the tree of a draft after root int64 [1]
-
-
-@dataclass(frozen=True)
-class Text:
-    """A prompt, the answer that plain decoding wrote, and the target's features `[T, K]` of both."""
-
-    prompt: list[int]
-    answer: list[int]
-    layers: tuple[int, ...]
-    features: torch.Tensor | None
-
-    def features_of(self, layers: Sequence[int], begin: int, end: int) -> torch.Tensor | None:
-        """`[end - begin, K]` of these layers alone, in their order."""
-        if not layers or self.features is None:
-            return None
-        width = self.features.shape[-1] // len(self.layers)
-        parts = [self.layers.index(layer) * width for layer in layers]
-        return torch.cat([self.features[begin:end, at : at + width] for at in parts], -1)
-
-
-@dataclass
-class Found:
-    """What trees of one size would have done with a text. accepted: drafted tokens that each step accepted."""
-
-    accepted: list[int] = field(default_factory=list)
-    calibration: Calibration = field(default_factory=Calibration)
+Prompt = tuple[int, ...]
+TOGETHER = 8  # prompts whose answers are written and walked together, at least: a step costs little more than for one
 
 
 def read(target: Target, prompt: Sequence[int], answer: Sequence[int], layers: Sequence[int]) -> Text:
@@ -77,10 +51,10 @@ def walk(
     which nobody knows what the target would have said.
     """
     session = drafter.begin(*target.draft_modules, len(texts))
-    rows = [Row(text, dict.fromkeys(cuts, 0), {size: Found() for size in cuts}, nodes) for text in texts]
+    rows = [Row(text, dict.fromkeys(cuts, 0), {size: Found() for size in cuts}) for text in texts]
     going = list(rows)
     while True:
-        staying = [index for index, row in enumerate(going) if row.place < len(row.text.answer) - 1]
+        staying = [index for index, row in enumerate(going) if row.place < row.text.last]
         if not staying:
             return [row.found for row in rows]
         if len(staying) < len(going) and any(row.taken for row in going):
@@ -104,12 +78,7 @@ class Row:
     text: Text
     stops: dict[Size, int]
     found: dict[Size, Found]
-    nodes: int
     taken: int = 0
-
-    def __post_init__(self) -> None:
-        # -1 is no token: what is drafted past the end of the answer is not accepted.
-        self.truth = torch.tensor([[*self.text.answer, *[-1] * (self.nodes + 1)]])
 
     @property
     def place(self) -> int:
@@ -122,15 +91,9 @@ class Row:
 
     def step(self, trees: Mapping[Size, TokenTree]) -> None:
         """Follows trees, of one row each, whose root stands at `place`."""
-        place, end = self.place, len(self.text.answer)
+        place = self.place
         for size, tree in trees.items():
-            # After a node of depth d comes what stands d + 1 further.
-            wanted = self.truth[:, place + 1 :].to(tree.tokens.device).gather(1, tree.depths)
-            count = int(follow(tree, wanted).counts)
-            self.found[size].accepted.append(count)
-            if place + int(tree.depths.amax()) < end:
-                self.found[size].calibration.add(tree, wanted)
-            self.stops[size] += count + 1
+            self.stops[size] += self.found[size].step(tree, self.text, place) + 1
 
 
 def committed(
@@ -155,13 +118,6 @@ def groups(drafter: Drafter, texts: Sequence[Text]) -> list[list[Text]]:
     return [[text] for text in texts] if looking else [list(texts)]
 
 
-def cut_of(size: Size, nodes: int) -> Cut:
-    """The tree of a draft that results call by this size."""
-    if size == CHAIN:
-        return lambda root, found: build_tree(root, best_chain(found) if found.tokens.shape[1] else found, nodes)
-    return lambda root, found: build_tree(root, found, int(size))
-
-
 @dataclass(frozen=True)
 class Walking(Decoding):
     """`Decoding` whose methods walk along plain decoding's answers. Only greedy ones, and nothing has a speed.
@@ -172,10 +128,10 @@ class Walking(Decoding):
 
     sizes: tuple[Size, ...] = ()
     layers: tuple[int, ...] = ()
-    _texts: dict[tuple[int, ...], Text] = field(default_factory=dict)
-    _found: dict[tuple[str, tuple[Size, ...]], tuple[list[list[int]], list[dict[Size, Found]]]] = field(
-        default_factory=dict
-    )
+    _answers: dict[Prompt, list[int]] = field(default_factory=dict)
+    _texts: dict[Prompt, Text] = field(default_factory=dict)
+    _found: dict[tuple[Key, Prompt], Found] = field(default_factory=dict)
+    _ways: dict[Any, dict[Key, Way]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.target.chain is not None or self.target.reread_at is not None:
@@ -184,8 +140,8 @@ class Walking(Decoding):
 
     def plain(self) -> Contender:
         def run(prompts: list[list[int]], _timed: bool, _: Calibration | None) -> Generation:
-            texts = self.texts(prompts)
-            return Generation([text.answer for text in texts], Stats(), [[0] * (len(t.answer) - 1) for t in texts])
+            answers = self.answers(prompts)
+            return Generation(answers, Stats(), [[0] * (len(answer) - 1) for answer in answers])
 
         return Contender(PLAIN, None, run)
 
@@ -193,38 +149,61 @@ class Walking(Decoding):
         """Raises `UserError` for a sampler: what it would write is not known."""
         if sampler is not ARGMAX:
             raise UserError("--tokens-only is for greedy decoding; leave out variants with another acceptance")
+        key, way = (method, nodes), way_of(drafter, nodes)
+        if way is None:
+            walk_all = self._session_walk(method, drafter, nodes)
+        else:
+            together = self._ways.setdefault(network_key(way.network), {})
+            together[key] = way
+
+            def walk_all(texts: Sequence[Text]) -> Mapping[Key, Sequence[Found]]:
+                return walk_network(self.target, together, texts)
+
+        def run(prompts: list[list[int]], _timed: bool, calibration: Calibration | None) -> Generation:
+            missing = [prompt for prompt in prompts if (key, tuple(prompt)) not in self._found]
+            for name, founds in walk_all(self.texts(missing)).items() if missing else ():
+                self._found.update({(name, tuple(p)): found for p, found in zip(missing, founds, strict=True)})
+            walked = [self._found[key, tuple(prompt)] for prompt in prompts]
+            for found in walked if calibration is not None else ():
+                assert calibration is not None
+                calibration.include(found.calibration)
+            return Generation(self.answers(prompts), Stats(), [found.accepted for found in walked])
+
+        return Contender(method, nodes, run)
+
+    def _session_walk(
+        self, method: str, drafter: Drafter, nodes: Size
+    ) -> Callable[[Sequence[Text]], Mapping[Key, Sequence[Found]]]:
+        """Walks by the drafter's own session, for all sizes that may share its drafts."""
         chain = nodes == CHAIN
         # Among copies every size has drafts of its own: what the network did not propose depends on what it did.
         alike = chain or not isinstance(drafter, Copying)
         sizes = [size for size in self.sizes if (size == CHAIN) == chain] if alike else [nodes]
         largest = max([POOL if chain else 1, *(int(size) for size in sizes if size != CHAIN)])
-        asked = network_of(drafter) if chain else drafter
+        asked, cuts = network_of(drafter) if chain else drafter, {size: cut_of(size, largest) for size in sizes}
 
-        def run(prompts: list[list[int]], _timed: bool, calibration: Calibration | None) -> Generation:
-            key = method, tuple(sizes)
-            if self._found.get(key, ([], []))[0] != prompts:
-                cuts = {size: cut_of(size, largest) for size in sizes}
-                walked = [
-                    found
-                    for group in groups(asked, self.texts(prompts))
-                    for found in walk(self.target, asked, group, cuts, largest)
-                ]
-                self._found[key] = prompts, walked
-            found = [each[nodes] for each in self._found[key][1]]
-            for each in found if calibration is not None else ():
-                assert calibration is not None
-                calibration.include(each.calibration)
-            answers = [text.answer for text in self.texts(prompts)]
-            return Generation(answers, Stats(), [each.accepted for each in found])
+        def walk_all(texts: Sequence[Text]) -> Mapping[Key, Sequence[Found]]:
+            walked = [
+                found for group in groups(asked, texts) for found in walk(self.target, asked, group, cuts, largest)
+            ]
+            return {(method, size): [found[size] for found in walked] for size in sizes}
 
-        return Contender(method, nodes, run)
+        return walk_all
+
+    def answers(self, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+        """What plain decoding writes, once for the whole run."""
+        keys = [tuple(prompt) for prompt in prompts]
+        missing = [key for key in dict.fromkeys(keys) if key not in self._answers]
+        if missing:
+            found = plain_generate(self.target, missing, max_new_tokens=self.max_new_tokens, eos=self.eos).tokens
+            self._answers.update(zip(missing, found, strict=True))
+        return [self._answers[key] for key in keys]
 
     def texts(self, prompts: Sequence[Sequence[int]]) -> list[Text]:
-        """The prompts with plain decoding's answers; those of one batch are remembered."""
+        """The prompts with plain decoding's answers; those of one batch are remembered, since features take memory."""
         keys = [tuple(prompt) for prompt in prompts]
         if any(key not in self._texts for key in keys):
             self._texts.clear()
-            answers = plain_generate(self.target, prompts, max_new_tokens=self.max_new_tokens, eos=self.eos).tokens
-            for key, answer in zip(keys, answers, strict=True):
+            for key, answer in zip(keys, self.answers(prompts), strict=True):
                 self._texts[key] = read(self.target, key, answer, self.layers)
         return [self._texts[key] for key in keys]

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from contextvars import ContextVar
+from difflib import get_close_matches
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic_core import PydanticCustomError
 
 # Parts of requests, and what they say by habit.
 
@@ -53,6 +55,10 @@ def which(function: Any, expected: str) -> Discriminator:
 IGNORED: ContextVar[list[str] | None] = ContextVar("ignored fields", default=None)
 
 
+UNKNOWN = "extra_forbidden"  # type of the error for an unknown field; its context has `field`, and `near` ones
+LONGEST_NAME = 64  # characters of an unknown field that are compared with known ones
+
+
 class Strict(BaseModel):
     """A part of a request. Of what is null or among `asks_nothing`, nothing is said any more; what else is known there
     and no field is not served. Other fields are refused, or left out where `IGNORED` is set."""
@@ -72,12 +78,16 @@ class Strict(BaseModel):
                 del kept[name]
             elif name not in cls.model_fields:
                 raise ValueError(f"{name} is not supported; leave it out")
+        known = [field.alias or name for name, field in cls.model_fields.items()]
+        unknown = [name for name in kept if name not in known]
         ignored = IGNORED.get()
+        if unknown and ignored is None:
+            # By the name that pydantic has for it, which knows no fields that may have been meant.
+            near = get_close_matches(str(unknown[0])[:LONGEST_NAME], known, 1)
+            raise PydanticCustomError(UNKNOWN, "unknown field", {"field": unknown[0], "near": near})
         if ignored is not None:
-            known = {field.alias or name for name, field in cls.model_fields.items()}
-            ignored += kept.keys() - known
-            kept = {name: value for name, value in kept.items() if name in known}
-        return kept
+            ignored += unknown
+        return {name: value for name, value in kept.items() if name in known}
 
 
 class TextPart(Strict):

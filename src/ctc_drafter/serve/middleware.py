@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ctc_drafter.serve.connections import host_name
 from ctc_drafter.serve.engine import QueueFull, ShuttingDown
-from ctc_drafter.serve.messages import IGNORED
+from ctc_drafter.serve.messages import IGNORED, UNKNOWN
 from ctc_drafter.serve.metrics import Metrics
 from ctc_drafter.serve.protocol import ErrorBody, ErrorReply
 from ctc_drafter.types import UserError
@@ -75,8 +75,8 @@ def explain(errors: Sequence[Mapping[str, Any]]) -> APIError:
     first = errors[0]
     path = [str(part) for part in first["loc"]]
     path = path[1:] if path[:1] == ["body"] else path
-    unknown = first["type"] == "extra_forbidden"
-    place = ".".join([*filter(is_ours, path[:-1]), *path[-1:]] if unknown else filter(is_ours, path))
+    unknown = first["type"] == UNKNOWN
+    place = ".".join([*filter(is_ours, path), *([str(first["ctx"]["field"])] if unknown else [])])
     if first["type"] == "json_invalid":
         return APIError(400, "the body is not valid JSON")
     if not path and first["type"] in NO_OBJECT:
@@ -84,7 +84,9 @@ def explain(errors: Sequence[Mapping[str, Any]]) -> APIError:
             return APIError(400, "the body is not declared as JSON; send the header 'Content-Type: application/json'")
         return APIError(400, "the body is no JSON object; give one, with the fields of the request")
     if unknown:
-        return APIError(400, f"unknown field {place}; leave it out", param=place)
+        near = first["ctx"]["near"]
+        advice = f"did you mean {near[0]}?" if near else "leave it out"
+        return APIError(400, f"unknown field {place}; {advice}", param=place)
     message = str(first["msg"]).removeprefix("Value error, ")
     return APIError(400, f"{place}: {message}" if place else message, param=place or None)
 

@@ -10,19 +10,18 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from ctc_drafter.files import CACHE, cache_folder
+from ctc_drafter.files import CACHE, cache_folder, made_once
 from ctc_drafter.target.checks import load_causal_lm, refuse_kind
 from ctc_drafter.types import EXTRAS, UserError, first_line
 
@@ -79,27 +78,19 @@ def file_hash(file: Path) -> str:
 def convert(file: Path, folder: Path) -> None:
     """Converts a file into a folder that is not there, or not whole.
 
-    A lock lets one process convert, and others wait for it. It ends with its process, so one that was killed leaves
-    nothing but a temporary folder, which the next one removes.
+    One process converts, and others wait for it. One that was killed leaves nothing but a temporary folder, which the
+    next one removes.
     """
     for package in NEEDS:
         try:
             import_module(package)
         except ImportError as error:
             raise UserError(f"{EXTRAS['gguf'][0]} needs {package}; pip install 'ctc-drafter[gguf]'") from error
-    with place_errors(folder.parent):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder.with_name(f".{folder.name}.lock"))
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            LOG.info("waiting for another process that converts %s", file)
-            lock.acquire()
-    try:
+    with ExitStack() as turn:
+        with place_errors(folder.parent):
+            turn.enter_context(made_once(folder, f"converting {file}"))
         if not is_whole(folder):
             write_conversion(file, folder)
-    finally:
-        lock.release()
 
 
 def write_conversion(file: Path, folder: Path) -> None:

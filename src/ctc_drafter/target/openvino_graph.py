@@ -7,6 +7,7 @@ import logging
 import shutil
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -20,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
-from ctc_drafter.files import cache_folder
+from ctc_drafter.files import cache_folder, made_once
 from ctc_drafter.provenance import config_hash, digest, weights_hash
 from ctc_drafter.target.features import captured
 from ctc_drafter.target.layout import grouped_heads
@@ -255,16 +256,32 @@ def rounded(matrix: torch.Tensor) -> Any:
 def graph_of(model: PreTrainedModel, spec: GraphSpec, weights: str, slices: bool) -> Any:
     """The `openvino.Model` of a target: read from the cache folder, or made now and kept there.
 
-    Takes half a minute for 30 layers when it is made. Raises `UserError` for a model that cannot be converted.
+    Takes half a minute for 30 layers when it is made; one process does so, and others wait for it. Raises `UserError`
+    for a model that cannot be converted.
     """
+    place = cache_folder() / FOLDER / key(model, spec, weights)
+    with ExitStack() as turn:
+        with suppress(OSError):  # a folder that cannot be written, as `keep` will say
+            turn.enter_context(made_once(place, f"converting {type(model).__name__} for OpenVINO"))
+        kept = read_kept(place)
+        return make(model, spec, weights, slices, place) if kept is None else kept
+
+
+def read_kept(place: Path) -> Any | None:
+    """The graph in this folder; None where there is none that can be read."""
     import openvino
 
-    place = cache_folder() / FOLDER / key(model, spec, weights)
-    if (place / NAME).is_file():
-        try:
-            return openvino.Core().read_model(place / NAME)
-        except RuntimeError as error:  # damaged; made anew below
-            LOG.info("the converted target in %s cannot be read (%s); converting it again", place, first_line(error))
+    if not (place / NAME).is_file():
+        return None
+    try:
+        return openvino.Core().read_model(place / NAME)
+    except RuntimeError as error:
+        LOG.info("the converted target in %s cannot be read (%s); converting it again", place, first_line(error))
+        return None
+
+
+def make(model: PreTrainedModel, spec: GraphSpec, weights: str, slices: bool, place: Path) -> Any:
+    """Converts a target, and keeps the graph in this folder."""
     try:
         graph = converted(model, spec, slices)
         if weights == "int8":

@@ -47,6 +47,10 @@ class TokenFrames(StepwiseDrafter, BlockModel):
         bias = low_rank_bias(self.predictor, embed) if on_cpu else None
         return FrameHeads(ready.embed, ready.head, ready.outputs, bias)
 
+    def best_first(self, heads: OutputHeads) -> bool:
+        """See `TrainableDrafter.best_first`."""
+        return isinstance(heads, FrameHeads) and heads.bias is not None
+
     def candidates(
         self,
         states: torch.Tensor,

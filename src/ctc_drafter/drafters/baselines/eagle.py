@@ -35,6 +35,7 @@ from ctc_drafter.drafters.layers import (
     rotation,
 )
 from ctc_drafter.drafters.lm_head import DraftHead, draft_head, head_logits
+from ctc_drafter.drafters.trainable import DraftAt
 from ctc_drafter.types import Candidates, UserError
 
 
@@ -122,17 +123,10 @@ class EagleDrafter(ChainDrafter):
     ) -> Iterator[torch.Tensor]:
         return (head_logits(head, each) for each in states.unbind(1))
 
-    def drafts(
-        self,
-        features: torch.Tensor,
-        tokens: torch.Tensor,
-        anchors: torch.Tensor,
-        used: torch.Tensor,
-        heads: DraftHead,
-        nodes: int,
-        chunk: int,
-    ) -> Iterator[Candidates]:
-        """See `TrainableDrafter.drafts`: each anchor is a row of its own, with its row's context up to there."""
+    def drafting_at(
+        self, features: torch.Tensor, tokens: torch.Tensor, anchors: torch.Tensor, used: torch.Tensor, heads: DraftHead
+    ) -> DraftAt:
+        """See `TrainableDrafter.drafting_at`: each anchor is a row of its own, with its row's context up to there."""
         fused = self.fused(features)
         cache = DraftKVCache(self.config, 1, len(tokens), fused)
         positions = cache.slots(tokens.shape[1])
@@ -140,11 +134,14 @@ class EagleDrafter(ChainDrafter):
         cache.store(0, positions, *self.keys_values(tokens, shifted(fused), rotary, heads.embed))
         rows, lengths, newest = used.nonzero()[:, 0], anchors[used], before(fused, anchors)[used]
         roots = tokens.gather(1, anchors)[used]
-        for part in torch.arange(len(rows), device=rows.device).split(chunk):
+
+        def draft(part: torch.Tensor, nodes: int) -> Candidates:
             context = copy.copy(cache)
             context.select(rows[part])
             context.lengths = lengths[part]
-            yield propose(self, heads, context, newest[part], roots[part], nodes)
+            return propose(self, heads, context, newest[part], roots[part], nodes)
+
+        return draft
 
     def prepare(self, embed: nn.Module, head: nn.Module) -> DraftHead:
         return DraftHead(embed, draft_head(head))

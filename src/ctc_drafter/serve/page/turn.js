@@ -82,7 +82,8 @@ export class Turn {
     const same = this.drafted.content === this.plain.content;
     const speed = compared(this.drafted.speed / this.plain.speed);
     const text = same ? "same text" : "another text";
-    this.verdict.setAttribute("class", `verdict ${same ? "same" : "differs"}`);
+    const kind = !same ? "differs" : speed.endsWith("slower") ? "slower" : "same";
+    this.verdict.setAttribute("class", `verdict ${kind}`);
     this.verdict.replaceChildren(element("strong", {}, speed), `, ${text}`);
     this.verdict.hidden = false;
     return `${speed}, ${text}`;
