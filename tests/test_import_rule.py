@@ -28,7 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "target.gguf": {"files"},
     "target.openvino_graph": {"files", "provenance"},
     "target.names": {"quickstart"},
-    "drafters": {"types", "ctc"},
+    "drafters": {"types", "ctc", "target.packed"},  # linear layers on a CPU, whosever they are
     "drafters.registry": {"target", "chat"},
     "drafters.custom_generate": {"__init__"},  # lies in drafters' folders, and uses the package as anybody does
     "drafters.warm_start": {"target", "chat", "provenance"},

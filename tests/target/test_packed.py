@@ -14,23 +14,29 @@ from ctc_drafter.quickstart import TARGET_DIR
 from ctc_drafter.steps import Steps
 from ctc_drafter.target import compiled
 from ctc_drafter.target.model import Target
-from ctc_drafter.target.packed import PackedLinear, can_pack, pack
-from helpers import tiny_target
+from ctc_drafter.target.packed import PackedLinear, can_pack, multiplies_bfloat16, pack
+from helpers import tiny_drafter, tiny_target
 
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6, 5, 3], [2, 7, 1, 8]]
 
 
+BFLOAT16 = pytest.mark.skipif(not multiplies_bfloat16(), reason="this processor has no products of bfloat16")
+DTYPES = [torch.float32, pytest.param(torch.bfloat16, marks=BFLOAT16)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 32), (17, 32), (3, 5, 32), (1, 1, 32), (0, 32)])
 @pytest.mark.parametrize("bias", [False, True])
 @torch.inference_mode()
-def test_products_are_those_of_a_linear_layer(shape, bias):
+def test_products_are_those_of_a_linear_layer(shape, bias, dtype):
     torch.manual_seed(0)
-    linear = nn.Linear(32, 48, bias)
-    packed, states = PackedLinear.of(linear), torch.randn(shape)
+    linear = nn.Linear(32, 48, bias).to(dtype)
+    packed, states = PackedLinear.of(linear), torch.randn(shape, dtype=dtype)
     assert packed.weight is linear.weight
-    torch.testing.assert_close(packed(states), linear(states), atol=1e-5, rtol=1e-5)
-    every_other = torch.randn(*shape[:-1], 64)[..., ::2]
-    torch.testing.assert_close(packed(every_other), linear(every_other), atol=1e-5, rtol=1e-5)
+    near = {"atol": 1e-5, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 2**-8, "rtol": 2**-7}  # one rounding
+    torch.testing.assert_close(packed(states), linear(states), **near)
+    every_other = torch.randn(*shape[:-1], 64, dtype=dtype)[..., ::2]
+    torch.testing.assert_close(packed(every_other), linear(every_other), **near)
 
 
 def test_gradients_copies_and_other_dtypes_are_a_linear_layers():
@@ -71,11 +77,47 @@ def test_layers_that_are_more_than_linear_stay_as_they_are():
     assert [isinstance(layer, PackedLinear) for layer in model] == [False, False, False, True]
 
 
+@pytest.mark.parametrize(
+    ("dtype", "instructions", "expected"),
+    [
+        (torch.float32, False, True),
+        (torch.bfloat16, True, True),
+        (torch.bfloat16, False, False),
+        (torch.float16, True, False),
+    ],
+)
+def test_what_is_packed(dtype, instructions, expected, monkeypatch):
+    monkeypatch.setattr("ctc_drafter.target.packed.multiplies_bfloat16", lambda: instructions)
+    assert can_pack(nn.Linear(8, 8).to(dtype)) == expected
+
+
 def test_other_models_stay_as_they_are():
-    half = tiny_target().model.to(torch.bfloat16)
-    assert not can_pack(half)
+    half = tiny_target().model.to(torch.float16)
+    half.model.embed_tokens.to(torch.float32)
     assert pack(half) == 0
     assert not any(isinstance(module, PackedLinear) for module in half.modules())
+
+
+@torch.no_grad()
+def test_drafts_read_packed_weights_until_they_change():
+    """A drafter's own layers, too; training goes on with plain ones, and what it changed is packed anew."""
+    target = tiny_target()
+    drafter = tiny_drafter(target)
+    head = drafter.prepared(target.embed, target.head).head
+    assert isinstance(head, PackedLinear) == (multiplies_bfloat16() or head.weight.dtype == torch.float32)
+    layer = drafter.layers[0].mlp
+    assert isinstance(layer.gate_proj, PackedLinear)
+    states = torch.randn(1, drafter.config.hidden_size)
+    drafter.train()
+    assert not any(isinstance(module, PackedLinear) for module in drafter.modules())
+    layer.gate_proj.weight.mul_(2)
+    expected = layer.gate_proj(states)
+    drafter.eval().prepared(target.embed, target.head)
+    assert isinstance(layer.gate_proj, PackedLinear)
+    torch.testing.assert_close(layer.gate_proj(states), expected)
+    layer.gate_proj.weight.mul_(2)  # by somebody who does not say `train`
+    drafter.prepared(target.embed, target.head)
+    torch.testing.assert_close(layer.gate_proj(states), 2 * expected)
 
 
 @pytest.mark.parametrize("packed", [True, False])

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
+from ctc_drafter.target.packed import PackedLinear, can_pack, is_linear, multiplies_bfloat16
 from ctc_drafter.types import UserError
 
 # What a drafter takes from its target, made ready once: embedding, LM head, and the search that fits the device.
@@ -29,18 +30,16 @@ def head_logits(head: nn.Module, states: torch.Tensor) -> torch.Tensor:
 
 
 def draft_head(head: nn.Module) -> nn.Module:
-    """The target's LM head, in bfloat16 on processors that multiply it natively.
+    """The target's LM head: in bfloat16 on processors that multiply it, and with packed weights where they are small.
 
     It is most of what a draft reads from memory, and drafts need no precision. A quantised head stays as it is.
     """
     weight = getattr(head, "weight", None)
     if type(weight) is not nn.Parameter:
         return head
-    # PyTorch has no public question for this; a version without the private answer keeps the head as it is.
-    native = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    if weight.device.type != "cpu" or weight.dtype != torch.float32 or not native():
-        return head
-    return copy.deepcopy(head).to(torch.bfloat16)
+    if weight.device.type == "cpu" and weight.dtype == torch.float32 and multiplies_bfloat16():
+        head = copy.deepcopy(head).to(torch.bfloat16)
+    return PackedLinear.of(head) if type(head) is nn.Linear and is_linear(head) and can_pack(head) else head
 
 
 # A draft vocabulary: the tokens that a drafter may draft, where it leaves the rare ones to the target.

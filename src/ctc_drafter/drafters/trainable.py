@@ -19,6 +19,7 @@ from ctc_drafter.drafters.base import Drafter, DraftSession, refuse_call
 from ctc_drafter.drafters.chunked import chunked_sum
 from ctc_drafter.drafters.config import DrafterConfig
 from ctc_drafter.drafters.lm_head import DraftHead, needed_size, target_size, usual_chunk
+from ctc_drafter.target.packed import pack, unpack
 from ctc_drafter.types import Candidates, UserError, first_line
 
 # (which of the used anchors, int64 [N], nodes) -> the drafts there
@@ -251,13 +252,16 @@ class TrainableDrafter(PreTrainedModel):
         """The target's embedding and LM head made ready for drafting."""
 
     def prepared(self, embed: nn.Module, head: nn.Module) -> Any:
-        """`prepare`, kept until the modules or any weights change, or training goes on. Raises as `check_modules`."""
+        """`prepare`, kept until the modules or any weights change, or training goes on; the drafter's own linear layers
+        are packed with it. Raises as `check_modules`."""
         self.check_modules(embed, head)
         weights = [*self.parameters(), *embed.parameters(), *head.parameters()]
         versions = ((id(w), 0 if w.is_inference() else w._version) for w in weights)
         key = (id(embed), id(head), self.config.score_temperature, *versions)
         found = self._prepared  # read once: another thread may draft for another target
         if found is None or found[0] != key:
+            unpack(self)  # blocks of weights that have changed
+            pack(self)
             found = self._prepared = (key, self.prepare(embed, head))
         return found[1]
 
@@ -265,6 +269,7 @@ class TrainableDrafter(PreTrainedModel):
         """As every module's. What was made of the weights goes: fused optimizers change them without a trace."""
         if mode:
             self._prepared = None
+            unpack(self)
         return super().train(mode)
 
     @property

@@ -1,8 +1,9 @@
-"""`pack`: float32 linear layers of a target on a CPU, with weights laid out once for oneDNN's kernels.
+"""`pack`: linear layers of a model on a CPU, with weights laid out once for oneDNN's kernels.
 
-A product for several rows reads its weights in blocks. PyTorch's float32 kernel makes these blocks anew at each call,
-which costs more than the product for as few rows as a token tree has; here they are made once (`docs/log.md`).
-The layout is a second copy of the weights in memory.
+A product for several rows reads its weights in blocks. PyTorch makes these blocks anew at each call, in float32 and in
+bfloat16, which costs more than the product for as few rows as a token tree has; here they are made once
+(`docs/log.md`). bfloat16 is packed where the processor multiplies it. The layout is a second copy of the weights in
+memory.
 """
 
 from __future__ import annotations
@@ -15,6 +16,12 @@ from torch import nn
 
 MOST_BYTES = 2 * 2**30  # of weights that are laid out a second time
 ROWS = 16  # rows of a product that the layout is chosen for
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether the processor has instructions for products of bfloat16."""
+    # PyTorch has no public question for this; a version without the private answer says no.
+    return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())
 
 
 class PackedLinear(nn.Linear):
@@ -31,8 +38,14 @@ class PackedLinear(nn.Linear):
         return packed.train(linear.training)
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
-        plain = states.dtype != torch.float32 or self.weight.dtype != torch.float32 or states.device.type != "cpu"
-        if plain or torch.is_grad_enabled() or torch.compiler.is_compiling() or not states.numel():
+        plain = states.dtype != self.blocks.dtype or self.weight.dtype != self.blocks.dtype
+        if (
+            plain
+            or states.device.type != "cpu"
+            or torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+            or not states.numel()
+        ):
             return super().forward(states)
         output: torch.Tensor = torch.ops.mkldnn._linear_pointwise(states, self.blocks, self.bias, "none", [], "")
         return output
@@ -49,9 +62,11 @@ class PackedLinear(nn.Linear):
 
 
 def can_pack(model: nn.Module) -> bool:
-    """Whether all of its weights are float32 on a CPU whose oneDNN packs them, and few enough."""
-    weights = list(model.parameters())
-    here = all(weight.device.type == "cpu" and weight.dtype == torch.float32 for weight in weights)
+    """Whether all of its weights are on a CPU whose oneDNN packs their dtype, and few enough."""
+    weights, dtypes = list(model.parameters()), [torch.float32]
+    if multiplies_bfloat16():
+        dtypes.append(torch.bfloat16)
+    here = any(all(each.device.type == "cpu" and each.dtype == dtype for each in weights) for dtype in dtypes)
     size = sum(weight.numel() * weight.element_size() for weight in weights)
     kernels = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
     return here and 0 < size <= MOST_BYTES and kernels
