@@ -315,6 +315,7 @@ def unlike_others(model: PreTrainedModel, states: Sequence[torch.Tensor]) -> tup
 def making_graphs(device: torch.device, single: bool) -> Iterator[None]:
     """Settings under which graphs are made and guards hold; single: whether each row has one token alone."""
     import torch._dynamo.config as dynamo
+    import torch._inductor.config as inductor
     import torch.compiler.config
 
     compiler: Any = torch.compiler.config
@@ -326,6 +327,9 @@ def making_graphs(device: torch.device, single: bool) -> Iterator[None]:
         # What is not said to be open is fixed, whatever it was in another model.
         stack.enter_context(dynamo.patch(automatic_dynamic_shapes=False, specialize_float=True))
         stack.enter_context(compiler.patch(dynamic_sources=NUMBERS))
+        # Fused operations would round less often than the model's own do in bfloat16.
+        stack.enter_context(inductor.patch(emulate_precision_casts=True))
+        stack.enter_context(inductor.patch(size_asserts=False, alignment_asserts=False))  # at each step
         stack.enter_context(code_on_disk())
         stack.enter_context(grouped_heads(device, single))
         stack.enter_context(heads_as_rows())
