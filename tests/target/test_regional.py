@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch._dynamo.config
-import torch._inductor.compiler_bisector  # sets a variable of the environment, as compiling does at first
+import torch.compiler.config
 from torch import nn
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from transformers.pytorch_utils import Conv1D
@@ -119,6 +119,8 @@ def test_families(family):
 
 
 def test_the_model_and_all_settings_stay_as_they_were(monkeypatch):
+    import torch._dynamo.package  # sets the variable
+
     monkeypatch.delenv(regional.CACHE, raising=False)
     target = tiny_target(num_hidden_layers=1)
     pack(target.model)

@@ -148,7 +148,8 @@ class Regions:
         self.called: list[tuple[Callable[..., Any], tuple[Any, ...], tuple[Any, ...]]] = []  # graphs, in and out
         # Code of its own for each model: Dynamo keeps graphs by code, and counts them.
         own = types.FunctionType(layer_forward.__code__.replace(), globals(), layer_forward.__name__)
-        self.code = torch.compile(own, fullgraph=True, backend=self._graph)
+        with code_on_disk():  # PyTorch looks there already
+            self.code = torch.compile(own, fullgraph=True, backend=self._graph)
         for number, block in enumerate(decoder_blocks(self.model)):
             self._replace(number, block)
 
