@@ -185,6 +185,15 @@ def test_layers_that_count_otherwise_than_the_cache_have_no_regions():
         RegionalTarget(target.model, backend="eager").regions  # noqa: B018
 
 
+def test_layers_with_a_forward_of_their_own_have_no_regions():
+    """As accelerate gives them one to fetch their weights."""
+    target = tiny_target(num_hidden_layers=2)
+    block = decoder_blocks(target.model)[1]
+    block.forward = block.forward
+    with pytest.raises(NotRegionalError, match="layer 1 has a forward"):
+        RegionalTarget(target.model, backend="eager").regions  # noqa: B018
+
+
 def test_a_missing_compiler_is_said_at_once(monkeypatch):
     def none(_graph, _inputs):
         raise compiled.InvalidCxxCompiler

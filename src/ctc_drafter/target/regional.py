@@ -131,7 +131,7 @@ class Regions:
     """A copy of a model, over the same weights, whose decoder layers run as code. The model itself stays as it is.
 
     backend: as of `torch.compile`. Raises `NotRegionalError` for a model whose layers do not count themselves as its
-    cache does.
+    cache does, or have a forward of their own.
     """
 
     def __init__(self, model: PreTrainedModel, backend: str | Callable[..., Any]):
@@ -190,6 +190,8 @@ class Regions:
         for module in block.modules():
             if getattr(module, "layer_idx", number) != number:
                 raise NotRegionalError(f"layer {number} counts itself as {module.layer_idx}")
+        if "forward" in vars(block):
+            raise NotRegionalError(f"layer {number} has a forward that its class has not")
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             place, step = cache_among(args, kwargs)
