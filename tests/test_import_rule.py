@@ -26,6 +26,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "ctc": {"types"},
     "target": {"types"},
     "target.gguf": {"files"},
+    "target.regional": {"files"},
     "target.openvino_graph": {"files", "provenance"},
     "target.names": {"quickstart"},
     "drafters": {"types", "ctc", "target.packed"},  # linear layers on a CPU, whosever they are

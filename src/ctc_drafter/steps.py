@@ -59,7 +59,6 @@ def compiled(target: Target, drafters: Sequence[Drafter], nodes: int, rows: int)
     """The target with graphs of `torch.compile`; drafters may ask for features of different layers."""
     from ctc_drafter.target.compiled import compile_target
 
-    unpack(target.model)
     layers = list(dict.fromkeys(tuple(drafter.feature_layers) for drafter in drafters)) or [()]
     with said_if_slow("compiling the target's steps ..."):
         made = compile_target(target, layers[0])

@@ -8,7 +8,7 @@ from ctc_drafter.decode.generate import generate, plain_generate
 from ctc_drafter.decode.profile import grid, key
 from ctc_drafter.target import compiled
 from ctc_drafter.target.cache import BLOCK
-from ctc_drafter.target.compiled import MANY, SIZES, CompiledTarget, compile_target, size_for
+from ctc_drafter.target.compiled import MANY, SIZES, CompiledTarget, compile_target, compile_whole, size_for
 from ctc_drafter.target.model import Target
 from ctc_drafter.types import UserError
 from helpers import VOCABULARY, ScriptedDrafter, tiny_drafter, tiny_target
@@ -36,7 +36,7 @@ def test_outputs_are_plain_decodings_and_a_graph_serves_all_lengths():
     """One text crosses the first block of slots; rows leave."""
     target = tiny_target(max_position_embeddings=512, num_hidden_layers=2)
     drafter = tiny_drafter(target)
-    made = compile_target(target, drafter.feature_layers, "eager")
+    made = compile_whole(target, drafter.feature_layers, "eager")
     made.prepare(8, 3)
     known = set(made.graphs)
     assert {(shape.rows, shape.tokens) for shape in known} == {(rows, n) for rows in (1, MANY) for n in SIZES[:3]}
@@ -47,7 +47,7 @@ def test_outputs_are_plain_decodings_and_a_graph_serves_all_lengths():
 @pytest.mark.slow
 def test_features_and_logits_are_the_targets():
     target = tiny_target(num_hidden_layers=2)
-    made = compile_target(target, backend="eager")
+    made = compile_whole(target, backend="eager")
     found = []
     for each in (target, made):
         cache = each.new_cache(4)
@@ -70,7 +70,7 @@ def test_families(family):
     prompts = (
         [text(40), *PROMPTS[:2]] if family == "Gemma 3" else [text(40)]
     )  # other rows take other graphs, in seconds
-    check(target, compile_target(target, backend="aot_eager"), prompts, 16, nodes=4)
+    check(target, compile_whole(target, backend="aot_eager"), prompts, 16, nodes=4)
 
 
 @pytest.mark.slow
@@ -79,7 +79,7 @@ def test_code_says_what_the_model_says():
     """The whole way, with packed weights."""
     target = tiny_target(max_position_embeddings=512, num_hidden_layers=2)
     drafter = tiny_drafter(target)
-    check(target, compile_target(target, drafter.feature_layers), [text(BLOCK - 6), *PROMPTS[:2]], 14, nodes=4)
+    check(target, compile_whole(target, drafter.feature_layers), [text(BLOCK - 6), *PROMPTS[:2]], 14, nodes=4)
 
 
 @pytest.mark.slow
@@ -107,7 +107,7 @@ def test_where_sizes_are_fixed_each_has_a_graph_of_its_own(monkeypatch):
     """As for CUDA graphs: a text that outgrows its cache, and other numbers of rows, get new graphs."""
     monkeypatch.setattr(compiled, "sizes_are_fixed", lambda _: True)
     target = tiny_target(max_position_embeddings=1024, num_hidden_layers=1)
-    made = compile_target(target, backend="eager")
+    made = compile_whole(target, backend="eager")
     check(target, made, [text(BLOCK - 6)], 14)
     check(target, made, PROMPTS, 6)
     assert {shape.slots for shape in made.graphs} >= {BLOCK, 2 * BLOCK}

@@ -128,18 +128,23 @@ def test_commands_load_small_float32_targets_packed(packed):
     assert all(isinstance(layer, PackedLinear) == packed for layer in layers)
 
 
-@pytest.mark.parametrize(
-    "way",
-    [Steps(exact=True), pytest.param(Steps(compiled=True), marks=pytest.mark.slow)],
-    ids=["exact", "compiled"],
-)
-def test_exact_and_compiled_steps_have_products_of_their_own(way, monkeypatch):
-    """Exact steps redirect the calls of linear layers, and look for these; compiled ones lay weights out themselves."""
-    monkeypatch.setattr(compiled, "compile_target", partial(compiled.compile_target, backend="eager"))  # takes seconds
+def test_exact_steps_have_products_of_their_own():
+    """They redirect the calls of linear layers, and look for these."""
     target = tiny_target(num_hidden_layers=1)
     names, embedded = list(target.model.state_dict()), target.model.lm_head.weight
     assert pack(target.model)
-    way.of(target, [], 0, 1)
+    Steps(exact=True).of(target, [], 0, 1)
     assert not any(isinstance(module, PackedLinear) for module in target.model.modules())
     assert list(target.model.state_dict()) == names
     assert target.model.lm_head.weight is embedded
+
+
+@pytest.mark.usefixtures("quiet_tracing")
+def test_compiled_steps_share_the_blocks(monkeypatch):
+    """Prompts run as they did, and weights are not laid out a third time."""
+    monkeypatch.setattr(compiled, "compile_target", partial(compiled.compile_target, backend="eager"))  # takes seconds
+    target = tiny_target(num_hidden_layers=1)
+    assert pack(target.model)
+    made = Steps(compiled=True).of(target, [], 0, 1)
+    assert isinstance(made.model.lm_head, PackedLinear)
+    assert made.regions.model.lm_head.blocks.tensor is made.model.lm_head.blocks

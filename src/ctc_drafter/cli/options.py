@@ -132,7 +132,7 @@ CompileOption = Annotated[
     bool,
     typer.Option(
         "--compile",
-        help="Compile the target's decoding steps first (torch.compile): 10 s for two layers, minutes for thirty; "
+        help="Compile the target's decoding steps first (torch.compile): up to a minute, seconds from then on; "
         "needs a C++ compiler.",
     ),
 ]

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from torch._inductor.exc import InvalidCxxCompiler
 from torch.export import Dim
 from torch.nn.functional import pad
+from torch.utils._pytree import tree_map
 from transformers import Cache, PreTrainedModel
-from transformers.cache_utils import CacheLayerMixin
 
 from ctc_drafter.target.cache import GrowableStaticLayer, reserve
 from ctc_drafter.target.features import captured, concatenate
 from ctc_drafter.target.layout import grouped_heads
-from ctc_drafter.target.model import Target
+from ctc_drafter.target.model import UNLIMITED_CONTEXT, Target
+from ctc_drafter.target.packed import unpack
+from ctc_drafter.target.regional import Regions, Slots, unlike_others
 from ctc_drafter.target.self_test import self_test
 from ctc_drafter.types import UserError, Verification, first_line
 
@@ -29,8 +34,11 @@ from ctc_drafter.types import UserError, Verification, first_line
 # open, so one graph serves every length, and weights are packed for their products ("freezing"), which keeps a second
 # copy of them.
 
+LOG = logging.getLogger(__name__)
 BACKEND = "inductor"
 MANY = 0
+
+Backend = str | Callable[..., Any]  # as `torch.compile` takes it
 
 # See `Forward`
 Graph = Callable[[list[torch.Tensor]], tuple[torch.Tensor, torch.Tensor | None]]
@@ -66,41 +74,6 @@ class Shape:
         return [rows, rows, (), *[(*rows, 3)] * masks, *[(*rows, 2)] * states]
 
 
-class Slots(CacheLayerMixin):
-    """A cache layer over tensors that are there, `[B, heads, S, dim]`; new tokens go to `where int64 [T]`."""
-
-    is_compileable = True
-    is_sliding = False
-
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor, where: torch.Tensor):
-        super().__init__()
-        self.keys, self.values, self.where = keys, values, where
-        self.is_initialized = True
-
-    def lazy_initialization(self, *_: Any) -> None:
-        """Nothing to do: the tensors exist."""
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *_args: Any, **_kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return (
-            self.keys.index_copy_(2, self.where, key_states),
-            self.values.index_copy_(2, self.where, value_states),
-        )
-
-    # A model that counts on these instead of its positions and mask is found out by the self-test.
-    def get_seq_length(self) -> int:
-        return self.keys.shape[2]  # not `int`: the number stays open
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.get_seq_length(), 0
-
-    def get_max_length(self) -> int:
-        return self.get_seq_length()
-
-    get_max_cache_shape = get_max_length
-
-
 class Forward(nn.Module):
     """The model over one list of tensors: tokens and positions `int64 [B, T]`; start `int64 [1]`, the slot of the first
     token; masks `[B, 1, T, S]`, one for each kind of layer or one for all; keys and values `[B, heads, S, dim]` of each
@@ -128,7 +101,7 @@ class Forward(nn.Module):
         return result.logits, concatenate(outputs, layers)
 
 
-def make_graph(model: PreTrainedModel, shape: Shape, inputs: list[torch.Tensor], backend: str = BACKEND) -> Graph:
+def make_graph(model: PreTrainedModel, shape: Shape, inputs: list[torch.Tensor], backend: Backend = BACKEND) -> Graph:
     """A compiled `Forward` of this shape; inputs are examples, which stay as they are.
 
     Compiling takes seconds to minutes and happens here. Raises `UserError` for a model or machine that cannot do it.
@@ -138,9 +111,7 @@ def make_graph(model: PreTrainedModel, shape: Shape, inputs: list[torch.Tensor],
             warnings.simplefilter("ignore")
             return compiled(written_down(model, shape, inputs), shape.open_sizes(inputs), inputs, backend)
     except Exception as error:  # whatever a model, an exporter or a compiler raises
-        reason = getattr(error, "inner_exception", error)
-        line = first_line(reason)
-        raise UserError(f"{type(model).__name__} cannot be compiled ({line}); leave out --compile") from error
+        raise refusal(model, error) from error
 
 
 def written_down(model: PreTrainedModel, shape: Shape, inputs: list[torch.Tensor]) -> Callable[..., Any]:
@@ -154,7 +125,7 @@ def written_down(model: PreTrainedModel, shape: Shape, inputs: list[torch.Tensor
 
 
 def compiled(
-    forward: Callable[..., Any], open_sizes: list[tuple[int, ...]], inputs: list[torch.Tensor], backend: str
+    forward: Callable[..., Any], open_sizes: list[tuple[int, ...]], inputs: list[torch.Tensor], backend: Backend
 ) -> Graph:
     """`forward` as code, tried once."""
     import torch._inductor.config as inductor
@@ -187,6 +158,7 @@ class CompiledTarget(Target):
     """
 
     compiled: ClassVar[bool] = True
+    most: ClassVar[int] = SIZES[-1]  # tokens of a forward that is compiled
     # A graph's time is that of its largest tree: the first and the last tree of each tell of all.
     profile_sizes: ClassVar[tuple[int, ...]] = tuple(
         sorted({1, *SIZES, *(size - 1 for size in SIZES)} - {0, SIZES[-1]})
@@ -194,7 +166,7 @@ class CompiledTarget(Target):
 
     cache: str = "static"
     layers: tuple[int, ...] = ()
-    backend: str = BACKEND
+    backend: Backend = BACKEND
     graphs: dict[Shape, Graph] = field(default_factory=dict, compare=False, repr=False)
     making: threading.Lock = field(default_factory=threading.Lock, compare=False, repr=False)
 
@@ -221,34 +193,51 @@ class CompiledTarget(Target):
         """
         rows, count = tokens.shape
         prompt = keep is not None or (allowed is None and count > 1)
-        if prompt or count > SIZES[-1] or shift is not None:
+        if prompt or count > self.most or shift is not None:
             return super().forward(tokens, positions, cache, allowed, key_positions, layers, keep, long, shift)
         start = cache.get_seq_length()
         if allowed is None or key_positions is None:
             key_positions = torch.arange(start + 1, device=tokens.device).expand(rows, -1)
             allowed = torch.ones_like(key_positions, dtype=torch.bool).unsqueeze(1)
 
-        size = size_for(count)
+        size = self._size(count)
         slots, more = reserve(cache, size), size - count
         allowed = pad(allowed, (0, slots - allowed.shape[2], 0, more))
         key_positions = pad(key_positions, (0, slots - key_positions.shape[1]))
         # Filled up with the first token again, not with one that the target may be unable to compute.
         tokens, positions = (torch.cat([x, x[:, :1].expand(-1, more)], 1) for x in (tokens, positions))
         masks = self._masks(allowed, positions, key_positions)
+        logits, features = self._run(tokens, positions, start, masks, cache, tuple(layers))
+        for layer in cache.layers:
+            layer.cumulative_length.fill_(start + count)
+        return Verification(logits[:, :count], features[:, :count] if layers and features is not None else None)
+
+    def _size(self, count: int) -> int:
+        """Tokens that a forward of so many is filled up to."""
+        return size_for(count)
+
+    def _run(
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        start: int,
+        masks: Any,
+        cache: Cache,
+        layers: tuple[int, ...],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Logits `[B, T, V]`, and features `[B, T, K]` if wanted; keys and values go to slots from `start` on."""
+        rows, size = tokens.shape
         kinds, masks = (tuple(masks), list(masks.values())) if isinstance(masks, dict) else ((), [masks])
         first = torch.tensor([start], device=tokens.device)
-        inputs = [tokens, positions, first, *masks, *states_of(cache)]
-
-        fixed = slots if sizes_are_fixed(self.device) else 0
-        shape = Shape(self._rows(rows), size, tuple(layers) or self.layers, kinds, fixed)
+        states = states_of(cache)
+        inputs = [tokens, positions, first, *masks, *states]
+        fixed = states[0].shape[2] if sizes_are_fixed(self.device) else 0
+        shape = Shape(self._rows(rows), size, layers or self.layers, kinds, fixed)
         if shape not in self.graphs:
             with self.making:
                 if shape not in self.graphs:
                     self.graphs[shape] = make_graph(self.model, shape, inputs, self.backend)
-        logits, features = self.graphs[shape](inputs)
-        for layer in cache.layers:
-            layer.cumulative_length.fill_(start + count)
-        return Verification(logits[:, :count], features[:, :count] if layers and features is not None else None)
+        return self.graphs[shape](inputs)
 
     def prepare(self, nodes: int, rows: int, layers: Sequence[int] = ()) -> None:
         """Makes the graphs of trees of up to `nodes` nodes, for one row and for up to `rows` rows; layers: in place of
@@ -263,6 +252,64 @@ class CompiledTarget(Target):
     def _rows(self, rows: int) -> int:
         """Rows of a graph's shape. A single row is apart: what is known of it makes its graph faster."""
         return rows if rows == 1 or sizes_are_fixed(self.device) else MANY
+
+
+@dataclass(frozen=True)
+class RegionalTarget(CompiledTarget):
+    """A `CompiledTarget` on a CPU whose decoder layers share their code, which serves any number of tokens.
+
+    Build it with `compile_target`.
+    """
+
+    most: ClassVar[int] = UNLIMITED_CONTEXT
+    profile_sizes: ClassVar[tuple[int, ...]] = Target.profile_sizes
+
+    traced: set[tuple[bool, bool]] = field(default_factory=set, compare=False, repr=False)
+
+    @cached_property
+    def regions(self) -> Regions:
+        return Regions(self.model, self.backend)
+
+    def _size(self, count: int) -> int:
+        return count
+
+    def _run(
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        start: int,
+        masks: Any,
+        cache: Cache,
+        layers: tuple[int, ...],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        states = states_of(cache)
+        rows, count = tokens.shape
+        kind = (rows > 1, count > 1)
+        if kind not in self.traced:
+            with self.making:
+                if kind not in self.traced:
+                    self._trace(kind, masks, states)
+                    self.traced.add(kind)
+        where = torch.arange(start, start + count)
+        with captured(self.regions.model, layers) as outputs:
+            logits = self.regions.run(tokens, positions, masks, states, where)
+        return logits, concatenate(outputs, layers)
+
+    def _trace(self, kind: tuple[bool, bool], masks: Any, states: Sequence[torch.Tensor]) -> None:
+        """Makes the graphs for one row or for several, of one token or of several.
+
+        They are made for sizes that nothing else in the model has, which marks them as those that stay open. Raises
+        `UserError` for a model or machine that cannot do it.
+        """
+        rows, count, slots = sizes = unlike_others(self.model, states)
+        rows, count = rows if kind[0] else 1, count if kind[1] else 1
+        zeros = torch.zeros(rows, count, dtype=torch.long)
+        like = tree_map(lambda mask: mask.new_zeros(rows, 1, count, slots), masks)
+        room = [state.new_zeros(rows, state.shape[1], slots, state.shape[3]) for state in states]
+        try:
+            self.regions.run(zeros, zeros, like, room, torch.arange(count), frozenset(sizes))
+        except Exception as error:  # whatever a model or a compiler raises
+            raise refusal(self.model, error) from error
 
 
 def size_for(tokens: int) -> int:
@@ -280,15 +327,41 @@ def states_of(cache: Cache) -> list[torch.Tensor]:
     return found
 
 
-def compile_target(target: Target, layers: Sequence[int] = (), backend: str = BACKEND) -> CompiledTarget:
-    """Compiles a target's short forwards; two graphs now, tried on a small tree. `layers` as in `CompiledTarget`.
+def refusal(model: PreTrainedModel, error: Exception) -> UserError:
+    return UserError(f"{type(model).__name__} cannot be compiled ({first_line(reason(error))}); leave out --compile")
 
+
+def reason(error: BaseException) -> BaseException:
+    """What a compiler's error is about."""
+    found: BaseException = getattr(error, "inner_exception", error)
+    return found
+
+
+def compile_target(target: Target, layers: Sequence[int] = (), backend: Backend = BACKEND) -> CompiledTarget:
+    """Compiles a target's short forwards; the first graphs now, tried on a small tree. `layers` as in `CompiledTarget`.
+
+    On a CPU its decoder layers are compiled, each kind of them once; if that is not possible, the whole of it.
     Raises `UserError` when the model cannot be compiled, or when this machine has no compiler.
     """
     if target.chain is not None:
         raise UserError(f"{type(target.model).__name__} follows chains alone, by its own cache; leave out --compile")
     if target.switch is not None:
         raise UserError(f"{type(target.model).__name__} changes its longrope factors on the way; leave out --compile")
+    if target.device.type == "cpu":
+        made = RegionalTarget(target.model, layers=tuple(layers), backend=backend)
+        try:
+            self_test(made)
+            return made
+        except Exception as error:  # whatever a model raises whose parts are copied
+            if isinstance(reason(error.__cause__ or error), InvalidCxxCompiler):
+                raise
+            LOG.info("compiling the target whole, not layer by layer: %s", first_line(error))
+    return compile_whole(target, layers, backend)
+
+
+def compile_whole(target: Target, layers: Sequence[int] = (), backend: Backend = BACKEND) -> CompiledTarget:
+    """`compile_target` without regard to layers: a graph of all that a forward does, for each of its `SIZES`."""
+    unpack(target.model)  # graphs have packed weights of their own
     made = CompiledTarget(target.model, layers=tuple(layers), backend=backend)
     self_test(made)
     return made
