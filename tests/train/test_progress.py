@@ -111,7 +111,7 @@ def test_measurements_count_the_prompts_that_were_measured_before(monkeypatch: p
         done=lambda task: {record.index for record in known}, add=lambda records: None, extras=[], records=known
     )
     journal.add_extra = lambda extra: None
-    bench: Any = SimpleNamespace(batch_size=2, contenders=[], first_turns=lambda prompts, count: [])
+    bench: Any = SimpleNamespace(batch_size=2, contenders=[], timed=True, first_turns=lambda prompts, count: [])
     bench.measure = lambda task, batch, order: [SimpleNamespace(tokens=5) for _ in batch]
     bench.prepare = lambda tasks: None
     tasks: Any = [SimpleNamespace(name="a", prompts=[None] * 5)]

@@ -28,10 +28,11 @@ from ctc_drafter.decode.budget import Budget, StepTimes
 from ctc_drafter.decode.sequence import SequenceState
 from ctc_drafter.decode.stats import Stopwatch
 from ctc_drafter.drafters.base import Drafter, NoDrafter
-from ctc_drafter.drafters.trainable import network_of
+from ctc_drafter.drafters.trainable import TrainableDrafter, network_of
 from ctc_drafter.files import cache_folder, whole_or_nothing
 from ctc_drafter.provenance import environment, source_hash
 from ctc_drafter.target.model import Target
+from ctc_drafter.target.packed import PackedLinear
 from ctc_drafter.types import Acceptance, Candidates, TokenTree, first_line
 
 # Step times of this machine, measured once for each target, drafter and setting, and cached on disk.
@@ -173,7 +174,10 @@ def facts(model: nn.Module) -> str:
     if model not in FACTS:
         config: Any = getattr(model, "config", None)
         sizes = config.to_json_string() if hasattr(config, "to_json_string") else repr(config)
-        FACTS[model] = "\n".join([sizes, *sorted({type(layer).__name__ for layer in model.modules()})])
+        kinds = {type(layer).__name__ for layer in model.modules()}
+        if isinstance(model, TrainableDrafter):  # which packs its layers itself, when it begins to draft
+            kinds = kinds - {PackedLinear.__name__} | {nn.Linear.__name__}
+        FACTS[model] = "\n".join([sizes, *sorted(kinds)])
     return FACTS[model]
 
 

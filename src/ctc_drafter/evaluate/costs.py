@@ -52,9 +52,16 @@ def draft_flops(target: Target, drafter: Drafter, text: Sequence[int]) -> int | 
     told(0, context)
     session.propose(tokens[:, context], NODES, 0.0)
     told(context, context + ACCEPTED)
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # other kernels are not counted
+    # Other kernels of attention are not counted, nor are packed products by themselves.
+    packed = {torch.ops.mkldnn._linear_pointwise: packed_flops} if torch.backends.mkldnn.is_available() else {}
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=packed) as counter:
         session.propose(tokens[:, -1], NODES, 0.0)
     return int(counter.get_total_flops()) + (searched(network) if target.device.type == "cpu" else 0)
+
+
+def packed_flops(states: torch.Size, blocks: torch.Size, *_: Any, **_named: Any) -> int:
+    """Operations of `PackedLinear`'s product of states `[..., in]` with weights `[out, in]`."""
+    return 2 * states.numel() * blocks[0]
 
 
 def searched(drafter: TrainableDrafter) -> int:
