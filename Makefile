@@ -10,7 +10,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 LIMIT ?= 40
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-quant test-peers test-vllm test-clients test-wheel check quickstart bench clean \
+.PHONY: help demo test test-slow test-quant test-peers test-vllm test-clients test-wheel check quickstart bench bench-int8 clean \
     $(VENV)
 
 help: ## this list
@@ -32,9 +32,12 @@ test-quant: $(DEV) ## tests of quantised targets
 	PYTHONPATH=.quant $(BIN)/python -m pytest tests/target/test_quantised.py
 
 # Other engines likewise, 101 MB of wheels: only a comparison needs them, and their requirements are there already.
-test-peers: $(DEV) ## llama.cpp and OpenVINO: bench --also, and targets in OpenVINO
+.peers/.installed: $(DEV) constraints.txt
 	$(PIP) install -q --no-deps -c constraints.txt --target .peers --upgrade xllamacpp openvino-genai \
 	    openvino-tokenizers openvino openvino-telemetry
+	@touch $@
+
+test-peers: $(DEV) .peers/.installed ## llama.cpp and OpenVINO: bench --also, and targets in OpenVINO
 	PYTHONPATH=.peers $(BIN)/python -m pytest -m peers tests/evaluate/test_peer_engines.py tests/target/test_openvino_target.py \
 	    --timeout 600
 
@@ -109,6 +112,13 @@ bench: $(DEV) $(SMOLLM2) ## evaluate the shipped pairs into results/ and the pag
 	$(BIN)/python -m benchmarks.pages README.md results/eval-smollm2-*.json
 	$(BIN)/python -m benchmarks.pages docs/performance.md results/eval-*.json
 	$(BIN)/python -m benchmarks.speed_chart docs/figures results/eval-smollm2-*.json
+
+bench-int8: $(DEV) $(SMOLLM2) .peers/.installed ## int8 in OpenVINO beside llama.cpp and OpenVINO GenAI: TASKS_PATH=folder
+	@test -n "$(TASKS_PATH)" || { echo "give the folder of task files: make bench-int8 TASKS_PATH=folder" >&2; exit 2; }
+	PYTHONPATH=.peers $(BIN)/ctc-drafter eval --tasks-path "$(TASKS_PATH)" --tasks mt_bench,gsm8k --limit 8 \
+	    --max-new-tokens 128 --target smollm2 --openvino int8 --threads 2 --budget --nodes 16 \
+	    --also prompt_lookup,openvino:q8_0,openvino:q8_0:lookup,llama.cpp:q8_0,llama.cpp:q8_0:lookup \
+	    --json results/eval-smollm2-int8.json
 
 clean: ## remove caches and build folders; .venv and runs/ stay
 	rm -rf build dist src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -132,8 +132,8 @@ CompileOption = Annotated[
     bool,
     typer.Option(
         "--compile",
-        help="Compile the target's decoding steps first (torch.compile): up to a minute, seconds from then on; "
-        "needs a C++ compiler.",
+        help="Compile the target's decoding steps first (torch.compile). On a CPU a minute or so at first, for "
+        "one layer, and seconds from then on; needs a C++ compiler.",
     ),
 ]
 ExactOption = Annotated[
