@@ -225,3 +225,18 @@ def test_one_drafter_serves_two_targets_at_once(monkeypatch: pytest.MonkeyPatch)
     work = [[lambda each=targets[t % 2]: drafter.prepared(each.embed, each.head).embed] * 10 for t in range(THREADS)]
     found = side_by_side(work)
     assert [t for t in range(THREADS) for each in found[t] if each is not targets[t % 2].embed] == []
+
+
+def test_a_drafter_is_made_ready_once_for_all_threads(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its layers are put in others' places meanwhile: a second thread would find some of each kind."""
+    drafter, pause = shared_drafter("medusa", target), threading.Event()
+    prepare = type(drafter).prepare
+
+    def slowly(self: MedusaDrafter, *modules: torch.nn.Module) -> object:
+        pause.wait(0.01)
+        return prepare(self, *modules)
+
+    monkeypatch.setattr(type(drafter), "prepare", slowly)
+    work = [[lambda: drafter.prepared(target.embed, target.head)]] * THREADS
+    found = [each for calls in side_by_side(work) for each in calls]
+    assert [each for each in found if each is not found[0]] == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -24,6 +25,7 @@ from ctc_drafter.types import Candidates, UserError, first_line
 
 # (which of the used anchors, int64 [N], nodes) -> the drafts there
 DraftAt = Callable[[torch.Tensor, int], Candidates]
+PREPARING = threading.RLock()  # held while a drafter is made ready: its layers are put in others' places then
 
 # What a drafter learns from. Shapes: B rows, T tokens, A anchors of a row, N of a batch, U labels, H hidden size.
 
@@ -253,17 +255,18 @@ class TrainableDrafter(PreTrainedModel):
 
     def prepared(self, embed: nn.Module, head: nn.Module) -> Any:
         """`prepare`, kept until the modules or any weights change, or training goes on; the drafter's own linear layers
-        are packed with it. Raises as `check_modules`."""
+        are packed with it. One thread at a time makes a drafter ready. Raises as `check_modules`."""
         self.check_modules(embed, head)
         weights = [*self.parameters(), *embed.parameters(), *head.parameters()]
         versions = ((id(w), 0 if w.is_inference() else w._version) for w in weights)
         key = (id(embed), id(head), self.config.score_temperature, *versions)
-        found = self._prepared  # read once: another thread may draft for another target
-        if found is None or found[0] != key:
-            unpack(self)  # blocks of weights that have changed
-            pack(self)
-            found = self._prepared = (key, self.prepare(embed, head))
-        return found[1]
+        with PREPARING:
+            found = self._prepared
+            if found is None or found[0] != key:
+                unpack(self)  # blocks of weights that have changed
+                pack(self)
+                found = self._prepared = (key, self.prepare(embed, head))
+            return found[1]
 
     def train(self, mode: bool = True) -> Self:
         """As every module's. What was made of the weights goes: fused optimizers change them without a trace."""

@@ -101,8 +101,9 @@ class StepwiseDrafter(ChainDrafter):
         return [head] * self.config.draft_length
 
     def prepare(self, embed: nn.Module, head: nn.Module) -> OutputHeads:
-        ready = {id(each): draft_head(each) for each in self.outputs(head)}
-        return OutputHeads(embed, head, [ready[id(each)] for each in self.outputs(head)])
+        outputs = self.outputs(head)
+        ready = {id(each): draft_head(each) for each in outputs}
+        return OutputHeads(embed, head, [ready[id(each)] for each in outputs])
 
     def known_logits(
         self, states: torch.Tensor, prefixes: torch.Tensor, embed: nn.Module, head: nn.Module
