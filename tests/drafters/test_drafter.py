@@ -24,26 +24,28 @@ def test_the_block_mask_as_a_matrix():
     ]
 
 
-def carrying(target, carry, rank=0, **sizes):
+def carrying(target, carry, rank=0, root=False, **sizes):
     """A drafter whose places carry something of their own, which a fresh one's do not."""
-    drafter = tiny_drafter(target, carry=carry, carry_rank=rank, **sizes)
-    if rank:
-        with torch.no_grad():
-            drafter.carry.up.normal_(std=0.5)
-            drafter.carry.own.normal_(std=0.5)
+    drafter = tiny_drafter(target, carry=carry, carry_rank=rank, carry_root=root, **sizes)
+    with torch.no_grad():
+        for each in (drafter.carry, drafter.carry_root):
+            for weight in () if each is None else each.parameters():
+                weight.normal_(std=0.5)
     return drafter
 
 
-CARRIES = pytest.mark.parametrize(("carry", "rank"), [(False, 0), (True, 0), (True, 2)])
+CARRIES = pytest.mark.parametrize(
+    ("carry", "rank", "root"), [(False, 0, False), (True, 0, False), (True, 2, False), (True, 2, True)]
+)
 
 
 @CARRIES
 @pytest.mark.parametrize("layers", [1, 2])
 @torch.inference_mode()
-def test_a_session_drafts_what_training_saw(layers, carry, rank):
+def test_a_session_drafts_what_training_saw(layers, carry, rank, root):
     """Blocks over a whole row at once, as in training, against a session that is fed step by step."""
     target = tiny_target()
-    drafter = carrying(target, carry, rank, num_hidden_layers=layers)
+    drafter = carrying(target, carry, rank, root, num_hidden_layers=layers)
     state = prefill(target, ROWS, drafter.feature_layers)
     session = drafter.begin(target.embed, target.head, len(ROWS))
     start, cuts = torch.tensor([3, 1, 2]), torch.tensor([4, 3, 1])
@@ -93,7 +95,26 @@ def test_places_that_carry_start_as_if_they_did_not():
     assert all(weight.grad.abs().sum() > 0 for weight in (more.carry.up, more.carry.own))
 
 
-def test_a_rank_without_a_carry_is_refused():
+@torch.no_grad()
+def test_what_the_root_says_is_added_to_each_place():
+    target = tiny_target()
+    plain = tiny_drafter(target, carry=True, carry_rank=3)
+    more = tiny_drafter(target, carry=True, carry_rank=3, carry_root=True)
+    more.load_state_dict(plain.state_dict(), strict=False)
+    more.start_from(None, target.head)
+    root, newest = torch.tensor([5, 7]), torch.randn(2, plain.config.hidden_size)
+    states = plain.block_states(root, newest, target.embed)
+    torch.testing.assert_close(more.block_states(root, newest, target.embed), states)  # a fresh one says nothing
+    for weight in more.carry_root.parameters():
+        weight.normal_()
+    expected = states + more.carry_root(target.embed(root))
+    torch.testing.assert_close(more.block_states(root, newest, target.embed), expected)
+    assert not torch.allclose(expected, states)
+
+
+def test_a_rank_or_a_root_without_a_carry_is_refused():
+    with pytest.raises(UserError, match="carry_root is set without carry"):
+        CTCDrafterConfig(carry_root=True)
     with pytest.raises(UserError, match="set carry, or carry_rank to 0"):
         CTCDrafterConfig(carry_rank=2)
     with pytest.raises(UserError, match="carry_rank is -1"):
@@ -102,9 +123,9 @@ def test_a_rank_without_a_carry_is_refused():
 
 @CARRIES
 @torch.inference_mode()
-def test_later_tokens_do_not_reach_a_block(carry, rank):
+def test_later_tokens_do_not_reach_a_block(carry, rank, root):
     target = tiny_target()
-    drafter = carrying(target, carry, rank)
+    drafter = carrying(target, carry, rank, root)
     tokens = torch.tensor([ROWS[0]])
     features = target.hidden_features(tokens, drafter.feature_layers)
     anchors = torch.tensor([[4]])

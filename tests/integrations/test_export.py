@@ -32,7 +32,7 @@ def exported(tmp_path, **sizes):
 
 
 def test_the_folder(tmp_path):
-    _, drafter, config, left_out = exported(tmp_path, carry=True, carry_rank=2, draft_vocab_size=3)
+    _, drafter, config, left_out = exported(tmp_path, carry=True, carry_rank=2, carry_root=True, draft_vocab_size=3)
     assert left_out == []
     tensors = load_file(tmp_path / "out/model.safetensors")
     assert tensors.keys() == drafter.state_dict().keys()
@@ -46,7 +46,7 @@ def test_the_folder(tmp_path):
         assert layers[name] == getattr(drafter.config, name)
     assert layers["rope_parameters"]["rope_theta"] == drafter.config.rope_theta
     settings = HeadSettings.of(config["ctc_config"])
-    assert (settings.carry, settings.carry_rank) == (True, 2)
+    assert (settings.carry, settings.carry_rank, settings.carry_root) == (True, 2, True)
     assert (settings.draft_vocab_size, settings.embedding_scale) == (3, 1.0)
     with pytest.raises(UserError, match="is not empty"):
         export(drafter, tiny_config(), "some/target", tmp_path / "out", 8)

@@ -65,15 +65,17 @@ def without_carry(drafter):
 
 
 def with_places(drafter):
-    """The same drafter whose places carry something of their own, too, as those that are trained now do."""
+    """The same drafter whose places carry something of their own and of the root, as those that are trained now do."""
     config = copy.deepcopy(drafter.config)
-    config.carry_rank = 4
+    config.carry_rank, config.carry_root = 4, True
     other = CTCDrafter(config)
     other.load_state_dict(drafter.state_dict(), strict=False)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for weight in (other.carry.own, other.carry.up):
+        for weight in (other.carry.own, other.carry.up, other.carry_root.own, other.carry_root.up):
             weight.normal_(std=PLACES, generator=generator)
+        for weight in (other.carry_root.weight, other.carry_root.down.weight):
+            weight.normal_(std=0.05, generator=generator)
     return other.to(drafter.device, drafter.dtype).eval()
 
 

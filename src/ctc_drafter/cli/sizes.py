@@ -17,6 +17,7 @@ SIZE_OPTIONS = {
     "draft_vocab_size": "--draft-vocabulary",
     "carry": "--carry",
     "carry_rank": "--carry-rank",
+    "carry_root": "--carry-root",
     "convolution": "--convolution",
     "copies": "--copies",
     "lookup_length": "--lookup",

@@ -127,6 +127,14 @@ def train(
             show_default="the method's",
         ),
     ] = None,
+    carry_root: Annotated[
+        bool | None,
+        typer.Option(
+            "--carry-root/--no-carry-root",
+            help="Add a map of the newest token's embedding likewise.",
+            show_default="the method's",
+        ),
+    ] = None,
     convolution: Annotated[
         bool | None,
         typer.Option(
@@ -202,6 +210,7 @@ def train(
     sizes: dict[str, Any] = {"frames": frames, "draft_length": draft_length, "num_hidden_layers": draft_layers}
     sizes |= {"predictor_rank": predictor_rank, "draft_vocab_size": draft_vocabulary, "carry": carry}
     sizes |= {"carry_rank": 0 if carry is False and carry_rank is None else carry_rank}
+    sizes |= {"carry_root": False if carry is False and carry_root is None else carry_root}
     sizes |= {"convolution": convolution, "copies": copies, "lookup_length": lookup}
     check_sizes(method, sizes)
     job = TrainJob(

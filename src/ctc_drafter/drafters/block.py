@@ -43,6 +43,7 @@ class BlockConfig(LayerConfig):
         mask_token_id: vocabulary token whose embedding stands in every frame of the block.
         carry: whether a map of the newest committed token's context state is added to every place of the block.
         carry_rank: rank of what that map has beside for each place alone, 0 for nothing (`Carry`).
+        carry_root: whether a map of the root's embedding, of its own and of the same rank, is added likewise.
         convolution: whether convolutions mix neighbouring places of the block (`drafters/convolution.py`).
     """
 
@@ -51,6 +52,7 @@ class BlockConfig(LayerConfig):
     mask_token_id: int = 0
     carry: bool = False
     carry_rank: int = 0
+    carry_root: bool = False
     convolution: bool = False
 
     def check(self) -> None:
@@ -59,12 +61,14 @@ class BlockConfig(LayerConfig):
             raise UserError(f"carry_rank is {self.carry_rank}; give a rank, or 0 for one map for all places")
         if self.carry_rank and not self.carry:
             raise UserError(f"carry_rank is {self.carry_rank} without carry; set carry, or carry_rank to 0")
+        if self.carry_root and not self.carry:
+            raise UserError("carry_root is set without carry; set both, or none")
         if not 0 <= self.mask_token_id < self.vocab_size:
             raise UserError(f"mask_token_id {self.mask_token_id} must lie below vocab_size ({self.vocab_size})")
 
 
 class Carry(nn.Linear):
-    """What the newest committed token's context state adds to the places of a block.
+    """What a vector adds to the places of a block: the newest committed token's context state, or the root's embedding.
 
     One map for all places; with a rank also a vector and a map of that rank for each place, which start at zero. The
     masks of a block are alike, so that without them its frames differ by their rotary positions alone. Heads that
@@ -77,12 +81,12 @@ class Carry(nn.Linear):
         self.up = nn.Parameter(torch.zeros(places, rank, size)) if rank else None
         self.own = nn.Parameter(torch.zeros(places, size)) if rank else None
 
-    def forward(self, newest: torch.Tensor, places: int | None = None) -> torch.Tensor:
-        """`[..., P, H]` of newest `[..., H]`, for the first `places`, all by default; P is 1 where all get the same."""
-        shared = super().forward(newest).unsqueeze(-2)
+    def forward(self, carried: torch.Tensor, places: int | None = None) -> torch.Tensor:
+        """`[..., P, H]` of carried `[..., H]`, for the first `places`, by default all; P is 1 if all get the same."""
+        shared = super().forward(carried).unsqueeze(-2)
         if self.down is None or self.up is None or self.own is None:
             return shared
-        apart = torch.einsum("...r,prh->...ph", self.down(newest), self.up[:places])
+        apart = torch.einsum("...r,prh->...ph", self.down(carried), self.up[:places])
         return shared + self.own[:places] + apart
 
 
@@ -99,7 +103,9 @@ class BlockModel(TrainableDrafter):
         self.hidden_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.layers = nn.ModuleList(DraftLayer(config, config.convolution) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.carry = Carry(config.hidden_size, 1 + self.frames, config.carry_rank) if config.carry else None
+        carry = config.hidden_size, 1 + self.frames, config.carry_rank
+        self.carry = Carry(*carry) if config.carry else None
+        self.carry_root = Carry(*carry) if config.carry_root else None
 
     @property
     def frames(self) -> int:
@@ -116,9 +122,12 @@ class BlockModel(TrainableDrafter):
 
     @torch.no_grad()
     def start_from(self, norm_scale: torch.Tensor | None, head: nn.Module) -> None:
-        """The last norm starts as the target's."""
+        """The last norm starts as the target's. Of the root nothing is carried at first, so that a drafter that was
+        trained without goes on as it was."""
         if norm_scale is not None:
             self.norm.weight.copy_(norm_scale)
+        if self.carry_root is not None:
+            self.carry_root.weight.zero_()
 
     def context_states(self, features: torch.Tensor) -> torch.Tensor:
         """Features `[B, T, K]` to what the draft layers attend to, `[B, T, H]`."""
@@ -132,9 +141,12 @@ class BlockModel(TrainableDrafter):
 
     def block_states(self, root: torch.Tensor, newest: torch.Tensor, embed: nn.Module) -> torch.Tensor:
         """What goes into the layers, `[..., 1+F, H]`, of root `int64 [...]` and the context state of the token before
-        it, `[..., H]`. What that token's features say of the next ones need not pass through attention then."""
+        it, `[..., H]`. What both say of the next tokens need not pass through attention then."""
         states = embed(self.block_tokens(root)).to(self.fc.weight.dtype)
-        return states if self.carry is None else states + self.carry(newest, 1 + self.frames)
+        first = states[..., 0, :]
+        if self.carry is not None:
+            states = states + self.carry(newest, 1 + self.frames)
+        return states if self.carry_root is None else states + self.carry_root(first, 1 + self.frames)
 
     def rotation(self, positions: torch.Tensor) -> CosSin:
         return cos_sin(positions, self.config.head_dim, self.config.rope_theta, self.fc.weight.dtype)

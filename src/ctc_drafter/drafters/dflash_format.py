@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 SHARED = {
     *("target_layer_ids", "num_hidden_layers", "intermediate_size", "num_attention_heads", "num_key_value_heads"),
     *("head_dim", "rms_norm_eps", "rope_theta", "max_position_embeddings", "mask_token_id"),
-    *("carry", "carry_rank"),
+    *("carry", "carry_rank", "carry_root"),
 }
 DFLASH2_KEYS = ("conv_kernel_size", "conv_group_size", "selector_rank", "selector_top_k")
 
@@ -59,7 +59,7 @@ def dflash_sizes(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
     if None in sizes.values():
         missing = next(key for key, value in sizes.items() if value is None)
         raise UserError(f"{name}'s config.json is not DFlash's: {missing} is missing")
-    return sizes | {"carry": False, "carry_rank": 0}
+    return sizes | {"carry": False, "carry_rank": 0, "carry_root": False}
 
 
 def dflash2_sizes(name: str, config: Mapping[str, Any]) -> dict[str, Any]:

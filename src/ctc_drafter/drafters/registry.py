@@ -53,7 +53,10 @@ class Trained:
 
 TRAINED = {
     "ctc": Trained(
-        "ctc", "CTCDrafter", "ctc_drafter", usual={"carry": True, "carry_rank": 64, "copies": 16, "lookup_length": 15}
+        "ctc",
+        "CTCDrafter",
+        "ctc_drafter",
+        usual={"carry": True, "carry_rank": 64, "carry_root": True, "copies": 16, "lookup_length": 15},
     ),
     "ctc-linear": Trained("baselines.ctc_variants", "LinearCTCDrafter", "ctc_linear_drafter"),
     "ctc-paper": Trained("baselines.ctc_variants", "PaperDrafter", "ctc_paper_drafter"),

@@ -247,7 +247,8 @@ class Variant:
 FULL = {"loss": "ctc"}
 BARE = {"predictor_rank": 0, "copies": 0}
 TEXT = {"loss": "prefix", "loss_decay": 0.8}  # cross-entropy, weighted as ours, whatever the method's authors do
-CE, CE_PREDICTOR = Recipe("dflash", {}, TEXT), Recipe("dspark", {"predictor_width": 256}, TEXT)
+CARRY = {"carry": True, "carry_rank": 64, "carry_root": True}
+CE, CE_PREDICTOR = Recipe("dflash", CARRY, TEXT), Recipe("dspark", {"predictor_width": 256, **CARRY}, TEXT)
 LINEAR_CE = Recipe("medusa", {"own_outputs": False}, TEXT)
 
 
@@ -264,7 +265,8 @@ def variants() -> tuple[Variant, ...]:
         Variant("prefix, predictor, copies", Recipe("ctc")),
         base,
         replace(base, typical=True),
-        Variant("no carry", ours(carry=False)),
+        Variant("no carry", ours(carry=False, carry_rank=0, carry_root=False)),
+        Variant("no carry of the root", ours(carry_root=False)),
         Variant("prefix", bare_prefix),
         Variant("prefix", bare_prefix, static=True),
         Variant("full CTC, predictor", replace(ours(), training=FULL)),

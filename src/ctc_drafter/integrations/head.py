@@ -32,7 +32,9 @@ class CTCHead(nn.Module):
         if settings.predictor_rank:
             sizes = (settings.vocab_size, size, settings.predictor_rank, settings.predictor_width)
             self.predictor = Predictor(*sizes, settings.draft_vocab_size)
-        self.carry = Carry(size, 1 + settings.frames, settings.carry_rank) if settings.carry else None
+        carry = size, 1 + settings.frames, settings.carry_rank
+        self.carry = Carry(*carry) if settings.carry else None
+        self.carry_root = Carry(*carry) if settings.carry_root else None
         if settings.draft_vocab_size:
             self.register_buffer("d2t", torch.zeros(settings.draft_vocab_size, dtype=torch.long))
 

@@ -17,9 +17,9 @@ class HeadSettings:
     """Sizes of what reads the frames; `ctc_config` of an exported config.
 
     frames, draft_length, vocab_size, hidden_size, mask_token_id, predictor_rank, predictor_width, draft_vocab_size,
-    carry, carry_rank: the drafter's own, see `CTCDrafterConfig`. embedding_scale: what the target multiplies its
-    embeddings by. width: prefixes of each length that the search keeps. score_temperature: what the search divides
-    logits by.
+    carry, carry_rank, carry_root: the drafter's own, see `CTCDrafterConfig`. embedding_scale: what the target
+    multiplies its embeddings by. width: prefixes of each length that the search keeps. score_temperature: what the
+    search divides logits by.
     """
 
     frames: int
@@ -32,6 +32,7 @@ class HeadSettings:
     draft_vocab_size: int = 0
     carry: bool = False
     carry_rank: int = 0
+    carry_root: bool = False
     embedding_scale: float = 1.0
     width: int = 8
     score_temperature: float = 1.0

@@ -15,14 +15,17 @@ import torch
 from vllm.config import VllmConfig
 from vllm.model_executor.models.qwen3_dflash import DFlashQwen3ForCausalLM, DFlashQwen3Model
 
+from ctc_drafter.drafters.block import Carry
 from ctc_drafter.integrations.head import CTCHead
 from ctc_drafter.integrations.settings import HeadSettings, check_vllm
 
 
 class DFlashCTCModel(DFlashQwen3Model):
-    """The draft layers. carried `[B, 1+F, H]`: what each request's newest committed token adds to its block."""
+    """The draft layers. carried `[B, 1+F, H]`: what each request's newest committed token adds to its block.
+    carry_root: what makes of the root's embedding what that adds."""
 
     carried: torch.Tensor | None
+    carry_root: Carry | None
 
     def __init__(self, *, vllm_config: VllmConfig, start_layer_id: int = 0, prefix: str = ""):
         super().__init__(vllm_config=vllm_config, start_layer_id=start_layer_id, prefix=prefix)
@@ -31,6 +34,7 @@ class DFlashCTCModel(DFlashQwen3Model):
         rows = vllm_config.scheduler_config.max_num_seqs
         carried = torch.zeros(rows, self.block, settings.hidden_size) if settings.carry else None
         self.register_buffer("carried", carried, persistent=False)
+        self.carry_root = None
 
     def embed_tokens_scaled(self, tokens: torch.Tensor) -> torch.Tensor:
         """The target's embeddings `[..., H]` of tokens `int64 [...]`."""
@@ -39,6 +43,8 @@ class DFlashCTCModel(DFlashQwen3Model):
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         """What goes into the layers, `[B*(1+F), H]`. Part of the compiled graph, so `carried` keeps its address."""
         states = self.embed_tokens_scaled(input_ids)
+        if self.carry_root is not None:
+            states = states + self.carry_root(states[:: self.block]).flatten(0, -2)[: len(states)].to(states.dtype)
         if self.carried is None:
             return states
         places = self.carried.flatten(0, 1)
@@ -62,6 +68,7 @@ class DFlashCTCForCausalLM(DFlashQwen3ForCausalLM):
         check_vllm(speculative, vllm_config.parallel_config.pipeline_parallel_size, settings)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.ctc = CTCHead(settings)
+        self.model.carry_root = self.ctc.carry_root
         # At fixed addresses, since a graph that is replayed runs no Python: its copies into them are replayed with it.
         size = vllm_config.scheduler_config.max_num_seqs * self.model.block
         self.register_buffer("tokens", torch.zeros(size, dtype=torch.long), persistent=False)
