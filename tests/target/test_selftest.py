@@ -10,7 +10,7 @@ import transformers
 from benchmarks.families import FAMILIES, GROUPED, MIXED, WINDOW, family_config, family_model
 from ctc_drafter.target import self_test as self_test_module
 from ctc_drafter.target.model import CACHES, Target
-from ctc_drafter.target.self_test import is_quantised, prompt_length, self_test, thresholds, trials
+from ctc_drafter.target.self_test import is_quantised, prompt_length, rounds_coarsely, self_test, thresholds, trials
 from ctc_drafter.types import UserError
 from helpers import tiny_config, tiny_target
 
@@ -216,6 +216,11 @@ def test_other_formats_may_not(monkeypatch, dtype):
     monkeypatch.setattr(self_test_module, "difference", lambda *_: 0.15)
     with pytest.raises(UserError, match="cannot be a target"):
         self_test(Target(tiny_target().model.to(dtype)))
+
+
+@pytest.mark.parametrize(("dtype", "coarse"), [(torch.float32, False), (torch.float16, False), (torch.bfloat16, True)])
+def test_what_rounds_coarsely(dtype, coarse):
+    assert rounds_coarsely(tiny_target().model.to(dtype)) is coarse
 
 
 def test_a_bfloat16_target_whose_trees_are_close_is_tried_no_further(monkeypatch):

@@ -15,7 +15,7 @@ from ctc_drafter.decode.verify import verify
 from ctc_drafter.target.cache import GrowingLayer, erase
 from ctc_drafter.target.features import captured, concatenate
 from ctc_drafter.target.model import Target
-from ctc_drafter.target.self_test import LARGEST, TOLERANCE, difference, is_quantised
+from ctc_drafter.target.self_test import LARGEST, TOLERANCE, difference, rounds_coarsely
 from ctc_drafter.types import Candidates, UserError, first_line
 
 # What a forward over text is told by us: its positions, its mask, its cache.
@@ -113,7 +113,7 @@ class Pictures:
         logits = verify(target, state.cache, state.lengths, tree, (), state.shift).logits[:, -1]
         erase(state.cache, slots)
         error = difference(logits, expected)
-        allowed = LARGEST if is_quantised(target.model) else TOLERANCE.get(target.dtype, LARGEST)
+        allowed = LARGEST if rounds_coarsely(target.model) else TOLERANCE.get(target.dtype, LARGEST)
         if not error <= allowed:
             raise UserError(
                 f"{type(target.model).__name__} goes on from pictures otherwise than speculate can ({error:.2g} of the "

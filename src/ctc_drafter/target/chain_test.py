@@ -16,8 +16,8 @@ from ctc_drafter.target.self_test import (
     LARGEST,
     TOLERANCE,
     difference,
-    is_quantised,
     prompt_length,
+    rounds_coarsely,
     settings,
     thresholds,
     trial_tokens,
@@ -171,7 +171,7 @@ def trial(target: Tried, lengths: Sequence[int], accepted: Sequence[Sequence[int
         done = torch.tensor(counts, device=target.device)
         compact(cache, done, 0, done.unsqueeze(1), done)
     allowed = (TOLERANCE | CLOSE).get(target.model.dtype, 1e-1)
-    return largest, LARGEST if is_quantised(target.model) else allowed
+    return largest, LARGEST if rounds_coarsely(target.model) else allowed
 
 
 def drafted(text: Sequence[int], right: int, vocab_size: int) -> list[int]:

@@ -238,6 +238,11 @@ def by_node(plain: torch.Tensor) -> torch.Tensor:
     return torch.stack([plain[1, 0], *plain[:, 1:-1].transpose(0, 1).flatten(0, 1), plain[1, -1]])
 
 
+def rounds_coarsely(model: PreTrainedModel) -> bool:
+    """Whether differences up to `LARGEST` may be rounding: of fewer bits, or of bfloat16 in a deep model."""
+    return bool(model.dtype == torch.bfloat16) or is_quantised(model)
+
+
 def is_quantised(model: PreTrainedModel) -> bool:
     """Whether weights are held in fewer bits than they are computed with."""
     if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
