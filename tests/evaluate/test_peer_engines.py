@@ -61,8 +61,11 @@ CIRCLE = list(range(100, 106))
 
 
 @pytest.mark.parametrize("name", [f"{LLAMA_CPP}:lookup", f"{OPENVINO}:f16:lookup"])
-def test_lookup_drafts_what_repeats(tmp_path: Path, name: str) -> None:
+def test_lookup_drafts_what_repeats(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model whose tokens follow each other in a circle takes fewer steps than it writes tokens."""
+    if name.startswith(OPENVINO):  # in bfloat16, on a CPU with AMX, OpenVINO 2026.4 divides by 0 for heads so small
+        genai = pytest.importorskip("openvino_genai")
+        monkeypatch.setattr(genai, "LLMPipeline", partial(genai.LLMPipeline, INFERENCE_PRECISION_HINT="f32"))
     model = tiny_model("llama")
     with torch.no_grad():
         for layer in model.model.layers:
