@@ -131,7 +131,7 @@ def train(
         bool | None,
         typer.Option(
             "--carry-root/--no-carry-root",
-            help="Add a map of the newest token's embedding likewise.",
+            help="Add the last accepted token's embedding to every input of the block, too.",
             show_default="the method's",
         ),
     ] = None,
@@ -197,7 +197,7 @@ def train(
     """Trains a drafter on the target's answers."""
     import shlex
 
-    from ctc_drafter.drafters.registry import trained_method
+    from ctc_drafter.drafters.registry import sizes_without_carry, trained_method
     from ctc_drafter.drafters.warm_start import read_start
     from ctc_drafter.evaluate.figures import save_learning_curves
     from ctc_drafter.train.publish import TrainJob, train_for_target
@@ -209,9 +209,13 @@ def train(
     chosen = TrainSettings.parse(trained_method(method).training | given)
     sizes: dict[str, Any] = {"frames": frames, "draft_length": draft_length, "num_hidden_layers": draft_layers}
     sizes |= {"predictor_rank": predictor_rank, "draft_vocab_size": draft_vocabulary, "carry": carry}
-    sizes |= {"carry_rank": 0 if carry is False and carry_rank is None else carry_rank}
-    sizes |= {"carry_root": False if carry is False and carry_root is None else carry_root}
-    sizes |= {"convolution": convolution, "copies": copies, "lookup_length": lookup}
+    sizes |= {
+        "carry_rank": carry_rank,
+        "carry_root": carry_root,
+        "convolution": convolution,
+        "copies": copies,
+        "lookup_length": lookup,
+    }
     check_sizes(method, sizes)
     job = TrainJob(
         data=data,
@@ -222,7 +226,7 @@ def train(
         trust_remote_code=trust_remote_code,
         tokenizer=tokenizer,
         method=method,
-        sizes=sizes,
+        sizes=sizes_without_carry(sizes),
         start=read_start(init) if init else None,
         max_length=max_length,
         chat_template=chat_template,

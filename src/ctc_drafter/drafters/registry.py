@@ -145,6 +145,12 @@ def fresh_drafter(
     return drafter.to(target.device)
 
 
+def sizes_without_carry(sizes: dict[str, Any]) -> dict[str, Any]:
+    """Sizes that were given, None for not; where `carry` is off, what goes with it is off too, unless it was given."""
+    given = {name: size for name, size in sizes.items() if size is not None}
+    return {"carry_rank": 0, "carry_root": False} | given if given.get("carry") is False else given
+
+
 def blank_drafter(method: str = "ctc", **sizes: Any) -> Callable[[PreTrainedConfig], TrainableDrafter]:
     """Makes an untrained drafter of a method for a target's config, to count it; sizes as in `fresh_drafter`."""
     chosen = trained_method(method)

@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 from transformers import AutoConfig, PreTrainedConfig
 
-from ctc_drafter.drafters.registry import blank_drafter, trained_method
+from ctc_drafter.drafters.registry import blank_drafter, sizes_without_carry, trained_method
 from ctc_drafter.files import markdown_table
 from ctc_drafter.train.estimate import Answers, Plan, TextSize, describe, describe_distillation, distill_cost, estimate
 from ctc_drafter.train.settings import TrainSettings
@@ -181,7 +181,14 @@ RATE, BANDWIDTH = 1e14, 2e12
 USUAL_BATCH = 32  # rows that `distill` writes at a time unless told otherwise
 SERVED = 64  # rows that a server may write at a time
 NOT_YET = "Nobody has run it at this size yet; the tests run it\nwith a small random target of the same architecture."
-SIZES = ("frames", "draft_length", "predictor_rank")
+# Keys of a drafter's config -> what recipes call them, which is what `train` calls its options.
+SIZES = {
+    **{key: key for key in ("frames", "draft_length", "predictor_rank", "carry", "carry_rank", "carry_root")},
+    **{key: key for key in ("convolution", "copies")},
+    "lookup_length": "lookup",
+    "num_hidden_layers": "draft_layers",
+    "draft_vocab_size": "draft_vocabulary",
+}
 
 
 def plan_of(recipe: Recipe, config: PreTrainedConfig | None = None) -> Plan:
@@ -189,10 +196,10 @@ def plan_of(recipe: Recipe, config: PreTrainedConfig | None = None) -> Plan:
 
     config: of another target than the recipe's.
     """
-    train = recipe.train
+    train = {name.replace("-", "_"): value for name, value in recipe.train.items()}
     method = trained_method(train.get("method", "ctc"))
     settings = {key: value for key, value in train.items() if key in TrainSettings.model_fields}
-    sizes = {key: train[key] for key in SIZES if key in train} | {"num_hidden_layers": train.get("draft_layers")}
+    sizes = sizes_without_carry({key: train.get(name) for key, name in SIZES.items()})
     fresh = blank_drafter(train.get("method", "ctc"), **sizes)
     config = config or architecture_of(recipe)
     rows, prompt, answer = text_sizes(recipe)
