@@ -228,7 +228,7 @@ def test_one_drafter_serves_two_targets_at_once(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_drafter_is_made_ready_once_for_all_threads(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its layers are put in others' places meanwhile: a second thread would find some of each kind."""
+    """Its layers are replaced by packed ones meanwhile: a second thread would find some of each kind."""
     drafter, pause = shared_drafter("medusa", target), threading.Event()
     prepare = type(drafter).prepare
 

@@ -25,7 +25,7 @@ from ctc_drafter.types import Candidates, UserError, first_line
 
 # (which of the used anchors, int64 [N], nodes) -> the drafts there
 DraftAt = Callable[[torch.Tensor, int], Candidates]
-PREPARING = threading.RLock()  # held while a drafter is made ready: its layers are put in others' places then
+PREPARING = threading.RLock()  # held while a drafter's layers are replaced by packed ones, which others may be reading
 
 # What a drafter learns from. Shapes: B rows, T tokens, A anchors of a row, N of a batch, U labels, H hidden size.
 

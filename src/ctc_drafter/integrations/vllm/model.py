@@ -22,7 +22,7 @@ from ctc_drafter.integrations.settings import HeadSettings, check_vllm
 
 class DFlashCTCModel(DFlashQwen3Model):
     """The draft layers. carried `[B, 1+F, H]`: what each request's newest committed token adds to its block.
-    carry_root: what makes of the root's embedding what that adds."""
+    carry_root: the map of the root's embedding to what it adds to each place of its block."""
 
     carried: torch.Tensor | None
     carry_root: Carry | None
