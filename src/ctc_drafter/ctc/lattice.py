@@ -21,6 +21,7 @@ import torch
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from ctc_drafter.ctc.joint import JointTerms, joint_logits, value_at
 from ctc_drafter.types import UserError
 
 
@@ -46,6 +47,7 @@ def lattice(
     labels: torch.Tensor,
     bias: torch.Tensor | None,
     others: torch.Tensor | None = None,
+    joint: JointTerms | None = None,
 ) -> Lattice:
     """The lattice of each anchor's labels, in float64 if the frame logits are, else in float32.
 
@@ -54,6 +56,7 @@ def lattice(
     labels: int64 [N, U], below V; negative ones are padding, whose entries mean nothing.
     bias: [N, U+1, V], row u is added to every frame's token logits after prefix y1..yu; None for none.
     others: int64 [N, U, K], tokens whose probability after each prefix y1..yu, u < U, is asked for, too.
+    joint: terms of frame and prefix together (`joint.py`), beside a bias; None for none.
     Differentiable once; autocast does not lower its precision. Raises UserError when the shapes do not match.
     """
     _check_shapes(frame_logits, blank_logits, labels, bias)
@@ -62,16 +65,36 @@ def lattice(
     more = labels.new_zeros(*labels.shape, 0) if others is None else others
     labels, more = labels.clamp(min=0), more.clamp(min=0)
     blank = blank_logits.to(dtype)[:, None].expand(-1, length + 1, -1)
+    frame_logits = frame_logits.to(dtype)
+    if joint is not None:
+        assert bias is not None
+        together = joint_logits(frame_logits, bias.to(dtype), joint)
+        frame_logits = frame_logits.scatter(2, joint.columns, -math.inf)  # the others
     if bias is None:
-        log_sum, scores = _FrameSums.apply(frame_logits.to(dtype), torch.cat([labels, more.flatten(1)], 1))
+        log_sum, scores = _FrameSums.apply(frame_logits, torch.cat([labels, more.flatten(1)], 1))
         before, after, beside = 0.0, 0.0, 0.0
     else:
-        log_sum, scores, biases = _BiasedSums.apply(frame_logits.to(dtype), bias.to(dtype), labels, more)
+        log_sum, scores, biases = _BiasedSums.apply(frame_logits, bias.to(dtype), labels, more)
         before, after, beside = biases[:, :-1, :1], biases[:, 1:, 1:2], biases[:, :-1, 2:, None]
+    if joint is not None:
+        log_sum = torch.logaddexp(log_sum, together.logsumexp(-1))
     norm = torch.logaddexp(log_sum, blank)
     root = norm.new_full((norm.shape[0], 1, norm.shape[2]), -math.inf)
-    emit, stay = scores[:, :length] + before - norm[:, :-1], scores[:, :length] + after - norm[:, 1:]
-    others = None if others is None else scores[:, length:].unflatten(1, more.shape[1:]) + beside - norm[:, :-1, None]
+    emit, stay = scores[:, :length] + before, scores[:, :length] + after
+    if others is not None:
+        others = scores[:, length:].unflatten(1, more.shape[1:]) + beside
+    if joint is not None:
+
+        def instead(logits: torch.Tensor, prefixes: torch.Tensor, asked: torch.Tensor) -> torch.Tensor:
+            found, known = value_at(prefixes, joint.columns, asked)
+            return found.where(known, logits)
+
+        emit, stay = instead(emit, together[:, :-1], labels), instead(stay, together[:, 1:], labels)
+        if others is not None:
+            each = zip(others.unbind(2), more.unbind(2), strict=True)
+            others = torch.stack([instead(logits, together[:, :-1], asked) for logits, asked in each], 2)
+    emit, stay = emit - norm[:, :-1], stay - norm[:, 1:]
+    others = None if others is None else others - norm[:, :-1, None]
     return Lattice(emit, torch.cat([root, stay], 1), blank - norm, others)
 
 

@@ -53,11 +53,31 @@ class LowRankBias(NamedTuple):
     columns: np.ndarray = np.zeros(0, np.int64)
 
 
+class FrameTerms(NamedTuple):
+    """Joint terms (`joint.py`) of the columns `int64 [B, F, K]` of each frame: after a prefix whose hidden layer in
+    `LowRankBias` is h, `tokens[b, f, k] @ silu(frames[b, f] + prefix @ h)`.
+
+    tokens `[B, F, K, J]`, frames `[B, F, J]`, prefix `[J, M]`: float32. K = 0 for no terms.
+    """
+
+    columns: np.ndarray
+    tokens: np.ndarray
+    frames: np.ndarray
+    prefix: np.ndarray
+
+
+def no_terms(rows: int) -> FrameTerms:
+    """Those of frames without any."""
+    empty = np.zeros((rows, 0, 0), np.float32)
+    return FrameTerms(empty.astype(np.int64), np.zeros((rows, 0, 0, 0), np.float32), empty, empty[0])
+
+
 class Pool(NamedTuple):
     """The root and the prefixes found so far, most probable first; an entry is final once its turn has come.
 
     last: newest token; column: its place in the frames' logits. strength: exp(bias) of it after its parent, scaled.
     blank and token `[N, F]`: b(t-1) and n(t-1) over the normaliser of frame t, of expanded entries.
+    joint `[N, F, K]`: weights of each frame's columns that have joint terms, after an expanded entry, scaled as strength.
     """
 
     last: np.ndarray
@@ -68,6 +88,7 @@ class Pool(NamedTuple):
     strength: np.ndarray
     blank: np.ndarray
     token: np.ndarray
+    joint: np.ndarray
 
 
 def best_prefixes(
@@ -82,6 +103,7 @@ def best_prefixes(
     min_probability: float = 0.0,
     vocabulary: torch.Tensor | None = None,
     text: Text | None = None,
+    joint: FrameTerms | None = None,
 ) -> Candidates:
     """The `count` most probable prefixes of up to `depth` tokens with probability `min_probability` or more, best
     first.
@@ -107,6 +129,7 @@ def best_prefixes(
         root_states.contiguous().numpy(),
         text.tokens.contiguous().numpy(),
         text.ends.contiguous().numpy(),
+        no_terms(len(root)) if joint is None else joint,
         count,
         depth,
         min_probability,
@@ -123,14 +146,19 @@ real = np.float32
 
 
 @njit(cache=True, nogil=True)
-def _search_rows(weights, blank, roots, vocabulary, bias, states, texts, ends, count, depth, min_probability, tiny):  # type: ignore[no-untyped-def]
+def _search_rows(  # type: ignore[no-untyped-def]
+    weights, blank, roots, vocabulary, bias, states, texts, ends, terms, count, depth, min_probability, tiny
+):
     rows, longest = len(roots), 0
     tokens, parents, depths, scores = _new_candidates(rows, count)
     for row in range(rows):
-        pool = _new_pool(1 + count, weights.shape[1], roots[row])
+        pool = _new_pool(1 + count, weights.shape[1], roots[row], terms.columns.shape[2])
+        own = FrameTerms(terms.columns[row], terms.tokens[row], terms.frames[row], terms.prefix)
         text = texts[row, : ends[row] + 1]
         found = (
-            _search(weights[row], blank[row], vocabulary, pool, bias, states[row], text, depth, min_probability, tiny)
+            _search(
+                weights[row], blank[row], vocabulary, pool, bias, states[row], text, own, depth, min_probability, tiny
+            )
             - 1
         )
         _take(pool, found, tokens[row], parents[row], depths[row], scores[row])
@@ -153,44 +181,100 @@ def _take(pool, found, tokens, parents, depths, scores):  # type: ignore[no-unty
 
 
 @njit(cache=True, nogil=True)
-def _new_pool(places, frames, root):  # type: ignore[no-untyped-def]
+def _new_pool(places, frames, root, terms):  # type: ignore[no-untyped-def]
     whole, real = np.zeros((4, places), np.int64), np.zeros((2, places), np.float32)
     masses = np.zeros((2, places, frames), np.float32)
-    pool = Pool(whole[0], whole[1], whole[2], whole[3], real[0], real[1], masses[0], masses[1])
+    joint = np.zeros((places, frames, terms), np.float32)
+    pool = Pool(whole[0], whole[1], whole[2], whole[3], real[0], real[1], masses[0], masses[1], joint)
     pool.last[0], pool.score[0] = root, 1
     return pool
 
 
 @njit(cache=True, nogil=True)
-def _search(weights, blank, vocabulary, pool, bias, root_state, text, depth, min_probability, tiny):  # type: ignore[no-untyped-def]
+def _search(  # type: ignore[no-untyped-def]
+    weights, blank, vocabulary, pool, bias, root_state, text, terms, depth, min_probability, tiny
+):
     """Expands entries in their order; returns how many there are in the end."""
     found = np.int64(1)  # no literal, for which all that is called would be compiled once more
+    others = _without(weights, terms)
     for i in range(len(pool.last) - 1):  # no room would be left for children of the last one
         if i == found:
             break
         if pool.depth[i] < depth:
-            strength, shift = _strength(pool, i, bias, root_state, text, weights.shape[1])
+            hidden = _hidden(pool, i, bias, root_state)
+            strength, shift = _strength(pool, i, bias, hidden, text, weights.shape[1])
+            _fill_joint(weights, pool, i, strength, terms, hidden)
             normaliser = np.empty_like(blank)
             for t in range(len(blank)):
-                normaliser[t] = max(_dot(weights[t], strength), tiny) + blank[t] * shift
-            repeat = _stand(weights, blank, pool, i, strength, shift, normaliser)
-            found = _offer(weights, vocabulary, pool, found, i, strength, repeat, min_probability)
+                total = _dot(others[t], strength)
+                for each in pool.joint[i, t]:
+                    total += each
+                normaliser[t] = max(total, tiny) + blank[t] * shift
+            repeat = _stand(others, blank, pool, i, strength, shift, normaliser, terms)
+            found = _offer(others, vocabulary, pool, found, i, strength, repeat, terms, min_probability)
     return found
 
 
 @njit(cache=True, nogil=True)
-def _strength(pool, i, bias, root_state, text, columns):  # type: ignore[no-untyped-def]
-    """exp(bias - s) of every column after entry i, `[V]`, and exp(-s); s: the largest bias, at least 0."""
-    rank, width = bias.inner.shape
+def _hidden(pool, i, bias, root_state):  # type: ignore[no-untyped-def]
+    """The predictor's hidden layer after entry i, `[M]`."""
+    last = pool.last[i]
+    hidden = np.empty(bias.inner.shape[1], np.float32)
+    for m in range(len(hidden)):
+        hidden[m] = bias.later[last, m] + root_state[m]
+        if i > 0:
+            hidden[m] += bias.earlier[pool.last[pool.parent[i]], m]
+        hidden[m] /= 1 + math.exp(-hidden[m])
+    return hidden
+
+
+@njit(cache=True, nogil=True)
+def _without(weights, terms):  # type: ignore[no-untyped-def]
+    """Weights of all columns but those with joint terms, which are 0."""
+    if terms.columns.shape[1] == 0:
+        return weights
+    others = weights.copy()
+    for t in range(len(others)):
+        for column in terms.columns[t]:
+            others[t, column] = 0
+    return others
+
+
+@njit(cache=True, nogil=True)
+def _fill_joint(weights, pool, i, strength, terms, hidden):  # type: ignore[no-untyped-def]
+    """Fills entry i's `joint`."""
+    if pool.joint.shape[2] == 0:
+        return
+    rank = len(terms.prefix)
+    after, mixed = np.empty(rank, np.float32), np.empty(rank, np.float32)
+    for j in range(rank):
+        after[j] = _dot(terms.prefix[j], hidden)
+    for t in range(pool.joint.shape[1]):
+        for j in range(rank):
+            mixed[j] = after[j] + terms.frames[t, j]
+            mixed[j] /= 1 + math.exp(-mixed[j])
+        for k in range(pool.joint.shape[2]):
+            column = terms.columns[t, k]
+            pool.joint[i, t, k] = weights[t, column] * strength[column] * math.exp(_dot(terms.tokens[t, k], mixed))
+
+
+@njit(cache=True, nogil=True)
+def _weight(others, pool, i, t, strength, terms, column):  # type: ignore[no-untyped-def]
+    """A column's weight in frame t after entry i, times its strength there."""
+    for k in range(pool.joint.shape[2]):
+        if terms.columns[t, k] == column:
+            return pool.joint[i, t, k]
+    return others[t, column] * strength
+
+
+@njit(cache=True, nogil=True)
+def _strength(pool, i, bias, inner, text, columns):  # type: ignore[no-untyped-def]
+    """exp(bias - s) of every column after entry i, `[V]`, and exp(-s); s: the largest bias, at least 0. inner: the
+    predictor's hidden layer."""
+    rank = len(bias.inner)
     if rank == 0:
         return np.ones(columns, np.float32), np.float32(1)
     last = pool.last[i]
-    inner = np.empty(width, np.float32)
-    for m in range(width):
-        inner[m] = bias.later[last, m] + root_state[m]
-        if i > 0:
-            inner[m] += bias.earlier[pool.last[pool.parent[i]], m]
-        inner[m] /= 1 + math.exp(-inner[m])
     state = np.empty(rank, np.float32)
     for r in range(rank):
         state[r] = bias.scale[r] * (bias.table[last, r] + _dot(bias.inner[r], inner))
@@ -229,7 +313,7 @@ def copied_after(pool, i, text, longest):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def _stand(weights, blank, pool, i, strength, shift, normaliser):  # type: ignore[no-untyped-def]
+def _stand(others, blank, pool, i, strength, shift, normaliser, terms):  # type: ignore[no-untyped-def]
     """Fills entry i's `blank` and `token`; returns the score of the child that repeats its last token."""
     parent, last = pool.parent[i], pool.column[i]
     repeats = parent > 0 and pool.column[parent] == last
@@ -239,8 +323,8 @@ def _stand(weights, blank, pool, i, strength, shift, normaliser):  # type: ignor
         arrives = stay = 0.0
         if i > 0:
             before = pool.blank[parent, t] + (0.0 if repeats else pool.token[parent, t])
-            arrives = before * weights[t, last] * pool.strength[i]
-            stay = weights[t, last] * strength[last] / normaliser[t]
+            arrives = before * _weight(others, pool, parent, t, pool.strength[i], terms, last)
+            stay = _weight(others, pool, i, t, strength[last], terms, last) / normaliser[t]
         repeat += after_blank * stay
         after_blank = (after_blank + after_token) * blank[t] * shift / normaliser[t]
         after_token = arrives + after_token * stay
@@ -248,14 +332,17 @@ def _stand(weights, blank, pool, i, strength, shift, normaliser):  # type: ignor
 
 
 @njit(cache=True, nogil=True)
-def _offer(weights, vocabulary, pool, found, i, strength, repeat, min_probability):  # type: ignore[no-untyped-def]
+def _offer(others, vocabulary, pool, found, i, strength, repeat, terms, min_probability):  # type: ignore[no-untyped-def]
     """Gives entry i's children places in the pool's order, where they earn one; returns how many entries it has."""
-    places, mass = len(pool.last), np.empty(len(weights), np.float32)
+    places, mass = len(pool.last), np.empty(len(others), np.float32)
     for t in range(len(mass)):
         mass[t] = pool.blank[i, t] + pool.token[i, t]
-    scores = _combine(mass, weights)
+    scores = _combine(mass, others)
     for v in range(len(scores)):
         scores[v] *= strength[v]
+    for t in range(len(mass)):
+        for k in range(pool.joint.shape[2]):
+            scores[terms.columns[t, k]] += mass[t] * pool.joint[i, t, k]
     if i > 0:
         scores[pool.column[i]] = repeat
     least = pool.score[places - 1] if found == places else np.float32(0)
@@ -352,6 +439,7 @@ def best_chains(
         np.arange(weights.shape[2]),
         bias,
         root_states.contiguous().numpy(),
+        no_terms(len(root)),
         count,
         min_probability,
         tiny,
@@ -361,19 +449,20 @@ def best_chains(
 
 
 @njit(cache=True, nogil=True)
-def _search_chain_rows(weights, roots, vocabulary, bias, root_states, count, min_probability, tiny):  # type: ignore[no-untyped-def]
+def _search_chain_rows(weights, roots, vocabulary, bias, root_states, terms, count, min_probability, tiny):  # type: ignore[no-untyped-def]
     rows, longest = len(roots), 0
     tokens, parents, depths, scores = _new_candidates(rows, count)
     for row in range(rows):
-        pool = _new_pool(1 + count, np.int64(1), roots[row])
-        found = _search_chain(weights[row], vocabulary, pool, bias, root_states[row], min_probability, tiny) - 1
+        pool = _new_pool(1 + count, np.int64(1), roots[row], np.int64(0))
+        own = FrameTerms(terms.columns[row], terms.tokens[row], terms.frames[row], terms.prefix)
+        found = _search_chain(weights[row], vocabulary, pool, bias, root_states[row], own, min_probability, tiny) - 1
         _take(pool, found, tokens[row], parents[row], depths[row], scores[row])
         longest = max(longest, found)
     return tokens[:, :longest], parents[:, :longest], depths[:, :longest], scores[:, :longest]
 
 
 @njit(cache=True, nogil=True)
-def _search_chain(weights, vocabulary, pool, bias, root_state, min_probability, tiny):  # type: ignore[no-untyped-def]
+def _search_chain(weights, vocabulary, pool, bias, root_state, terms, min_probability, tiny):  # type: ignore[no-untyped-def]
     """Expands entries in their order; returns how many there are in the end."""
     found = np.int64(1)  # no literal, for which all that is called would be compiled once more
     for i in range(len(pool.last) - 1):  # no room would be left for children of the last one
@@ -381,10 +470,11 @@ def _search_chain(weights, vocabulary, pool, bias, root_state, min_probability, 
             break
         depth, last = pool.depth[i], pool.column[i]
         if depth < len(weights):
-            strength, _ = _strength(pool, i, bias, root_state, vocabulary[:0], weights.shape[1])
+            hidden = _hidden(pool, i, bias, root_state)
+            strength, _ = _strength(pool, i, bias, hidden, vocabulary[:0], weights.shape[1])
             frame = weights[depth : depth + 1]
             share = pool.score[i] / max(_dot(frame[0], strength), tiny)
             pool.blank[i, 0] = share
             repeat = np.float64(share * frame[0, last] * strength[last])
-            found = _offer(frame, vocabulary, pool, found, i, strength, repeat, min_probability)
+            found = _offer(frame, vocabulary, pool, found, i, strength, repeat, terms, min_probability)
     return found

@@ -10,11 +10,13 @@ import torch
 from torch import nn
 
 from ctc_drafter.ctc.copies import Copies, Text
+from ctc_drafter.ctc.joint import JointTerms
 from ctc_drafter.ctc.lattice import Lattice, lattice
 from ctc_drafter.ctc.loss import FLOOR, ctc_objective, prefix_log_probs, prefix_loss, teacher_loss
 from ctc_drafter.drafters.base import DraftSession
 from ctc_drafter.drafters.block import BlockConfig, BlockModel, frame_logits
 from ctc_drafter.drafters.ctc_session import CTCSession, SearchHead, search_head
+from ctc_drafter.drafters.joint import JointNetwork, TokenMap
 from ctc_drafter.drafters.lm_head import columns_of, drafted_part, head_logits, narrow_head
 from ctc_drafter.drafters.predictor import Predictor
 from ctc_drafter.drafters.trainable import DraftAt, LossInputs, LossOptions
@@ -73,6 +75,8 @@ class CTCDrafterConfig(FramesConfig):
     Args:
         predictor_rank: rank of the predictor's bias, 0 for none. predictor_width: its MLP; 0 for the table of the last
             token alone. draft_vocab_size: tokens that are drafted, 0 for all; `CTCDrafter.draft_only` says which.
+        joint_tokens: likeliest tokens of each frame whose logits also get a joint term of frame and prefix
+            (`ctc/joint.py`), 0 for none. joint_rank: rank of those terms.
         copies: the longest agreement with an earlier place of the text that counts (`ctc/copies.py`), 0 for no copies.
         lookup_length: most tokens to copy from the text without asking the frames, 0 for none
             (`drafters/ctc_session.py`).
@@ -83,6 +87,8 @@ class CTCDrafterConfig(FramesConfig):
     predictor_rank: int = 64
     predictor_width: int = 256
     draft_vocab_size: int = 0
+    joint_tokens: int = 0
+    joint_rank: int = 64
     copies: int = 0
     lookup_length: int = 0
 
@@ -90,6 +96,14 @@ class CTCDrafterConfig(FramesConfig):
         super().check()
         if not 0 <= self.draft_vocab_size <= self.vocab_size:
             raise UserError(f"draft_vocab_size {self.draft_vocab_size} must lie between 0 and {self.vocab_size}")
+        if self.joint_tokens < 0 or self.joint_rank < 1:
+            raise UserError(
+                f"joint_tokens is {self.joint_tokens} and joint_rank {self.joint_rank}; give tokens from 0 and a rank from 1"
+            )
+        if self.joint_tokens and not (self.predictor_rank and self.predictor_width):
+            raise UserError(
+                "joint terms need the predictor; set predictor_rank and predictor_width above 0, or joint_tokens to 0"
+            )
         if self.copies < 0:
             raise UserError(f"copies is {self.copies}; give the longest agreement that counts, or 0 for no copies")
         if self.lookup_length < 0:
@@ -110,6 +124,10 @@ class CTCDrafter(FramesModel):
         if config.predictor_rank:
             sizes = (config.vocab_size, config.hidden_size, config.predictor_rank, config.predictor_width)
             self.predictor = Predictor(*sizes, config.draft_vocab_size, config.copies)
+        self.joint = None
+        if config.joint_tokens:
+            sizes = (config.hidden_size, config.predictor_width, config.joint_rank, config.joint_tokens)
+            self.joint = JointNetwork(*sizes)
         if config.draft_vocab_size:
             # Offsets of the tokens from their columns, as EAGLE-3 has them; at first the lowest ids.
             self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.long))
@@ -247,8 +265,8 @@ class CTCDrafter(FramesModel):
     ) -> Lattice:
         """The lattice of known continuations: prefixes `int64 [N, 1+U]`, root and y1..yU; copies: see `LossInputs`;
         others `int64 [N, U, K]`: places in the frames' logits, see `Lattice`."""
-        tokens, blanks, bias = self.scores(states, prefixes, embed, head, copies)
-        return lattice(tokens, blanks, self.columns(prefixes[:, 1:]), bias, others)
+        tokens, blanks, bias, joint = self.scores(states, prefixes, embed, head, copies)
+        return lattice(tokens, blanks, self.columns(prefixes[:, 1:]), bias, others, joint)
 
     def scores(
         self,
@@ -257,12 +275,12 @@ class CTCDrafter(FramesModel):
         embed: nn.Module,
         head: nn.Module,
         copies: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Token logits `[N, F, V]`, blank logits `[N, F]` and the bias `[N, 1+U, V]` after each prefix, if there is a
-        predictor; arguments as in `lattice`."""
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, JointTerms | None]:
+        """Token logits `[N, F, V]`, blank logits `[N, F]`, the bias `[N, 1+U, V]` and the joint terms after each prefix,
+        if there is a predictor and a joint network; arguments as in `lattice`."""
         states = self.filled(states)
         tokens, blanks = self.frame_logits(states, self.narrowed(head))
-        bias = None
+        bias, joint = None, None
         if self.predictor is not None:
             previous = torch.cat([prefixes.new_full((len(prefixes), 1), -1), prefixes[:, :-1]], 1)
             root_state = self.predictor.root_state(states[:, 0])
@@ -270,18 +288,28 @@ class CTCDrafter(FramesModel):
             if copies is not None:
                 suggested = Copies(self.columns(copies[..., 0]), copies[..., 1])
             bias = self.predictor.bias(previous, prefixes, root_state, embed, suggested)
-        return tokens, blanks, bias
+            if self.joint is not None:
+                hidden = self.predictor.hidden(previous, prefixes, root_state, embed)
+                columns = self.joint.columns(tokens)
+                joint = self.joint.terms(states[:, 1:], hidden, columns, self.vocabulary, embed)
+        return tokens, blanks, bias, joint
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, TokenMap):
+            nn.init.zeros_(module.weight)
 
     def log_likelihoods(
         self, inputs: LossInputs, embed: nn.Module, head: nn.Module, temperatures: Sequence[float]
     ) -> torch.Tensor:
         """See `TrainableDrafter.log_likelihoods`: log prefix(u) of all valid labels of each anchor together."""
-        tokens, blanks, bias = self.scores(inputs.states, inputs.prefixes, embed, head, inputs.copies)
+        tokens, blanks, bias, joint = self.scores(inputs.states, inputs.prefixes, embed, head, inputs.copies)
         labels, valid = self.labels(inputs.prefixes, inputs.valid)
         last = valid.sum(1, keepdim=True) - 1
         found = []
         for each in temperatures:
-            made = lattice(tokens / each, blanks / each, labels, None if bias is None else bias / each)
+            divided = None if bias is None else bias / each, None, None if joint is None else joint.divided(each)
+            made = lattice(tokens / each, blanks / each, labels, *divided)
             prefixes = prefix_log_probs(made, labels).gather(1, last.clamp(min=0))
             counts = (last >= 0) & (prefixes > FLOOR)  # no temperature makes room for what has none
             found.append(prefixes.where(counts, 0.0).sum(dtype=torch.float64))
@@ -298,7 +326,7 @@ class CTCDrafter(FramesModel):
     ) -> Candidates:
         """See `TrainableDrafter.candidates`. text: up to the roots, to copy from."""
         states = self.filled(states)
-        return heads.search(*self.frame_logits(states, heads.head), root, states[:, 0], text, nodes, min_probability)
+        return heads.search(*self.frame_logits(states, heads.head), root, states, text, nodes, min_probability)
 
     def best_first(self, heads: SearchHead) -> bool:
         """See `TrainableDrafter.best_first`: so is the search for a CPU."""
@@ -324,5 +352,5 @@ class CTCDrafter(FramesModel):
         return CTCSession(self, self.prepared(embed, head), batch_size, copies, lookup_length)
 
     def prepare(self, embed: nn.Module, head: nn.Module) -> SearchHead:
-        given = self.predictor, self.config.draft_length, embed, self.narrowed(head), self.vocabulary
+        given = self.predictor, self.joint, self.config.draft_length, embed, self.narrowed(head), self.vocabulary
         return search_head(*given, self.config.score_temperature)

@@ -13,6 +13,7 @@ from ctc_drafter.ctc.copies import Text
 from ctc_drafter.ctc.search import Bias, prefix_search
 from ctc_drafter.drafters.base import Committed
 from ctc_drafter.drafters.block import BlockModel, BlockSession
+from ctc_drafter.drafters.joint import JointNetwork, joint_of_prefixes, joint_tables
 from ctc_drafter.drafters.lm_head import DraftHead, columns_of, draft_head
 from ctc_drafter.drafters.predictor import Predictor, low_rank_bias
 from ctc_drafter.drafters.prompt_lookup import LookupSession, PromptLookup
@@ -104,8 +105,8 @@ class CTCSession(BlockSession):
 
 # The search of a CTC lattice that fits the device.
 
-# (frame logits [N, F, V], blank logits [N, F], root int64 [N], block output at the root [N, H], the texts up to the
-# roots for those who copy, nodes, floor)
+# (frame logits [N, F, V], blank logits [N, F], root int64 [N], block outputs [N, 1+F, H], the texts up to the roots for
+# those who copy, nodes, floor)
 Search = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, Text | None, int, float], Candidates]
 
 
@@ -119,6 +120,7 @@ class SearchHead(DraftHead):
 @torch.no_grad()
 def search_head(
     predictor: Predictor | None,
+    joint: JointNetwork | None,
     depth: int,
     embed: nn.Module,
     head: nn.Module,
@@ -129,11 +131,12 @@ def search_head(
     tokens of the head's columns. temperature: what logits, of blanks too, and bias are divided by."""
     device = next(embed.parameters()).device
     make = best_first if device.type == "cpu" else level_by_level
-    return SearchHead(embed, draft_head(head), make(predictor, depth, embed, vocabulary, temperature))
+    return SearchHead(embed, draft_head(head), make(predictor, joint, depth, embed, vocabulary, temperature))
 
 
 def best_first(
     predictor: Predictor | None,
+    joint: JointNetwork | None,
     depth: int,
     embed: nn.Module,
     vocabulary: torch.Tensor | None,
@@ -146,16 +149,21 @@ def best_first(
     if temperature != 1:
         linear = {name: getattr(bias, name) / temperature for name in ("scale", "copying", "trust")}
         bias = bias._replace(**linear)
+    tables = None
+    if joint is not None and predictor is not None:
+        columns = torch.arange(len(predictor.table.weight)) if vocabulary is None else vocabulary
+        tables = joint_tables(joint, embed, columns, temperature)
 
     def search(
         tokens: torch.Tensor,
         blanks: torch.Tensor,
         root: torch.Tensor,
-        start: torch.Tensor,
+        states: torch.Tensor,
         text: Text | None,
         nodes: int,
         min_probability: float,
     ) -> Candidates:
+        start = states[:, 0]
         state = start.new_zeros(len(start), 0) if predictor is None else predictor.root_state(start)
         return best_prefixes(
             tokens if temperature == 1 else tokens / temperature,
@@ -168,6 +176,7 @@ def best_first(
             min_probability=min_probability,
             vocabulary=vocabulary,
             text=text,
+            joint=None if tables is None else tables(tokens, states[:, 1:]),
         )
 
     return search
@@ -175,6 +184,7 @@ def best_first(
 
 def level_by_level(
     predictor: Predictor | None,
+    joint: JointNetwork | None,
     depth: int,
     embed: nn.Module,
     vocabulary: torch.Tensor | None,
@@ -189,14 +199,21 @@ def level_by_level(
         tokens: torch.Tensor,
         blanks: torch.Tensor,
         root: torch.Tensor,
-        start: torch.Tensor,
+        states: torch.Tensor,
         text: Text | None,
         nodes: int,
         _floor: float,
     ) -> Candidates:
-        bias = None if predictor is None else divided(predictor.search_bias(start, embed, columns, text), temperature)
+        bias = (
+            None
+            if predictor is None
+            else divided(predictor.search_bias(states[:, 0], embed, columns, text), temperature)
+        )
         logits = tokens / temperature, blanks / temperature
-        return prefix_search(*logits, root, bias, width=nodes, depth=depth, vocabulary=vocabulary)
+        terms = None
+        if joint is not None and predictor is not None:
+            terms = joint_of_prefixes(joint, predictor, states, tokens, vocabulary, embed, temperature)
+        return prefix_search(*logits, root, bias, width=nodes, depth=depth, vocabulary=vocabulary, joint=terms)
 
     return search
 
