@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from ctc_drafter.ctc.search_cpu import best_chains
+from ctc_drafter.ctc.chain_search_cpu import best_chains
 from ctc_drafter.drafters.baselines.chain_rule import expand_statically
 from ctc_drafter.drafters.predictor import Predictor, low_rank_bias
 from helpers import exact_in_int8

@@ -34,8 +34,8 @@ class Frames:
 
     weights `[B, F, V]` and columns `[B, V, F]`: exp(token logits), scaled per frame so that nothing overflows.
     blank `[B, F]`: exp(blank logit), scaled alike. later `bool [F-1, F-1]`: true above the diagonal.
-    vocabulary `int64 [V]`: the token of each column. joint: terms of frames and prefixes together, None for none; of its
-    columns `weights` are 0 then, and together `[B, F, K]` has them.
+    vocabulary `int64 [V]`: the token of each column. joint: terms of frames and prefixes together, None for none; of
+    its columns `weights` are 0 then, and together `[B, F, K]` has them.
     """
 
     weights: torch.Tensor
@@ -103,8 +103,8 @@ def prefix_search(
     """The `width` best prefixes of each length up to `depth`, with their prefix probabilities.
 
     frame_logits `[B, F, V]`, blank_logits `[B, F]`, root `int64 [B]`; float32 or float64. vocabulary `int64 [V]`: the
-    token of each column, where the frames know only some. joint: terms of frames and prefixes together. Levels hold `min(width, prefixes there are)` candidates;
-    those of probability 0 score -inf.
+    token of each column, where the frames know only some. joint: terms of frames and prefixes together (`joint.py`).
+    Levels hold `min(width, prefixes there are)` candidates; those of probability 0 score -inf.
     """
     frames = prepare(frame_logits, blank_logits, vocabulary, joint)
     recent = pad(root.view(-1, 1, 1), (0, depth), value=-1)

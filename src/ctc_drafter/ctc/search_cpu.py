@@ -1,4 +1,4 @@
-"""Best-first CTC prefix search on a CPU (numba), and the same without blanks."""
+"""Best-first CTC prefix search on a CPU (numba)."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from numba import njit
 
 from ctc_drafter.ctc.copies import Text
+from ctc_drafter.ctc.kernels_cpu import combine, dot, exp
 from ctc_drafter.ctc.lattice import sum_floor
 from ctc_drafter.types import Candidates
 
@@ -77,7 +78,7 @@ class Pool(NamedTuple):
 
     last: newest token; column: its place in the frames' logits. strength: exp(bias) of it after its parent, scaled.
     blank and token `[N, F]`: b(t-1) and n(t-1) over the normaliser of frame t, of expanded entries.
-    joint `[N, F, K]`: weights of each frame's columns that have joint terms, after an expanded entry, scaled as strength.
+    joint `[N, F, K]`: weights of each frame's columns that have joint terms after an expanded entry, scaled alike.
     """
 
     last: np.ndarray
@@ -138,8 +139,6 @@ def best_prefixes(
     tokens, parents, depths, scores = map(torch.from_numpy, arrays)
     return Candidates(tokens, parents, depths, scores.log_())
 
-
-real = np.float32
 
 # Compiled from here on. Weights are exp(logit), scaled so that a frame's best symbol has 1. Loops in place of array
 # expressions and slices: the first draft on a machine waits for the compiler, which takes twice as long for those.
@@ -206,7 +205,7 @@ def _search(  # type: ignore[no-untyped-def]
             _fill_joint(weights, pool, i, strength, terms, hidden)
             normaliser = np.empty_like(blank)
             for t in range(len(blank)):
-                total = _dot(others[t], strength)
+                total = dot(others[t], strength)
                 for each in pool.joint[i, t]:
                     total += each
                 normaliser[t] = max(total, tiny) + blank[t] * shift
@@ -248,14 +247,14 @@ def _fill_joint(weights, pool, i, strength, terms, hidden):  # type: ignore[no-u
     rank = len(terms.prefix)
     after, mixed = np.empty(rank, np.float32), np.empty(rank, np.float32)
     for j in range(rank):
-        after[j] = _dot(terms.prefix[j], hidden)
+        after[j] = dot(terms.prefix[j], hidden)
     for t in range(pool.joint.shape[1]):
         for j in range(rank):
             mixed[j] = after[j] + terms.frames[t, j]
             mixed[j] /= 1 + math.exp(-mixed[j])
         for k in range(pool.joint.shape[2]):
             column = terms.columns[t, k]
-            pool.joint[i, t, k] = weights[t, column] * strength[column] * math.exp(_dot(terms.tokens[t, k], mixed))
+            pool.joint[i, t, k] = weights[t, column] * strength[column] * math.exp(dot(terms.tokens[t, k], mixed))
 
 
 @njit(cache=True, nogil=True)
@@ -277,16 +276,16 @@ def _strength(pool, i, bias, inner, text, columns):  # type: ignore[no-untyped-d
     last = pool.last[i]
     state = np.empty(rank, np.float32)
     for r in range(rank):
-        state[r] = bias.scale[r] * (bias.table[last, r] + _dot(bias.inner[r], inner))
-    strength = _combine(state, bias.output)
+        state[r] = bias.scale[r] * (bias.table[last, r] + dot(bias.inner[r], inner))
+    strength = combine(state, bias.output)
     if len(bias.trust) > 0:
         token, length = copied_after(pool, i, text, len(bias.trust))
         if length > 0 and bias.columns[token] >= 0:
-            strength[bias.columns[token]] += _dot(bias.copying[length - 1], inner) + bias.trust[length - 1]
+            strength[bias.columns[token]] += dot(bias.copying[length - 1], inner) + bias.trust[length - 1]
     largest = np.float32(0)
     for each in strength:
         largest = max(largest, each)
-    _exp(strength, largest)
+    exp(strength, largest)
     return strength, np.float32(math.exp(-largest))
 
 
@@ -337,7 +336,7 @@ def _offer(others, vocabulary, pool, found, i, strength, repeat, terms, min_prob
     places, mass = len(pool.last), np.empty(len(others), np.float32)
     for t in range(len(mass)):
         mass[t] = pool.blank[i, t] + pool.token[i, t]
-    scores = _combine(mass, others)
+    scores = combine(mass, others)
     for v in range(len(scores)):
         scores[v] *= strength[v]
     for t in range(len(mass)):
@@ -359,122 +358,4 @@ def _offer(others, vocabulary, pool, found, i, strength, repeat, terms, min_prob
             pool.score[j], pool.strength[j], pool.column[j] = score, strength[v], v
             found = min(found + 1, places)
             least = pool.score[places - 1] if found == places else np.float32(0)
-    return found
-
-
-# The order of additions is free here, so that they run in parallel lanes.
-@njit(cache=True, nogil=True, fastmath={"reassoc", "contract"})
-def _dot(left, right):  # type: ignore[no-untyped-def]
-    total = np.float32(0)
-    for i in range(len(left)):
-        total += left[i] * right[i]
-    return total
-
-
-@njit(cache=True, nogil=True, fastmath={"reassoc", "contract"})
-def _combine(factors, rows):  # type: ignore[no-untyped-def]
-    """factors `[R]` @ rows `[R, V]`, float32 or int8; eight rows at a time, to read and write the sums less often."""
-    sums, whole = np.zeros(rows.shape[1], np.float32), len(factors) // 8 * 8
-    for r in range(0, whole, 8):
-        f, a = factors[r : r + 8], rows[r : r + 8]
-        for i in range(len(sums)):
-            low = f[0] * real(a[0, i]) + f[1] * real(a[1, i]) + f[2] * real(a[2, i]) + f[3] * real(a[3, i])
-            high = f[4] * real(a[4, i]) + f[5] * real(a[5, i]) + f[6] * real(a[6, i]) + f[7] * real(a[7, i])
-            sums[i] += low + high
-    for r in range(whole, len(factors)):
-        for i in range(len(sums)):
-            sums[i] += factors[r] * real(rows[r, i])
-    return sums
-
-
-LOG2, LOG2_HIGH, LOG2_LOW = np.float32(1 / math.log(2)), np.float32(0.693359375), np.float32(-2.12194440e-4)
-TAYLOR = tuple(np.float32(1 / math.factorial(n)) for n in range(7))
-
-
-@njit(cache=True, nogil=True)
-def _exp(values, largest):  # type: ignore[no-untyped-def]
-    """exp(values - largest) in place, to 2e-7 of it: 2^k times the series at what is left, all lanes in parallel."""
-    bits = np.empty(len(values), np.int32)
-    for i in range(len(values)):
-        x = max(values[i] - largest, np.float32(-87))
-        k = np.floor(x * LOG2 + np.float32(0.5))
-        x = x - k * LOG2_HIGH - k * LOG2_LOW
-        series = TAYLOR[5] + x * TAYLOR[6]
-        series = TAYLOR[3] + x * (TAYLOR[4] + x * series)
-        values[i] = TAYLOR[0] + x * (TAYLOR[1] + x * (TAYLOR[2] + x * series))
-        bits[i] = (np.int32(k) + 127) << 23
-    powers = bits.view(np.float32)
-    for i in range(len(values)):
-        values[i] *= powers[i]
-
-
-# Best-first search where frame u holds the u-th token: exactly the n most probable prefixes, in one compiled call.
-#
-# The search above without blanks and alignments. A prefix of u tokens has one frame left to ask, and its child v has
-#
-#     P(y1..yu v) = P(y1..yu) exp(a_u[v] + m[y1..yu, v]) / sum over w of exp(a_u[w] + m[y1..yu, w])
-#
-# for logits a and the low-rank bias m. Prefixes are settled in the order of their probability, so n expansions do.
-
-
-def best_chains(
-    logits: torch.Tensor,
-    root: torch.Tensor,
-    bias: LowRankBias,
-    root_states: torch.Tensor,
-    *,
-    count: int,
-    min_probability: float = 0.0,
-) -> Candidates:
-    """The `count` most probable prefixes of up to U tokens with probability `min_probability` or more, best first.
-
-    logits `[B, U, V]`, root `int64 [B]`, root_states `[B, M]` (`root` in `LowRankBias`), float32 on the CPU. Rows
-    that have fewer prefixes than others are padded with score -inf.
-    """
-    weights = (logits - logits.amax(-1, keepdim=True)).exp_().contiguous().numpy()
-    tiny = np.float32(sum_floor(torch.float32))
-    arrays = _search_chain_rows(
-        weights,
-        root.contiguous().numpy(),
-        np.arange(weights.shape[2]),
-        bias,
-        root_states.contiguous().numpy(),
-        no_terms(len(root)),
-        count,
-        min_probability,
-        tiny,
-    )
-    tokens, parents, depths, scores = map(torch.from_numpy, arrays)
-    return Candidates(tokens, parents, depths, scores.log_())
-
-
-@njit(cache=True, nogil=True)
-def _search_chain_rows(weights, roots, vocabulary, bias, root_states, terms, count, min_probability, tiny):  # type: ignore[no-untyped-def]
-    rows, longest = len(roots), 0
-    tokens, parents, depths, scores = _new_candidates(rows, count)
-    for row in range(rows):
-        pool = _new_pool(1 + count, np.int64(1), roots[row], np.int64(0))
-        own = FrameTerms(terms.columns[row], terms.tokens[row], terms.frames[row], terms.prefix)
-        found = _search_chain(weights[row], vocabulary, pool, bias, root_states[row], own, min_probability, tiny) - 1
-        _take(pool, found, tokens[row], parents[row], depths[row], scores[row])
-        longest = max(longest, found)
-    return tokens[:, :longest], parents[:, :longest], depths[:, :longest], scores[:, :longest]
-
-
-@njit(cache=True, nogil=True)
-def _search_chain(weights, vocabulary, pool, bias, root_state, terms, min_probability, tiny):  # type: ignore[no-untyped-def]
-    """Expands entries in their order; returns how many there are in the end."""
-    found = np.int64(1)  # no literal, for which all that is called would be compiled once more
-    for i in range(len(pool.last) - 1):  # no room would be left for children of the last one
-        if i == found:
-            break
-        depth, last = pool.depth[i], pool.column[i]
-        if depth < len(weights):
-            hidden = _hidden(pool, i, bias, root_state)
-            strength, _ = _strength(pool, i, bias, hidden, vocabulary[:0], weights.shape[1])
-            frame = weights[depth : depth + 1]
-            share = pool.score[i] / max(_dot(frame[0], strength), tiny)
-            pool.blank[i, 0] = share
-            repeat = np.float64(share * frame[0, last] * strength[last])
-            found = _offer(frame, vocabulary, pool, found, i, strength, repeat, terms, min_probability)
     return found

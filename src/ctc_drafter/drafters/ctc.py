@@ -73,8 +73,9 @@ class CTCDrafterConfig(FramesConfig):
     """All sizes of a CTC drafter, with those of `FramesConfig`.
 
     Args:
-        predictor_rank: rank of the predictor's bias, 0 for none. predictor_width: its MLP; 0 for the table of the last
-            token alone. draft_vocab_size: tokens that are drafted, 0 for all; `CTCDrafter.draft_only` says which.
+        predictor_rank: rank of the predictor's bias, 0 for none. predictor_width: its MLP; 0 for what the last token
+            says alone. predictor_tied: maps of the target's embedding in place of tables of its own.
+        draft_vocab_size: tokens that are drafted, 0 for all; `CTCDrafter.draft_only` says which.
         joint_tokens: likeliest tokens of each frame whose logits also get a joint term of frame and prefix
             (`ctc/joint.py`), 0 for none. joint_rank: rank of those terms.
         copies: the longest agreement with an earlier place of the text that counts (`ctc/copies.py`), 0 for no copies.
@@ -86,6 +87,7 @@ class CTCDrafterConfig(FramesConfig):
 
     predictor_rank: int = 64
     predictor_width: int = 256
+    predictor_tied: bool = False
     draft_vocab_size: int = 0
     joint_tokens: int = 0
     joint_rank: int = 64
@@ -98,7 +100,8 @@ class CTCDrafterConfig(FramesConfig):
             raise UserError(f"draft_vocab_size {self.draft_vocab_size} must lie between 0 and {self.vocab_size}")
         if self.joint_tokens < 0 or self.joint_rank < 1:
             raise UserError(
-                f"joint_tokens is {self.joint_tokens} and joint_rank {self.joint_rank}; give tokens from 0 and a rank from 1"
+                f"joint_tokens is {self.joint_tokens} and joint_rank {self.joint_rank}; "
+                "give tokens from 0 and a rank from 1"
             )
         if self.joint_tokens and not (self.predictor_rank and self.predictor_width):
             raise UserError(
@@ -123,7 +126,7 @@ class CTCDrafter(FramesModel):
         self.predictor = None
         if config.predictor_rank:
             sizes = (config.vocab_size, config.hidden_size, config.predictor_rank, config.predictor_width)
-            self.predictor = Predictor(*sizes, config.draft_vocab_size, config.copies)
+            self.predictor = Predictor(*sizes, config.draft_vocab_size, config.copies, config.predictor_tied)
         self.joint = None
         if config.joint_tokens:
             sizes = (config.hidden_size, config.predictor_width, config.joint_rank, config.joint_tokens)
@@ -179,7 +182,7 @@ class CTCDrafter(FramesModel):
         config = copy.deepcopy(self.config)
         config.draft_vocab_size = len(tokens)
         narrow, weights = type(self)(config), {k: v for k, v in self.state_dict().items() if k != "d2t"}
-        if self.predictor is not None:
+        if self.predictor is not None and not config.predictor_tied:
             weights["predictor.output.weight"] = weights["predictor.output.weight"][columns]
         narrow.load_state_dict(weights | {"d2t": tokens - torch.arange(len(tokens), device=tokens.device)})
         return narrow.to(self.device, self.dtype).eval()
@@ -276,8 +279,8 @@ class CTCDrafter(FramesModel):
         head: nn.Module,
         copies: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, JointTerms | None]:
-        """Token logits `[N, F, V]`, blank logits `[N, F]`, the bias `[N, 1+U, V]` and the joint terms after each prefix,
-        if there is a predictor and a joint network; arguments as in `lattice`."""
+        """Token logits `[N, F, V]`, blank logits `[N, F]`, and the bias `[N, 1+U, V]` and the joint terms after each
+        prefix, None without a predictor or a joint network; arguments as in `lattice`."""
         states = self.filled(states)
         tokens, blanks = self.frame_logits(states, self.narrowed(head))
         bias, joint = None, None
@@ -287,7 +290,8 @@ class CTCDrafter(FramesModel):
             suggested = None
             if copies is not None:
                 suggested = Copies(self.columns(copies[..., 0]), copies[..., 1])
-            bias = self.predictor.bias(previous, prefixes, root_state, embed, suggested)
+            rows = self.predictor.output_rows(embed, self.vocabulary)
+            bias = self.predictor.bias(previous, prefixes, root_state, embed, suggested, rows)
             if self.joint is not None:
                 hidden = self.predictor.hidden(previous, prefixes, root_state, embed)
                 columns = self.joint.columns(tokens)

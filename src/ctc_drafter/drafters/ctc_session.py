@@ -151,7 +151,7 @@ def best_first(
         bias = bias._replace(**linear)
     tables = None
     if joint is not None and predictor is not None:
-        columns = torch.arange(len(predictor.table.weight)) if vocabulary is None else vocabulary
+        columns = torch.arange(predictor.vocab_size) if vocabulary is None else vocabulary
         tables = joint_tables(joint, embed, columns, temperature)
 
     def search(
@@ -192,6 +192,8 @@ def level_by_level(
 ) -> Search:
     """The search of static shapes, which never asks the host."""
 
+    rows = None if predictor is None else predictor.output_rows(embed, vocabulary)
+
     def columns(tokens: torch.Tensor) -> torch.Tensor:
         return tokens if vocabulary is None else columns_of(tokens, vocabulary)
 
@@ -207,7 +209,7 @@ def level_by_level(
         bias = (
             None
             if predictor is None
-            else divided(predictor.search_bias(states[:, 0], embed, columns, text), temperature)
+            else divided(predictor.search_bias(states[:, 0], embed, columns, text, rows), temperature)
         )
         logits = tokens / temperature, blanks / temperature
         terms = None

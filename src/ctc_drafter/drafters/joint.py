@@ -90,8 +90,8 @@ def joint_of_prefixes(
 def joint_tables(
     joint: JointNetwork, embed: Embed, tokens: torch.Tensor, temperature: float
 ) -> Callable[[torch.Tensor, torch.Tensor], FrameTerms]:
-    """What the search on a CPU reads of frame logits `[B, F, V]` and block outputs at the frames `[B, F, H]`. E is worked
-    out here for every column's token `int64 [V]`."""
+    """What the search on a CPU reads of frame logits `[B, F, V]` and block outputs at the frames `[B, F, H]`. E is
+    worked out here for every column's token `int64 [V]`."""
     from ctc_drafter.ctc.search_cpu import FrameTerms
 
     vectors = torch.cat([joint.token_vectors(part, embed) for part in tokens.split(4096)]).float() / temperature

@@ -27,20 +27,31 @@ Embed = Callable[[torch.Tensor], torch.Tensor]  # tokens int64 [...] to the targ
 
 class Predictor(nn.Module):
     """vocab T, hidden size H, rank r, width M of the MLP, 0 for the table of the last token alone; V tokens to draft;
-    the longest agreement of a copy that counts, 0 for no copies. Copies need the MLP."""
+    the longest agreement of a copy that counts, 0 for no copies. Copies need the MLP.
+
+    tied: table and W2 are maps of the target's embedding, `[r, H]` each in place of `[T, r]` and `[r, V]`.
+    """
 
     def __init__(
-        self, vocab_size: int, hidden_size: int, rank: int, width: int, draft_vocab_size: int = 0, copies: int = 0
+        self,
+        vocab_size: int,
+        hidden_size: int,
+        rank: int,
+        width: int,
+        draft_vocab_size: int = 0,
+        copies: int = 0,
+        tied: bool = False,
     ):
         super().__init__()
-        self.table = nn.Embedding(vocab_size, rank)
-        self.width = width
+        self.vocab_size, self.rank, self.width, self.tied = vocab_size, rank, width, tied
+        self.table = nn.Linear(hidden_size, rank, bias=False) if tied else nn.Embedding(vocab_size, rank)
         if width:
             self.previous = nn.Linear(hidden_size, width, bias=False)
             self.last = nn.Linear(hidden_size, width, bias=False)
             self.root = nn.Linear(hidden_size, width)
             self.inner = nn.Linear(width, rank, bias=False)
-        self.output = nn.Linear(rank, draft_vocab_size or vocab_size, bias=False)
+        columns = (rank, draft_vocab_size or vocab_size)
+        self.output = nn.Linear(hidden_size, rank) if tied else nn.Linear(*columns, bias=False)
         self.copying = nn.Linear(width, copies) if copies else None
 
     @torch.no_grad()
@@ -55,10 +66,28 @@ class Predictor(nn.Module):
         if type(weight) is not nn.Parameter or weight.is_meta:
             return
         rows = (weight.detach() if vocabulary is None else weight.detach()[vocabulary]).float()
-        rows = rows - rows.mean(0)
-        rank = min(self.output.in_features, rows.shape[1])
-        main = torch.linalg.eigh(rows.T @ rows).eigenvectors[:, -rank:]  # of the largest eigenvalues
-        self.output.weight[:, :rank] = (rows @ main).to(self.output.weight)
+        mean = rows.mean(0)
+        rank = min(self.rank, rows.shape[1])
+        main = torch.linalg.eigh((rows - mean).T @ (rows - mean)).eigenvectors[:, -rank:]  # of the largest eigenvalues
+        if self.tied:
+            self.output.weight[:rank] = main.T.to(self.output.weight)
+            self.output.bias[:rank] = -(mean @ main).to(self.output.bias)
+        else:
+            self.output.weight[:, :rank] = ((rows - mean) @ main).to(self.output.weight)
+
+    def output_rows(self, embed: Embed, vocabulary: torch.Tensor | None = None) -> torch.Tensor:
+        """The output matrix W2 `[V, r]`. vocabulary `int64 [V]`: the tokens that are drafted, None for all."""
+        weight: torch.Tensor = self.output.weight
+        if not self.tied:
+            return weight
+        tokens = torch.arange(self.vocab_size, device=weight.device) if vocabulary is None else vocabulary
+        found: torch.Tensor = self.output(embed(tokens).to(weight.dtype))
+        return found
+
+    def of_last(self, last: torch.Tensor, embed: Embed) -> torch.Tensor:
+        """What the last token alone adds to f, `[..., r]`."""
+        found: torch.Tensor = self.table(embed(last).to(self.table.weight.dtype) if self.tied else last)
+        return found
 
     def root_state(self, start: torch.Tensor) -> torch.Tensor:
         """Projection of the block's output at the root for the MLP, `[B, H]`, `[B, M]`."""
@@ -71,8 +100,8 @@ class Predictor(nn.Module):
         is -1 where there is only the root. root_state `[B, M]` is that of the block's output at the root.
         """
         if not self.width:
-            return self.table(last)
-        return self.table(last) + self.inner(self.hidden(previous, last, root_state, embed))
+            return self.of_last(last, embed)
+        return self.of_last(last, embed) + self.inner(self.hidden(previous, last, root_state, embed))
 
     def hidden(
         self, previous: torch.Tensor, last: torch.Tensor, root_state: torch.Tensor, embed: Embed
@@ -90,12 +119,15 @@ class Predictor(nn.Module):
         root_state: torch.Tensor,
         embed: Embed,
         copies: Copies | None = None,
+        rows: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """m[prefix, v] `[B, W, V]`, float32; arguments as in `state`. copies `[B, W]`: columns in place of tokens."""
+        """m[prefix, v] `[B, W, V]`, float32; arguments as in `state`. copies `[B, W]`: columns in place of tokens.
+        rows: those of `output_rows`, None for all tokens'."""
+        rows = self.output_rows(embed) if rows is None else rows
         if self.copying is None or copies is None:
-            return self.output(self.state(previous, last, root_state, embed)).float()
+            return fn.linear(self.state(previous, last, root_state, embed), rows).float()
         hidden = self.hidden(previous, last, root_state, embed)
-        bias = self.output(self.table(last) + self.inner(hidden)).float()
+        bias = fn.linear(self.of_last(last, embed) + self.inner(hidden), rows).float()
         trust = self.copying(hidden).float().gather(-1, (copies.lengths - 1).clamp(min=0).unsqueeze(-1))
         trust = trust * ((copies.tokens >= 0) & (copies.lengths > 0)).unsqueeze(-1)
         return bias.scatter_add_(-1, copies.tokens.clamp(min=0).unsqueeze(-1), trust)
@@ -106,6 +138,7 @@ class Predictor(nn.Module):
         embed: Embed,
         columns: Callable[[torch.Tensor], torch.Tensor] = lambda tokens: tokens,
         text: Text | None = None,
+        rows: torch.Tensor | None = None,
     ) -> Bias:
         """What the search asks for, of block outputs at the root `[B, H]`.
 
@@ -119,25 +152,25 @@ class Predictor(nn.Module):
                 newest = newest_tokens(text, recent, self.copying.out_features)
                 found = find_copies(text.tokens, text.ends.unsqueeze(1).expand(-1, recent.shape[1]), newest)
                 copies = Copies(columns(found.tokens), found.lengths)
-            return self.bias(recent[..., 1], recent[..., 0], root_state, embed, copies)
+            return self.bias(recent[..., 1], recent[..., 0], root_state, embed, copies, rows)
 
         return bias
 
-    def tables(self, embed: Embed) -> tuple[torch.Tensor, ...]:
+    def tables(self, embed: Embed, vocabulary: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
         """The predictor as `search_cpu.LowRankBias` has it: both projections worked out for every token, W2 in int8.
 
         That moves a bias by about a hundredth of its size, and drafts need no precision.
         """
-        table = self.table.weight.float()
+        tokens = torch.arange(self.vocab_size, device=self.output.weight.device)
+        table = torch.cat([self.of_last(part, embed) for part in tokens.split(4096)]).float()
         earlier, later, inner = table[:, :0], table[:, :0], table.new_zeros(table.shape[1], 0)
         if self.width:
-            tokens = torch.arange(len(table), device=table.device)
             weights = torch.cat([self.previous.weight, self.last.weight])
             # A few thousand tokens at a time: embeddings of a whole vocabulary can be large.
             parts = [fn.linear(embed(part).to(weights.dtype), weights) for part in tokens.split(4096)]
             earlier, later = torch.cat(parts).float().chunk(2, -1)
             inner = self.inner.weight.float()
-        output = self.output.weight.t().float()
+        output = self.output_rows(embed, vocabulary).t().float()
         scale = output.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny) / 127
         rounded = (output / scale.unsqueeze(1)).round().to(torch.int8)
         copying = (table[:0, :0], table[:0, 0])
@@ -155,5 +188,5 @@ def low_rank_bias(predictor: Predictor | None, embed: nn.Module, vocabulary: tor
     if predictor is None:
         tables: tuple[torch.Tensor, ...] = (*(nothing,) * 4, torch.zeros(0), nothing.to(torch.int8))
     else:
-        tables = (*predictor.tables(embed), token_columns(len(predictor.table.weight), vocabulary))
+        tables = (*predictor.tables(embed, vocabulary), token_columns(predictor.vocab_size, vocabulary))
     return LowRankBias(*(table.contiguous().numpy() for table in tables))

@@ -63,7 +63,7 @@ class TokenFrames(StepwiseDrafter, BlockModel):
         """See `TrainableDrafter.candidates`: best first on a CPU, level by level elsewhere."""
         if not isinstance(heads, FrameHeads) or heads.bias is None:
             return super().candidates(states, root, heads, nodes, min_probability)
-        from ctc_drafter.ctc.search_cpu import best_chains
+        from ctc_drafter.ctc.chain_search_cpu import best_chains
 
         start = states[:, 0]
         state = start[:, :0] if self.predictor is None else self.predictor.root_state(start)
