@@ -10,6 +10,8 @@ from safetensors.torch import load_file
 from transformers import Gemma3TextConfig
 
 from ctc_drafter.cli import main
+from ctc_drafter.decode.tree import best_chain
+from ctc_drafter.drafters.ctc_session import level_by_level
 from ctc_drafter.integrations.export import embedding_scale, export
 from ctc_drafter.integrations.head import CTCHead
 from ctc_drafter.integrations.settings import ARCHITECTURE, HeadSettings, check_vllm
@@ -79,6 +81,31 @@ def test_the_head_finds_the_chain_that_is_worth_most(tmp_path, sizes):
         for row, token in enumerate(root):
             expected = worth_most(drafter, blocks[row], token, logits[row][:, some], target.embed, some)
             assert found[row].tolist() == [*expected, 5]
+
+
+@pytest.mark.parametrize("some", [None, [1, 4, 20, 50, 96]])
+def test_the_head_has_tied_tables_and_joint_terms(tmp_path, some):
+    """Its chains are those of the drafter's own search of the same width."""
+    sizes = {"predictor_tied": True, "joint_tokens": 4, "joint_rank": 3, "draft_vocab_size": len(some or [])}
+    target = tiny_target()
+    drafter = tiny_drafter(target, mask_token_id=5, frames=4, draft_length=3, **sizes)
+    if some is not None:
+        drafter.draft_only(torch.tensor(some))
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for weight in drafter.parameters():
+            weight.normal_(std=0.1)
+    assert export(drafter, target.config, "some/target", tmp_path / "out", width=8) == []
+    head = CTCHead(HeadSettings.of(json.loads((tmp_path / "out/config.json").read_text())["ctc_config"]))
+    head.take(load_file(tmp_path / "out/model.safetensors").items())
+    states, root = torch.randn(3, 5, 64), torch.tensor([4, 0, 96])
+    with torch.no_grad():
+        logits = target.head(states[:, 1:])
+        found = head.chains(states, root, logits, target.embed)
+        search = level_by_level(drafter.predictor, drafter.joint, 3, target.embed, drafter.vocabulary)
+        frames = drafter.frame_logits(states, drafter.narrowed(target.head))
+        expected = best_chain(search(*frames, root, states, None, 8, 0.0), 3).tokens
+    assert torch.equal(found[:, :3], expected)
 
 
 def worth_most(drafter, block, root, logits, embed, some):

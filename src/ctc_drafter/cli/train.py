@@ -111,6 +111,34 @@ def train(
             show_default="the method's",
         ),
     ] = None,
+    predictor_width: Annotated[
+        int | None,
+        typer.Option(
+            "--predictor-width",
+            help="Hidden size of the predictor; 0 to let it see the last token alone.",
+            show_default="the method's",
+        ),
+    ] = None,
+    predictor_tied: Annotated[
+        bool | None,
+        typer.Option(
+            "--predictor-tied/--no-predictor-tied",
+            help="Make the predictor's tables from the target's embedding instead of storing them.",
+            show_default="the method's",
+        ),
+    ] = None,
+    joint_tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--joint-tokens",
+            help="Likeliest tokens of each frame that are scored by frame and prefix together; 0 for none.",
+            show_default="the method's",
+        ),
+    ] = None,
+    joint_rank: Annotated[
+        int | None,
+        typer.Option("--joint-rank", help="Rank of those scores.", show_default="the method's"),
+    ] = None,
     carry: Annotated[
         bool | None,
         typer.Option(
@@ -210,6 +238,10 @@ def train(
     sizes: dict[str, Any] = {"frames": frames, "draft_length": draft_length, "num_hidden_layers": draft_layers}
     sizes |= {"predictor_rank": predictor_rank, "draft_vocab_size": draft_vocabulary, "carry": carry}
     sizes |= {
+        "predictor_width": predictor_width,
+        "predictor_tied": predictor_tied,
+        "joint_tokens": joint_tokens,
+        "joint_rank": joint_rank,
         "carry_rank": carry_rank,
         "carry_root": carry_root,
         "convolution": convolution,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -49,6 +49,13 @@ class Trained:
     def has(self, key: str) -> bool:
         """Whether its config has this key."""
         return key in self.drafter.config_class.__dataclass_fields__
+
+    def with_usual(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Sizes that were given, and the usual ones; what needs a predictor is usual where there is one."""
+        usual = dict(self.usual)
+        if 0 in (given.get("predictor_rank"), given.get("predictor_width")):
+            usual.pop("joint_tokens", None)
+        return usual | self.sizes | given
 
 
 TRAINED = {
@@ -138,7 +145,7 @@ def fresh_drafter(
     if tokenizer is not None and chosen.has("mask_token_id"):
         fillers = (tokenizer.mask_token_id, tokenizer.unk_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
         given.setdefault("mask_token_id", next(token for token in fillers if token is not None))
-    drafter = chosen.drafter.for_target(target.model.config, **chosen.usual | chosen.sizes | given)
+    drafter = chosen.drafter.for_target(target.model.config, **chosen.with_usual(given))
     drafter.check_target(target.model.config)
     target.check_drafter(drafter)
     drafter.start_from(target.norm_scale, target.head)
@@ -154,7 +161,7 @@ def sizes_without_carry(sizes: dict[str, Any]) -> dict[str, Any]:
 def blank_drafter(method: str = "ctc", **sizes: Any) -> Callable[[PreTrainedConfig], TrainableDrafter]:
     """Makes an untrained drafter of a method for a target's config, to count it; sizes as in `fresh_drafter`."""
     chosen = trained_method(method)
-    given = chosen.usual | chosen.sizes | {name: size for name, size in sizes.items() if size is not None}
+    given = chosen.with_usual({name: size for name, size in sizes.items() if size is not None})
 
     def make(config: PreTrainedConfig) -> TrainableDrafter:
         return chosen.drafter.for_target(config, **given)

@@ -101,7 +101,10 @@ def read_start(name: str) -> Start:
     config = _config(name)
     for method, entry in TRAINED.items():
         if entry.model_type == config.get("model_type") and all(config.get(k) == v for k, v in entry.sizes.items()):
-            kept = {key: config[key] for key in config.keys() & entry.drafter.config_class.__dataclass_fields__}
+            fields = entry.drafter.config_class.__dataclass_fields__
+            kept = {key: config[key] for key in config.keys() & fields}
+            if "predictor_tied" in fields:
+                kept.setdefault("predictor_tied", False)  # of folders from before there was a choice
             return Start(name, method, kept, _tensors(name, "model.safetensors"), foreign=False)
     if is_dflash(config):
         method, sizes = ("dflash2", dflash2_sizes) if is_dflash2(config) else ("dflash", dflash_sizes)

@@ -68,7 +68,7 @@ def searched(drafter: TrainableDrafter) -> int:
     """Operations of the searches in `ctc/search_cpu.py` for `NODES` expansions, which no counter sees.
 
     Each expansion takes, for each token, the bias of a prefix (`predictor_rank` products and the MLP), the normaliser
-    and the children's sum, one product a frame each; without blanks one frame is left to ask.
+    and the children's sum, one product a frame each, and the joint terms; without blanks one frame is left to ask.
     """
     config: Any = drafter.config
     rank, width = getattr(config, "predictor_rank", 0), getattr(config, "predictor_width", 0)
@@ -78,7 +78,9 @@ def searched(drafter: TrainableDrafter) -> int:
         columns, frames = config.vocab_size, 1
     else:
         return 0
-    return 2 * NODES * (columns * (rank + 2 * frames) + rank * width)
+    joint_rank = getattr(config, "joint_rank", 0)
+    joint = joint_rank * (width + frames * config.joint_tokens) if getattr(config, "joint_tokens", 0) else 0
+    return 2 * NODES * (columns * (rank + 2 * frames) + rank * width + joint)
 
 
 def costs(result: Mapping[str, Any]) -> Iterator[list[str]]:

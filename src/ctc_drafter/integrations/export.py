@@ -21,7 +21,7 @@ from ctc_drafter.integrations.settings import ARCHITECTURE, FORMAT, HeadSettings
 from ctc_drafter.types import UserError, own_code
 
 # Of the draft layers (DFlash's) and of the head; see `docs/design.md`.
-PARTS = {"fc", "hidden_norm", "layers", "norm", "blank_head", "predictor", "carry", "carry_root", "d2t"}
+PARTS = {"fc", "hidden_norm", "layers", "norm", "blank_head", "predictor", "joint", "carry", "carry_root", "d2t"}
 
 
 def export(drafter: CTCDrafter, target: PreTrainedConfig, name: str, out: Path, width: int) -> list[str]:

@@ -13,6 +13,7 @@ from ctc_drafter.ctc.search import prefix_search
 from ctc_drafter.decode.tree import best_chain
 from ctc_drafter.drafters.block import Carry
 from ctc_drafter.drafters.ctc_session import divided
+from ctc_drafter.drafters.joint import JointNetwork, joint_of_prefixes
 from ctc_drafter.drafters.predictor import Embed, Predictor
 from ctc_drafter.integrations.settings import HeadSettings
 from ctc_drafter.types import UserError
@@ -31,7 +32,11 @@ class CTCHead(nn.Module):
         self.predictor = None
         if settings.predictor_rank:
             sizes = (settings.vocab_size, size, settings.predictor_rank, settings.predictor_width)
-            self.predictor = Predictor(*sizes, settings.draft_vocab_size)
+            self.predictor = Predictor(*sizes, settings.draft_vocab_size, tied=settings.predictor_tied)
+        self.joint = None
+        if settings.joint_tokens:
+            self.joint = JointNetwork(size, settings.predictor_width, settings.joint_rank, settings.joint_tokens)
+        self.rows: torch.Tensor | None = None  # of the predictor's output matrix, once the embedding is known
         carry = size, 1 + settings.frames, settings.carry_rank
         self.carry = Carry(*carry) if settings.carry else None
         self.carry_root = Carry(*carry) if settings.carry_root else None
@@ -52,6 +57,7 @@ class CTCHead(nn.Module):
         if missing:
             raise UserError(f"the draft model has no tensor {missing[0]}; export the drafter again")
         self.load_state_dict(own)
+        self.rows = None
         return others
 
     @torch.no_grad()
@@ -68,9 +74,14 @@ class CTCHead(nn.Module):
             d2t = cast(torch.Tensor, self.d2t)
             vocabulary = d2t + torch.arange(len(d2t), device=d2t.device)
             logits = logits[..., vocabulary]
-        bias, temperature = None, settings.score_temperature
+        bias, joint, temperature = None, None, settings.score_temperature
         if self.predictor is not None:
-            bias = divided(self.predictor.search_bias(states[:, 0], embed), temperature)
+            if self.rows is None:
+                self.rows = self.predictor.output_rows(embed, vocabulary)
+            bias = divided(self.predictor.search_bias(states[:, 0], embed, rows=self.rows), temperature)
+            if self.joint is not None:
+                made_of = self.predictor, states, logits, vocabulary, embed, temperature
+                joint = joint_of_prefixes(self.joint, *made_of)
         found = prefix_search(
             logits.float() / temperature,
             blanks.float() / temperature,
@@ -79,6 +90,7 @@ class CTCHead(nn.Module):
             width=settings.width,
             depth=settings.draft_length,
             vocabulary=vocabulary,
+            joint=joint,
         )
         chain = best_chain(found, settings.draft_length)
         tokens = torch.where(chain.scores.isfinite(), chain.tokens, settings.mask_token_id)

@@ -16,10 +16,10 @@ ARCHITECTURE = "DFlashCTCDraftModel"  # vLLM puts DFlash before names that neith
 class HeadSettings:
     """Sizes of what reads the frames; `ctc_config` of an exported config.
 
-    frames, draft_length, vocab_size, hidden_size, mask_token_id, predictor_rank, predictor_width, draft_vocab_size,
-    carry, carry_rank, carry_root: the drafter's own, see `CTCDrafterConfig`. embedding_scale: what the target
-    multiplies its embeddings by. width: prefixes of each length that the search keeps. score_temperature: what the
-    search divides logits by.
+    frames, draft_length, vocab_size, hidden_size, mask_token_id, predictor_rank, predictor_width, predictor_tied,
+    joint_tokens, joint_rank, draft_vocab_size, carry, carry_rank, carry_root: the drafter's own, see
+    `CTCDrafterConfig`. embedding_scale: what the target multiplies its embeddings by. width: prefixes of each length
+    that the search keeps. score_temperature: what the search divides logits by.
     """
 
     frames: int
@@ -29,6 +29,9 @@ class HeadSettings:
     mask_token_id: int
     predictor_rank: int
     predictor_width: int
+    predictor_tied: bool = False
+    joint_tokens: int = 0
+    joint_rank: int = 64
     draft_vocab_size: int = 0
     carry: bool = False
     carry_rank: int = 0

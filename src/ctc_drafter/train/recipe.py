@@ -184,7 +184,9 @@ NOT_YET = "Nobody has run it at this size yet; the tests run it\nwith a small ra
 # Keys of a drafter's config -> what recipes call them, which is what `train` calls its options.
 SIZES = {
     **{key: key for key in ("frames", "draft_length", "predictor_rank", "carry", "carry_rank", "carry_root")},
-    **{key: key for key in ("convolution", "copies")},
+    **{
+        key: key for key in ("predictor_width", "predictor_tied", "joint_tokens", "joint_rank", "convolution", "copies")
+    },
     "lookup_length": "lookup",
     "num_hidden_layers": "draft_layers",
     "draft_vocab_size": "draft_vocabulary",
