@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ctc_drafter.ctc.copies import Text
+from ctc_drafter.ctc.kernels_cpu import bfloat16_bits
 from ctc_drafter.ctc.search import prefix_search
 from ctc_drafter.ctc.search_cpu import LowRankBias, _search_rows, best_prefixes
 from ctc_drafter.drafters.predictor import low_rank_bias
@@ -21,15 +22,21 @@ def problem(seed=0, batch=B, frames=F, rank=R, scale=1.5):
     generator = torch.Generator().manual_seed(seed)
     shapes = (batch, frames, V), (batch, frames), (V, rank), (V, M), (V, M), (rank, M), (rank, V), (batch, M)
     frame_logits, blank_logits, *tables, states = (scale * torch.randn(*s, generator=generator) for s in shapes)
-    tables = [table / 2 for table in tables]
+    tables = [(table / 2).bfloat16().float() for table in tables]
     tables[-1] = (3 * tables[-1]).to(torch.int8)
     tables.insert(4, 0.5 + torch.rand(rank, generator=generator))
     return frame_logits, blank_logits, tables, states
 
 
+def low_rank(tables):
+    first, earlier, later, *rest = tables
+    rest = [table.numpy() for table in rest]
+    return LowRankBias(first.numpy(), bfloat16_bits(earlier), bfloat16_bits(later), *rest)
+
+
 def search(frame_logits, blank_logits, tables, states, **options):
     roots = ROOTS[: len(frame_logits)]
-    bias = LowRankBias(*(table.numpy() for table in tables))
+    bias = low_rank(tables)
     return best_prefixes(frame_logits, blank_logits, roots, bias, states, **options)
 
 
@@ -171,7 +178,7 @@ def test_arrays_with_gaps_give_the_same_and_are_not_compiled_anew():
     wide = (torch.stack([each, each], -1)[..., 0] for each in (frames, blanks, ROOTS, states))
     frames, blanks, roots, states = wide
     assert not any(each.is_contiguous() for each in (frames, blanks, roots, states))
-    bias = LowRankBias(*(table.numpy() for table in tables))
+    bias = low_rank(tables)
     texts = Text(torch.stack([roots, roots, roots], 1)[:, 1:], torch.ones_like(roots))
     found = best_prefixes(frames, blanks, roots, bias, states, count=9, depth=F, text=texts)
     assert torch.equal(found.tokens, expected_.tokens)

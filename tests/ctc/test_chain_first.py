@@ -8,7 +8,7 @@ import torch
 from ctc_drafter.ctc.chain_search_cpu import best_chains
 from ctc_drafter.drafters.baselines.chain_rule import expand_statically
 from ctc_drafter.drafters.predictor import Predictor, low_rank_bias
-from helpers import exact_in_int8
+from helpers import exact_in_tables
 
 VOCABULARY, DEPTH, HIDDEN = 60, 4, 16
 
@@ -53,7 +53,7 @@ def found_in(candidates, row: int) -> dict[tuple[int, ...], float]:
 @torch.no_grad()
 def test_the_best_prefixes_under_a_predictor(width: int, nodes: int) -> None:
     embed, predictor, logits, start, root = parts(width)
-    exact_in_int8(predictor, embed)
+    exact_in_tables(predictor, embed)
     states = predictor.root_state(start)
     slow = by_levels(predictor, embed, logits, root, states, nodes)
     fast = best_chains(logits, root, low_rank_bias(predictor, embed), states, count=nodes)

@@ -16,7 +16,7 @@ from ctc_drafter.drafters.trainable import LossInputs, LossOptions
 from ctc_drafter.train.objective import anchor_copies, dropped
 from ctc_drafter.types import UserError
 from ctc_oracle import prefix_probs, sequence_probs
-from helpers import VOCABULARY, exact_in_int8, tiny_config, tiny_target, without_copies
+from helpers import VOCABULARY, exact_in_tables, tiny_config, tiny_target, without_copies
 
 A, B_, C, D = range(4)
 V = 4
@@ -83,7 +83,7 @@ def problem(seed):
         for weight in predictor.parameters():
             weight.normal_()
     embed = torch.nn.Embedding(V, 6)
-    exact_in_int8(predictor, embed)
+    exact_in_tables(predictor, embed)
     text = torch.randint(V, (1, 9))
     return 1.5 * torch.randn(1, 4, V), torch.randn(1, 4), predictor, embed, torch.randn(1, 6), text
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from ctc_drafter.ctc.joint import JointOfPrefixes, JointTerms
+from ctc_drafter.ctc.kernels_cpu import bfloat16_bits
 from ctc_drafter.ctc.lattice import lattice
 from ctc_drafter.ctc.loss import prefix_log_probs
 from ctc_drafter.ctc.search import prefix_search
@@ -86,7 +87,9 @@ def problem(seed=0, scale=1.0, rank=2, width=3, count=K, size=4):
 
     frames, blanks, root = normal(N, F, size), normal(N, F), torch.tensor([2, 0, 1])
     tables = [normal(size, rank), normal(size, width), normal(size, width), normal(rank, width), torch.ones(rank)]
-    bias = LowRankBias(*(t.numpy() for t in tables), (2 * normal(rank, size)).to(torch.int8).numpy())
+    first, earlier, later, *rest = (t.bfloat16().float() for t in tables)
+    rest = [t.numpy() for t in (*rest, (2 * normal(rank, size)).to(torch.int8))]
+    bias = LowRankBias(first.numpy(), bfloat16_bits(earlier), bfloat16_bits(later), *rest)
     columns = frames.topk(count).indices
     terms = FrameTerms(*(t.numpy() for t in (columns, normal(N, F, count, 5), normal(N, F, 5), normal(5, width))))
     return frames, blanks, root, bias, normal(N, width), terms
@@ -94,7 +97,8 @@ def problem(seed=0, scale=1.0, rank=2, width=3, count=K, size=4):
 
 def functions(row_bias, states, terms):
     """The bias and the terms after prefixes, as the level-by-level search asks for them."""
-    table, earlier, later, inner, scale, output = (torch.from_numpy(t).float() for t in row_bias[:6])
+    table, inner, scale, output = (torch.from_numpy(row_bias[i]).float() for i in (0, 3, 4, 5))
+    earlier, later = (torch.from_numpy(row_bias[i]).view(torch.bfloat16).float() for i in (1, 2))
     columns, tokens, frames, prefix = map(torch.from_numpy, terms)
 
     def hidden(recent):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from ctc_drafter.ctc.kernels_cpu import bfloat16_bits
 from ctc_drafter.ctc.loss import prefix_log_probs
 from ctc_drafter.ctc.search import prefix_search
 from ctc_drafter.ctc.search_cpu import LowRankBias, best_prefixes
@@ -50,14 +51,16 @@ def test_searches_find_what_they_find_where_the_others_are_impossible(root):
     generator = torch.Generator().manual_seed(root)
     frames, blanks = (torch.randn(1, FRAMES, *more, generator=generator) for more in ((TOKENS,), ()))
     shapes = (TOKENS, RANK), (TOKENS, WIDTH), (TOKENS, WIDTH), (RANK, WIDTH)
-    tables = [torch.randn(*shape, generator=generator) for shape in shapes]
+    tables = [torch.randn(*shape, generator=generator).bfloat16().float() for shape in shapes]
     output = torch.randint(-3, 4, (RANK, TOKENS), generator=generator, dtype=torch.int8)
     states = torch.randn(1, WIDTH, generator=generator)
     impossible = torch.full_like(frames, -1e9)
     impossible[..., SOME] = frames[..., SOME]
 
     def both(logits, columns, vocabulary):
-        low_rank = LowRankBias(*(t.numpy() for t in (*tables, torch.ones(RANK), output[:, columns].contiguous())))
+        first, earlier, later, inner = tables
+        more = inner.numpy(), torch.ones(RANK).numpy(), output[:, columns].contiguous().numpy()
+        low_rank = LowRankBias(first.numpy(), bfloat16_bits(earlier), bfloat16_bits(later), *more)
         roots = torch.tensor([root])
         first = best_prefixes(
             logits, blanks, roots, low_rank, states, count=20, depth=3, min_probability=1e-9, vocabulary=vocabulary

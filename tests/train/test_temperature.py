@@ -21,7 +21,7 @@ from ctc_drafter.drafters.trainable import LossInputs
 from ctc_drafter.train.temperature import TRIED, fit_temperature, likeliest
 from ctc_drafter.train.trainer import train_drafter
 from ctc_drafter.types import UserError
-from helpers import exact_in_int8, paths, tiny_drafter, tiny_target
+from helpers import exact_in_tables, paths, tiny_drafter, tiny_target
 from train_helpers import settings, written_rows
 
 CHAINS = ("medusa", "hydra", "hydra++", "dflash", "dflash2", "dspark", "eagle")
@@ -119,14 +119,14 @@ def test_ours_is_scored_at_the_temperature(copies: int) -> None:
     drafter = tiny_drafter(target, copies=copies)
     for weight in drafter.parameters():
         weight.add_(0.1 * torch.randn_like(weight))
-    exact_in_int8(drafter.predictor, target.embed)
+    exact_in_tables(drafter.predictor, target.embed)
     drafter.config.score_temperature = 0.25
     text, root = torch.tensor([[3, 1, 4, 1, 5, 3, 1]]), 4
     row = torch.cat([text, torch.tensor([[root]])], 1)
     features = target.hidden_features(row, drafter.feature_layers)
     states = drafter.draft_states(features, row, torch.tensor([[7]]), target.embed)[0]
     known = Text(row, torch.tensor([7]))
-    parts = (drafter.predictor, drafter.config.draft_length, target.embed)
+    parts = (drafter.predictor, drafter.joint, drafter.config.draft_length, target.embed)
     for make in (best_first, level_by_level):
         search = make(*parts, None, 0.25)
         heads = SearchHead(target.embed, target.head, search)
@@ -135,7 +135,7 @@ def test_ours_is_scored_at_the_temperature(copies: int) -> None:
             labels = torch.tensor([[root, *prefix]])
             whole = torch.cat([row, labels[:, 1:]], 1)
             suggested = copies_at(whole, torch.tensor([[7]]), len(prefix), copies)[0] if copies else None
-            tokens, blanks, bias = drafter.scores(states, labels, target.embed, target.head, suggested)
+            tokens, blanks, bias, _ = drafter.scores(states, labels, target.embed, target.head, suggested)
             made = lattice(tokens / 0.25, blanks / 0.25, labels[:, 1:], bias / 0.25)
             expected = float(prefix_log_probs(made, labels[:, 1:])[0, -1])
             assert math.log(found[prefix]) == pytest.approx(expected, abs=2e-3)

@@ -5,9 +5,27 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import torch
 from numba import njit
 
 real = np.float32
+
+
+def bfloat16_bits(values: torch.Tensor) -> np.ndarray:
+    """The values in bfloat16 as `uint16`, which numpy has no type for."""
+    found: np.ndarray = values.to(torch.bfloat16).contiguous().view(torch.uint16).numpy()
+    return found
+
+
+@njit(cache=True, nogil=True)
+def add_bfloat16(sums, bits):  # type: ignore[no-untyped-def]
+    """Adds values given as `bfloat16_bits` to float32 sums."""
+    whole = np.empty(len(bits), np.uint32)
+    for i in range(len(bits)):
+        whole[i] = np.uint32(bits[i]) << np.uint32(16)
+    values = whole.view(np.float32)
+    for i in range(len(bits)):
+        sums[i] += values[i]
 
 
 # The order of additions is free here, so that they run in parallel lanes.

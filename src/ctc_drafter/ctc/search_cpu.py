@@ -10,7 +10,7 @@ import torch
 from numba import njit
 
 from ctc_drafter.ctc.copies import Text
-from ctc_drafter.ctc.kernels_cpu import combine, dot, exp
+from ctc_drafter.ctc.kernels_cpu import add_bfloat16, combine, dot, exp
 from ctc_drafter.ctc.lattice import sum_floor
 from ctc_drafter.types import Candidates
 
@@ -36,8 +36,9 @@ class LowRankBias(NamedTuple):
     """Low-rank bias that a prefix adds to the logit of column v, for T tokens, V columns, rank r and width M:
 
     `output[:, v] @ (scale * (table[last] + inner @ silu(earlier[previous] + later[last] + root)))`, without `earlier`
-    right after the root. table `[T, r]`, earlier and later `[T, M]`, inner `[r, M]`, scale `[r]`: float32.
-    output `[r, V]`: int8, which is read in half the time of float32. r = 0 for no bias.
+    right after the root. table `[T, r]`, inner `[r, M]`, scale `[r]`: float32. earlier and later `[T, M]`: bfloat16 as
+    uint16 (`kernels_cpu.bfloat16_bits`), half the memory of a table for every token. output `[r, V]`: int8, which is
+    read in half the time of float32. r = 0 for no bias.
 
     What the prefix copies (`copies.py`) gets `copying[l] @ silu(..) + trust[l]` more, for the length l + 1 of the copy.
     copying `[longest, M]`, trust `[longest]`: float32, none to copy nothing. columns `int64 [T]`: each token's column.
@@ -219,10 +220,14 @@ def _hidden(pool, i, bias, root_state):  # type: ignore[no-untyped-def]
     """The predictor's hidden layer after entry i, `[M]`."""
     last = pool.last[i]
     hidden = np.empty(bias.inner.shape[1], np.float32)
+    if len(hidden) == 0:
+        return hidden
     for m in range(len(hidden)):
-        hidden[m] = bias.later[last, m] + root_state[m]
-        if i > 0:
-            hidden[m] += bias.earlier[pool.last[pool.parent[i]], m]
+        hidden[m] = root_state[m]
+    add_bfloat16(hidden, bias.later[last])
+    if i > 0:
+        add_bfloat16(hidden, bias.earlier[pool.last[pool.parent[i]]])
+    for m in range(len(hidden)):
         hidden[m] /= 1 + math.exp(-hidden[m])
     return hidden
 

@@ -182,6 +182,7 @@ class Predictor(nn.Module):
 @torch.no_grad()
 def low_rank_bias(predictor: Predictor | None, embed: nn.Module, vocabulary: torch.Tensor | None = None) -> LowRankBias:
     """What the searches on a CPU read of a predictor; of rank 0 without one. vocabulary as in `search_head`."""
+    from ctc_drafter.ctc.kernels_cpu import bfloat16_bits
     from ctc_drafter.ctc.search_cpu import LowRankBias
 
     nothing = torch.zeros(0, 0)
@@ -189,4 +190,6 @@ def low_rank_bias(predictor: Predictor | None, embed: nn.Module, vocabulary: tor
         tables: tuple[torch.Tensor, ...] = (*(nothing,) * 4, torch.zeros(0), nothing.to(torch.int8))
     else:
         tables = (*predictor.tables(embed, vocabulary), token_columns(predictor.vocab_size, vocabulary))
-    return LowRankBias(*(table.contiguous().numpy() for table in tables))
+    first, earlier, later, *rest = tables
+    arrays = (table.contiguous().numpy() for table in rest)
+    return LowRankBias(first.contiguous().numpy(), bfloat16_bits(earlier), bfloat16_bits(later), *arrays)

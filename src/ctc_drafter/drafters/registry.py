@@ -55,7 +55,7 @@ class Trained:
         usual = dict(self.usual)
         if 0 in (given.get("predictor_rank"), given.get("predictor_width")):
             usual.pop("joint_tokens", None)
-        return usual | self.sizes | given
+        return {**usual, **self.sizes, **given}
 
 
 TRAINED = {
