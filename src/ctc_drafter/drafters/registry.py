@@ -63,7 +63,10 @@ TRAINED = {
         "ctc",
         "CTCDrafter",
         "ctc_drafter",
-        usual={"carry": True, "carry_rank": 64, "carry_root": True, "copies": 16, "lookup_length": 15},
+        usual={
+            **{"predictor_width": 512, "predictor_tied": True, "joint_tokens": 64, "joint_rank": 128},
+            **{"carry": True, "carry_rank": 64, "carry_root": True, "copies": 16, "lookup_length": 15},
+        },
     ),
     "ctc-linear": Trained("baselines.ctc_variants", "LinearCTCDrafter", "ctc_linear_drafter"),
     "ctc-paper": Trained("baselines.ctc_variants", "PaperDrafter", "ctc_paper_drafter"),

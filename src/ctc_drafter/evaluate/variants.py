@@ -248,6 +248,8 @@ FULL = {"loss": "ctc"}
 BARE = {"predictor_rank": 0, "copies": 0}
 TEXT = {"loss": "prefix", "loss_decay": 0.8}  # cross-entropy, weighted as ours, whatever the method's authors do
 CARRY = {"carry": True, "carry_rank": 64, "carry_root": True}
+# A predictor with tables of its own and no joint terms, as the drafters without blanks have.
+ADDITIVE = {"joint_tokens": 0, "predictor_tied": False, "predictor_width": 256}
 CE, CE_PREDICTOR = Recipe("dflash", CARRY, TEXT), Recipe("dspark", {"predictor_width": 256, **CARRY}, TEXT)
 LINEAR_CE = Recipe("medusa", {"own_outputs": False}, TEXT)
 
@@ -267,6 +269,8 @@ def variants() -> tuple[Variant, ...]:
         replace(base, typical=True),
         Variant("no carry", ours(carry=False, carry_rank=0, carry_root=False)),
         Variant("no carry of the root", ours(carry_root=False)),
+        Variant("no joint terms", ours(joint_tokens=0)),
+        Variant("no joint terms, tables of its own", ours(**ADDITIVE)),
         Variant("prefix", bare_prefix),
         Variant("prefix", bare_prefix, static=True),
         Variant("full CTC, predictor", replace(ours(), training=FULL)),
