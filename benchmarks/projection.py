@@ -97,7 +97,8 @@ def network_work(drafter: CTCDrafter, rows: int, context: int) -> Work:
     """One block of each row: the layers, the head's columns that are drafted, and the cached context."""
     config, predictor = drafter.config, drafter.predictor
     assert predictor is not None
-    apart = predictor.table.weight.numel() + predictor.output.weight.numel()  # looked up; the search's
+    searched = predictor.table, predictor.output, *([drafter.joint] if drafter.joint is not None else [])
+    apart = sum(p.numel() for module in searched for p in module.parameters())  # looked up; the search's
     layers = sum(p.numel() for p in drafter.parameters()) - apart
     columns = (config.draft_vocab_size or config.vocab_size) * config.hidden_size
     cached = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * context
@@ -108,12 +109,16 @@ def network_work(drafter: CTCDrafter, rows: int, context: int) -> Work:
 
 
 def search_work(drafter: CTCDrafter, rows: int, nodes: int) -> Work:
-    """The root's level, then `nodes` prefixes a level: the predictor's products, and `PASSES` over all scores."""
-    assert drafter.predictor is not None
-    output, levels = drafter.predictor.output.weight, drafter.config.draft_length
-    numbers = rows * (1 + (levels - 1) * nodes) * len(output)
-    products = output.shape[1] + 2 * drafter.frames  # the bias; what normalises it, and the scores
-    return Work(levels * output.numel() * drafter.dtype.itemsize + PASSES * 4 * numbers, 2.0 * numbers * products)
+    """The root's level, then `nodes` prefixes a level: the predictor's products, and `PASSES` over all scores; the same
+    for the joint terms. Tied tables are worked out beforehand."""
+    config, levels = drafter.config, drafter.config.draft_length
+    columns, rank = config.draft_vocab_size or config.vocab_size, config.predictor_rank
+    prefixes = rows * (1 + (levels - 1) * nodes)
+    products = columns * (rank + 2 * drafter.frames)  # the bias; what normalises it, and the scores
+    terms = drafter.frames * config.joint_tokens
+    joint = config.joint_rank * (terms + config.predictor_width) if terms else 0
+    read = drafter.dtype.itemsize * levels * (columns * rank + rows * terms * config.joint_rank)
+    return Work(read + PASSES * 4 * prefixes * (columns + terms), 2.0 * prefixes * (products + joint))
 
 
 def weights_of(target: Target) -> int:

@@ -69,11 +69,21 @@ def test_work_of_the_search():
     assert work.operations == 2 * scores * (rank + 2 * drafter.frames)
 
 
+SEARCHED = {"predictor_width": 512, "draft_length": 7, "frames": 8}
+
+
 def test_a_pruned_vocabulary_is_read_in_part():
     target = weightless_target(named_shape("tiny").config(64))
     whole, part = (weightless_drafter(target, size) for size in (0, 128))
     assert network_work(whole, 1, 8).bytes - network_work(part, 1, 8).bytes == 2 * (512 - 128) * 64
-    assert search_work(part, 1, 8).bytes == search_work(whole, 1, 8).bytes / 4
+    config, levels = part.config, part.config.draft_length
+    prefixes, terms = 1 + (levels - 1) * 8, part.frames * config.joint_tokens
+    joint = part.dtype.itemsize * levels * terms * config.joint_rank + 4 * PASSES * prefixes * terms
+    assert search_work(part, 1, 8).bytes - joint == (search_work(whole, 1, 8).bytes - joint) / 4
+    plain = CTCDrafter.for_target(target.model.config, **SEARCHED)
+    both = CTCDrafter.for_target(target.model.config, **SEARCHED, joint_tokens=5, joint_rank=3)
+    more = search_work(both, 2, 4).operations - search_work(plain, 2, 4).operations
+    assert more == 2 * 2 * (1 + (levels - 1) * 4) * 3 * (5 * both.frames + config.predictor_width)
 
 
 def test_the_drafter_is_the_one_that_training_makes():

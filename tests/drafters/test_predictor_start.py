@@ -18,6 +18,12 @@ def nearest(rows, rank):
     return kept @ kept.T
 
 
+def fitted(vectors, rows):
+    """The affine map of vectors that is nearest to rows, at the vectors."""
+    with_one = torch.cat([vectors, torch.ones(len(vectors), 1)], 1)
+    return with_one @ torch.linalg.pinv(with_one) @ rows
+
+
 @pytest.mark.parametrize("some", [None, [1, 2, 7, 8, 11]])
 def test_the_output_matrix_is_the_nearest_of_its_rank(some):
     torch.manual_seed(0)
@@ -49,8 +55,9 @@ def test_a_quantised_head_changes_nothing():
 @torch.no_grad()
 def test_fresh_drafters_start_so():
     target = tiny_target()
-    rows, sizes = target.head.weight.detach().float(), {"predictor_rank": RANK}
+    rows, sizes = target.head.weight.detach().float(), {"predictor_rank": RANK, "predictor_tied": False}
     output = fresh_drafter(target, None, 0, **sizes).predictor.output.weight
+    own = output
     torch.testing.assert_close(output @ output.T, nearest(rows, RANK), atol=1e-5, rtol=1e-3)
 
     narrow = fresh_drafter(target, None, 0, draft_vocab_size=9, **sizes)
@@ -60,6 +67,11 @@ def test_fresh_drafters_start_so():
     output = narrow.predictor.output.weight
     torch.testing.assert_close(output @ output.T, nearest(rows[5:30:3], RANK), atol=1e-5, rtol=1e-3)
 
+    tied = fresh_drafter(target, None, 0, predictor_rank=RANK).predictor
+    assert tied.tied
+    torch.testing.assert_close(tied.output_rows(target.embed), fitted(target.embed.weight, own), atol=1e-4, rtol=1e-3)
+
+    sizes = {"predictor_rank": RANK}
     ours, theirs = (fresh_drafter(target, None, 0, "dspark", predictor_width=width, **sizes) for width in (8, 0))
     output = ours.predictor.output.weight
     torch.testing.assert_close(output @ output.T, nearest(rows, RANK), atol=1e-5, rtol=1e-3)

@@ -120,7 +120,7 @@ def test_a_dflash_checkpoint(method: str, target: Target, tmp_path: Path, caplog
     theirs = write_dflash(tmp_path / "theirs", target)
     with caplog.at_level("INFO"):
         drafter = begun(target, tmp_path / "theirs", method).eval()
-    assert ("fresh: blank_head, predictor; not used: none" in caplog.text) == (method == "ctc")
+    assert ("fresh: blank_head, joint, predictor; not used: none" in caplog.text) == (method == "ctc")
     tokens = torch.randint(VOCABULARY, (1, 20))
     features = target.hidden_features(tokens, drafter.feature_layers)
     anchors = torch.tensor([[4, 11]])

@@ -131,7 +131,7 @@ def test_every_variant_can_be_made() -> None:
         method = trained_method(variant.recipe.method)
         known = method.drafter.config_class.__dataclass_fields__
         sizes = {key: size for key, size in SIZES.items() if key in known} | dict(variant.recipe.sizes)
-        drafter = method.drafter.for_target(target.config, **method.usual | method.sizes | sizes)
+        drafter = method.drafter.for_target(target.config, **method.with_usual(sizes))
         drafter.check_loss(TrainSettings.parse(dict(variant.recipe.training)).loss)
         if variant.static:
             assert isinstance(drafter, CTCDrafter)

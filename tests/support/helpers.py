@@ -66,8 +66,8 @@ def without_copies(drafter: CTCDrafter) -> CTCDrafter:
 
 @torch.no_grad()
 def exact_in_tables(predictor: Predictor, embed: torch.nn.Module) -> None:
-    """Rounds embedding, W2 and the maps of embeddings so that int8 and bfloat16 say what comes of them: the searches on a
-    CPU then read what the module computes."""
+    """Rounds embedding, W2 and the maps of embeddings so that int8 and bfloat16 say what comes of them: the searches on
+    a CPU then read what the module computes."""
     if predictor.width:
         for weight in (embed.weight, predictor.previous.weight, predictor.last.weight):
             step = 2.0 ** torch.floor(torch.log2(weight.abs().max() / 2))  # sums are small numbers of such steps

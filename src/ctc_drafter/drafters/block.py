@@ -121,7 +121,7 @@ class BlockModel(TrainableDrafter):
         return BlockSession(self, self.prepared(embed, head), batch_size)
 
     @torch.no_grad()
-    def start_from(self, norm_scale: torch.Tensor | None, head: nn.Module) -> None:
+    def start_from(self, norm_scale: torch.Tensor | None, head: nn.Module, embed: nn.Module | None = None) -> None:
         """The last norm starts as the target's. Of the root nothing is carried at first, so that a drafter that was
         trained without goes on as it was."""
         if norm_scale is not None:

@@ -156,22 +156,22 @@ class CTCDrafter(FramesModel):
             )
             raise UserError(f"{name} is damaged: its draft vocabulary (d2t) {what}; download it again")
 
-    def draft_only(self, tokens: torch.Tensor, head: nn.Module | None = None) -> None:
+    def draft_only(self, tokens: torch.Tensor, head: nn.Module | None = None, embed: nn.Module | None = None) -> None:
         """Drafts these tokens from now on: sorted ids `int64 [V]`, `draft_vocab_size` of them. For fresh drafters.
 
-        head: the target's LM head, for the predictor to start from.
+        head and embed: the target's LM head and embedding, for the predictor to start from.
         """
         offsets = cast(torch.Tensor, self.d2t)
         offsets.copy_(tokens.to(offsets.device) - torch.arange(len(offsets), device=offsets.device))
         if self.predictor is not None and head is not None:
-            self.predictor.start_from(head, self.vocabulary)
+            self.predictor.start_from(head, self.vocabulary, embed)
 
-    def start_from(self, norm_scale: torch.Tensor | None, head: nn.Module) -> None:
+    def start_from(self, norm_scale: torch.Tensor | None, head: nn.Module, embed: nn.Module | None = None) -> None:
         """See `BlockModel.start_from`; so does the predictor from the LM head, with a draft vocabulary once that is
         chosen (`draft_only`)."""
-        super().start_from(norm_scale, head)
+        super().start_from(norm_scale, head, embed)
         if self.predictor is not None and self.vocabulary is None:
-            self.predictor.start_from(head)
+            self.predictor.start_from(head, None, embed)
 
     @torch.no_grad()
     def pruned(self, tokens: torch.Tensor) -> CTCDrafter:
@@ -295,7 +295,7 @@ class CTCDrafter(FramesModel):
             if self.joint is not None:
                 hidden = self.predictor.hidden(previous, prefixes, root_state, embed)
                 columns = self.joint.columns(tokens)
-                joint = self.joint.terms(states[:, 1:], hidden, columns, self.vocabulary, embed)
+                joint = self.joint.terms(states[:, 1:], hidden, columns, self.predictor.drafted(self.vocabulary), embed)
         return tokens, blanks, bias, joint
 
     def _init_weights(self, module: nn.Module) -> None:

@@ -151,8 +151,7 @@ def best_first(
         bias = bias._replace(**linear)
     tables = None
     if joint is not None and predictor is not None:
-        columns = torch.arange(predictor.vocab_size) if vocabulary is None else vocabulary
-        tables = joint_tables(joint, embed, columns, temperature)
+        tables = joint_tables(joint, embed, predictor.drafted(vocabulary), temperature)
 
     def search(
         tokens: torch.Tensor,
@@ -214,7 +213,8 @@ def level_by_level(
         logits = tokens / temperature, blanks / temperature
         terms = None
         if joint is not None and predictor is not None:
-            terms = joint_of_prefixes(joint, predictor, states, tokens, vocabulary, embed, temperature)
+            drafted = predictor.drafted(vocabulary)
+            terms = joint_of_prefixes(joint, predictor, states, tokens, drafted, embed, temperature)
         return prefix_search(*logits, root, bias, width=nodes, depth=depth, vocabulary=vocabulary, joint=terms)
 
     return search

@@ -35,26 +35,20 @@ class JointNetwork(nn.Module):
         return frame_logits.detach().topk(min(self.count, frame_logits.shape[-1]), sorted=False).indices
 
     def terms(
-        self,
-        states: torch.Tensor,
-        hidden: torch.Tensor,
-        columns: torch.Tensor,
-        vocabulary: torch.Tensor | None,
-        embed: Embed,
+        self, states: torch.Tensor, hidden: torch.Tensor, columns: torch.Tensor, tokens: torch.Tensor, embed: Embed
     ) -> JointTerms:
         """Terms after each prefix: states `[N, F, H]`, hidden layers of the predictor `[N, P, M]`, columns from
-        `columns`; vocabulary `int64 [V]`: the token of each column, None for all tokens."""
-        vectors = self.vectors(columns, vocabulary, embed)
+        `columns`; tokens `int64 [V]`: of all columns."""
         mixed = fn.silu(self.frame(states).unsqueeze(1) + self.prefix(hidden).unsqueeze(2))
-        values = torch.einsum("npfj,nfkj->npfk", mixed, vectors.to(mixed.dtype))
+        values = torch.einsum("npfj,nfkj->npfk", mixed, self.vectors(columns, tokens, embed).to(mixed.dtype))
         return JointTerms(columns, values.float())
 
-    def vectors(self, columns: torch.Tensor, vocabulary: torch.Tensor | None, embed: Embed) -> torch.Tensor:
-        """E of the tokens of columns `int64 [N, F, K]`, `[N, F, K, J]`."""
-        if not torch.is_grad_enabled():  # static shapes, which ask nothing of the host
-            return self.token_vectors(columns if vocabulary is None else vocabulary[columns], embed)
-        used, places = columns.unique(return_inverse=True)  # many anchors share them
-        return self.token_vectors(used if vocabulary is None else vocabulary[used], embed)[places]
+    def vectors(self, columns: torch.Tensor, tokens: torch.Tensor, embed: Embed) -> torch.Tensor:
+        """E of the tokens of columns `int64 [N, F, K]`, `[N, F, K, J]`: one by one, or all tokens' where those are
+        fewer (in training, where many anchors share them)."""
+        if columns.numel() < len(tokens):
+            return self.token_vectors(tokens[columns], embed)
+        return fn.embedding(columns, self.token_vectors(tokens, embed))
 
     def token_vectors(self, tokens: torch.Tensor, embed: Embed) -> torch.Tensor:
         """E of tokens `int64 [...]`, `[..., J]`."""
@@ -71,17 +65,17 @@ def joint_of_prefixes(
     predictor: Predictor,
     states: torch.Tensor,
     frame_logits: torch.Tensor,
-    vocabulary: torch.Tensor | None,
+    tokens: torch.Tensor,
     embed: Embed,
     temperature: float = 1.0,
 ) -> JointOfPrefixes:
     """What the level-by-level search asks for: of block outputs `[B, 1+F, H]`, frame logits `[B, F, V]` and the tokens
-    of their columns `int64 [V]`, None for all."""
+    of their columns `int64 [V]`."""
     root_state, columns = predictor.root_state(states[:, 0]), joint.columns(frame_logits)
 
     def values(recent: torch.Tensor) -> torch.Tensor:
         hidden = predictor.hidden(recent[..., 1], recent[..., 0], root_state, embed)
-        return joint.terms(states[:, 1:], hidden, columns, vocabulary, embed).divided(temperature).values
+        return joint.terms(states[:, 1:], hidden, columns, tokens, embed).divided(temperature).values
 
     return JointOfPrefixes(columns, values)
 

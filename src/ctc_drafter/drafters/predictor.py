@@ -55,34 +55,42 @@ class Predictor(nn.Module):
         self.copying = nn.Linear(width, copies) if copies else None
 
     @torch.no_grad()
-    def start_from(self, head: nn.Module, vocabulary: torch.Tensor | None = None) -> None:
+    def start_from(
+        self, head: nn.Module, vocabulary: torch.Tensor | None = None, embed: nn.Module | None = None
+    ) -> None:
         """The output matrix starts as the LM head's rows along their `rank` main directions.
 
         Tokens that the target tells apart little get biases that differ little from the first step on, where a random
-        matrix has to learn so for each token. vocabulary `int64 [V]`: the tokens that are drafted, None for all. A
+        matrix has to learn so for each token. A tied one starts as the map of the embedding that comes nearest; without
+        `embed` that is taken for the head's own. vocabulary `int64 [V]`: the tokens that are drafted, None for all. A
         quantised head changes nothing.
         """
         weight = getattr(head, "weight", None)
         if type(weight) is not nn.Parameter or weight.is_meta:
             return
         rows = (weight.detach() if vocabulary is None else weight.detach()[vocabulary]).float()
-        mean = rows.mean(0)
-        rank = min(self.rank, rows.shape[1])
-        main = torch.linalg.eigh((rows - mean).T @ (rows - mean)).eigenvectors[:, -rank:]  # of the largest eigenvalues
-        if self.tied:
-            self.output.weight[:rank] = main.T.to(self.output.weight)
-            self.output.bias[:rank] = -(mean @ main).to(self.output.bias)
-        else:
-            self.output.weight[:, :rank] = ((rows - mean) @ main).to(self.output.weight)
+        centred, rank = rows - rows.mean(0), min(self.rank, rows.shape[1])
+        main = torch.linalg.eigh(centred.T @ centred).eigenvectors[:, -rank:]  # of the largest eigenvalues
+        if not self.tied:
+            self.output.weight[:, :rank] = (centred @ main).to(self.output.weight)
+            return
+        maps, shift = main, -(rows.mean(0) @ main)
+        if embed is not None and getattr(embed, "weight", None) is not weight:
+            maps, shift = nearest_map(embed(self.drafted(vocabulary)).float(), centred @ main)
+        self.output.weight[:rank] = maps.T.to(self.output.weight)
+        self.output.bias[:rank] = shift.to(self.output.bias)
 
     def output_rows(self, embed: Embed, vocabulary: torch.Tensor | None = None) -> torch.Tensor:
         """The output matrix W2 `[V, r]`. vocabulary `int64 [V]`: the tokens that are drafted, None for all."""
         weight: torch.Tensor = self.output.weight
         if not self.tied:
             return weight
-        tokens = torch.arange(self.vocab_size, device=weight.device) if vocabulary is None else vocabulary
-        found: torch.Tensor = self.output(embed(tokens).to(weight.dtype))
+        found: torch.Tensor = self.output(embed(self.drafted(vocabulary)).to(weight.dtype))
         return found
+
+    def drafted(self, vocabulary: torch.Tensor | None) -> torch.Tensor:
+        """The tokens that are drafted, of all columns: `int64 [V]`."""
+        return torch.arange(self.vocab_size, device=self.output.weight.device) if vocabulary is None else vocabulary
 
     def of_last(self, last: torch.Tensor, embed: Embed) -> torch.Tensor:
         """What the last token alone adds to f, `[..., r]`."""
@@ -177,6 +185,16 @@ class Predictor(nn.Module):
         if self.copying is not None:
             copying = self.copying.weight.float(), self.copying.bias.float()
         return table, earlier, later, inner, scale, rounded, *copying
+
+
+def nearest_map(vectors: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A `[H, R]` and c `[R]` with the least squares of vectors `[V, H]` @ A + c - wanted `[V, R]`."""
+    mean = vectors.mean(0)
+    centred = (vectors - mean).double()
+    products = centred.T @ centred
+    ridge = 1e-9 * products.diagonal().mean() * torch.eye(len(products), dtype=products.dtype, device=products.device)
+    found = torch.linalg.solve(products + ridge, centred.T @ (wanted - wanted.mean(0)).double()).to(vectors.dtype)
+    return found, wanted.mean(0) - mean @ found
 
 
 @torch.no_grad()

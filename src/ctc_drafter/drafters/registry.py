@@ -64,8 +64,15 @@ TRAINED = {
         "CTCDrafter",
         "ctc_drafter",
         usual={
-            **{"predictor_width": 512, "predictor_tied": True, "joint_tokens": 64, "joint_rank": 128},
-            **{"carry": True, "carry_rank": 64, "carry_root": True, "copies": 16, "lookup_length": 15},
+            "predictor_width": 512,
+            "predictor_tied": True,
+            "joint_tokens": 64,
+            "joint_rank": 128,
+            "carry": True,
+            "carry_rank": 64,
+            "carry_root": True,
+            "copies": 16,
+            "lookup_length": 15,
         },
     ),
     "ctc-linear": Trained("baselines.ctc_variants", "LinearCTCDrafter", "ctc_linear_drafter"),
@@ -151,7 +158,7 @@ def fresh_drafter(
     drafter = chosen.drafter.for_target(target.model.config, **chosen.with_usual(given))
     drafter.check_target(target.model.config)
     target.check_drafter(drafter)
-    drafter.start_from(target.norm_scale, target.head)
+    drafter.start_from(target.norm_scale, target.head, target.embed)
     return drafter.to(target.device)
 
 
@@ -172,8 +179,10 @@ def blank_drafter(method: str = "ctc", **sizes: Any) -> Callable[[PreTrainedConf
     return make
 
 
-def choose_vocabulary(drafter: TrainableDrafter, counts: torch.Tensor, head: nn.Module) -> None:
+def choose_vocabulary(
+    drafter: TrainableDrafter, counts: torch.Tensor, head: nn.Module, embed: nn.Module | None = None
+) -> None:
     """Lets a fresh drafter with a draft vocabulary draft the most frequent tokens; counts `int64 [T]`; head: the
     target's LM head."""
     if isinstance(drafter, CTCDrafter) and drafter.config.draft_vocab_size:
-        drafter.draft_only(most_frequent(counts, drafter.config.draft_vocab_size), head)
+        drafter.draft_only(most_frequent(counts, drafter.config.draft_vocab_size), head, embed)

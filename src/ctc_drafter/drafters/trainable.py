@@ -306,8 +306,8 @@ class TrainableDrafter(PreTrainedModel):
         known = cls.config_class.__dataclass_fields__
         return cls(cls.config_class(**{key: size for key, size in sizes.items() if key in known} | overrides))
 
-    def start_from(self, norm_scale: torch.Tensor | None, head: nn.Module) -> None:
-        """Takes over what is worth starting from: the target's final norm `[H]`, its LM head."""
+    def start_from(self, norm_scale: torch.Tensor | None, head: nn.Module, embed: nn.Module | None = None) -> None:
+        """Takes over what is worth starting from: the target's final norm `[H]`, its LM head and embedding."""
 
     @classmethod
     def from_pretrained(cls, name: Any, *args: Any, **kwargs: Any) -> Self:

@@ -80,7 +80,7 @@ class CTCHead(nn.Module):
                 self.rows = self.predictor.output_rows(embed, vocabulary)
             bias = divided(self.predictor.search_bias(states[:, 0], embed, rows=self.rows), temperature)
             if self.joint is not None:
-                made_of = self.predictor, states, logits, vocabulary, embed, temperature
+                made_of = self.predictor, states, logits, self.predictor.drafted(vocabulary), embed, temperature
                 joint = joint_of_prefixes(self.joint, *made_of)
         found = prefix_search(
             logits.float() / temperature,

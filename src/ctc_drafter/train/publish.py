@@ -113,7 +113,7 @@ def train_for_target(
         if warning := rows.cut_warning():
             warn(warning)
         draft = fresh_drafter(lm, tokenizer, job.settings.seed, job.method, **job.drafter_sizes())
-        choose_vocabulary(draft, rows.answer_counts(lm.vocab_size), lm.head)
+        choose_vocabulary(draft, rows.answer_counts(lm.vocab_size), lm.head, lm.embed)
         if job.start:
             job.start.give_to(draft)
         start = job.start.hash if job.start else ""

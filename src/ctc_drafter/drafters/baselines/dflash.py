@@ -132,9 +132,9 @@ class DSparkDrafter(TokenFrames):
         self.predictor = Predictor(*sizes)
         self.post_init()
 
-    def start_from(self, norm_scale: torch.Tensor | None, head: nn.Module) -> None:
+    def start_from(self, norm_scale: torch.Tensor | None, head: nn.Module, embed: nn.Module | None = None) -> None:
         """See `BlockModel.start_from`; with the CTC drafter's MLP it starts as that does, else as its authors' does."""
-        super().start_from(norm_scale, head)
+        super().start_from(norm_scale, head, embed)
         if self.config.predictor_width:
             self.predictor.start_from(head)
 

@@ -77,7 +77,7 @@ class EagleDrafter(ChainDrafter):
         return tokens
 
     @torch.no_grad()
-    def start_from(self, norm_scale: torch.Tensor | None, head: nn.Module) -> None:
+    def start_from(self, norm_scale: torch.Tensor | None, head: nn.Module, embed: nn.Module | None = None) -> None:
         """The last norm starts as the target's."""
         if norm_scale is not None:
             self.norm.weight.copy_(norm_scale)

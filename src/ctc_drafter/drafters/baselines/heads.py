@@ -65,7 +65,7 @@ class HeadsDrafter(StepwiseDrafter):
         return [depth - 1]
 
     @torch.no_grad()
-    def start_from(self, norm_scale: torch.Tensor | None, head: nn.Module) -> None:
+    def start_from(self, norm_scale: torch.Tensor | None, head: nn.Module, embed: nn.Module | None = None) -> None:
         """The norm starts as the target's final one, own output matrices as its LM head."""
         if norm_scale is not None:
             self.norm.weight.copy_(norm_scale)

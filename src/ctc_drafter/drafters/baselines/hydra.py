@@ -73,9 +73,9 @@ class HydraDrafter(HeadsDrafter):
         self.post_init()
 
     @torch.no_grad()
-    def start_from(self, norm_scale: torch.Tensor | None, head: nn.Module) -> None:
+    def start_from(self, norm_scale: torch.Tensor | None, head: nn.Module, embed: nn.Module | None = None) -> None:
         """See `HeadsDrafter`. Heads start by handing on the state, as large as the target's final norm makes it."""
-        super().start_from(norm_scale, head)
+        super().start_from(norm_scale, head, embed)
         for hydra in self.heads.children():
             for weight in hydra.parameters():
                 weight.zero_()
