@@ -17,6 +17,7 @@ import torch
 
 from ctc_drafter.decode.generate import generate
 from ctc_drafter.drafters.ctc import CTCDrafter
+from ctc_drafter.drafters.predictor import nearest_map
 from ctc_drafter.evaluate.methods import Chained
 from ctc_drafter.integrations.export import export
 from ctc_drafter.load import load_drafter, load_target
@@ -49,7 +50,7 @@ QUESTIONS = [
 def shipped():
     """Target, tokenizer and drafter in float32, and prompts as token ids."""
     target, tokenizer = load_target("tiny", "float32", "cpu")
-    drafter = with_places(load_drafter("tiny", target, tokenizer))
+    drafter = with_todays_parts(load_drafter("tiny", target, tokenizer), target.embed)
     chats = [[{"role": "user", "content": question}] for question in QUESTIONS]
     prompts = [tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False) for chat in chats]
     return target, drafter, [list(prompt) for prompt in prompts]
@@ -64,12 +65,21 @@ def without_carry(drafter):
     return other
 
 
-def with_places(drafter):
-    """The same drafter whose places carry something of their own and of the root, as those that are trained now do."""
+def with_todays_parts(drafter, embed):
+    """The same drafter with what those that are trained now have: places that carry something of their own and of the
+    root, tied tables (those that come nearest), joint terms."""
     config = copy.deepcopy(drafter.config)
     config.carry_rank, config.carry_root = 4, True
-    other = CTCDrafter(config)
-    other.load_state_dict(drafter.state_dict(), strict=False)
+    config.predictor_tied, config.joint_tokens, config.joint_rank = True, 8, 4
+    other, own = CTCDrafter(config), drafter.state_dict()
+    tables = {name: own.pop(f"predictor.{name}.weight") for name in ("table", "output")}
+    other.load_state_dict(own, strict=False)
+    with torch.no_grad():
+        for name, table in tables.items():
+            weight, shift = nearest_map(embed.weight, table)
+            other.predictor.get_submodule(name).weight.copy_(weight.T)
+        other.predictor.output.bias.copy_(shift)
+        other.joint.token.weight.normal_(std=0.5, generator=torch.Generator().manual_seed(1))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for weight in (other.carry.own, other.carry.up, other.carry_root.own, other.carry_root.up):
