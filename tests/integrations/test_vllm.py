@@ -76,7 +76,8 @@ def with_todays_parts(drafter, embed):
     other.load_state_dict(own, strict=False)
     with torch.no_grad():
         for name, table in tables.items():
-            weight, shift = nearest_map(embed.weight, table)
+            tokens = drafter.predictor.drafted(drafter.vocabulary if name == "output" else None)
+            weight, shift = nearest_map(embed(tokens), table)
             other.predictor.get_submodule(name).weight.copy_(weight.T)
         other.predictor.output.bias.copy_(shift)
         other.joint.token.weight.normal_(std=0.5, generator=torch.Generator().manual_seed(1))
