@@ -64,7 +64,6 @@ TRAINED = {
         "CTCDrafter",
         "ctc_drafter",
         usual={
-            "predictor_rank": 32,
             "predictor_width": 512,
             "predictor_tied": True,
             "joint_tokens": 64,

@@ -249,7 +249,7 @@ BARE = {"predictor_rank": 0, "copies": 0}
 TEXT = {"loss": "prefix", "loss_decay": 0.8}  # cross-entropy, weighted as ours, whatever the method's authors do
 CARRY = {"carry": True, "carry_rank": 64, "carry_root": True}
 # A predictor with tables of its own and no joint terms, as the drafters without blanks have.
-ADDITIVE = {"joint_tokens": 0, "predictor_tied": False, "predictor_rank": 64, "predictor_width": 256}
+ADDITIVE = {"joint_tokens": 0, "predictor_tied": False, "predictor_width": 256}
 CE, CE_PREDICTOR = Recipe("dflash", CARRY, TEXT), Recipe("dspark", {"predictor_width": 256, **CARRY}, TEXT)
 LINEAR_CE = Recipe("medusa", {"own_outputs": False}, TEXT)
 
@@ -291,7 +291,7 @@ def variants() -> tuple[Variant, ...]:
             Variant(f"{frames} frames, {frames - 1} tokens", ours(frames=frames, draft_length=frames - 1))
             for frames in (8, 12, 16)
         ),
-        *(Variant(f"rank {rank}", ours(predictor_rank=rank)) for rank in (16, 64, 128)),
+        *(Variant(f"rank {rank}", ours(predictor_rank=rank)) for rank in (16, 32, 128, 256)),
         Variant("table alone", ours(predictor_width=0)),
         *(Variant(f"{layers} layers", ours(num_hidden_layers=layers)) for layers in (2, 3)),
     )
