@@ -1,6 +1,7 @@
 """The page of results: intervals against known answers, figures that can be read, a page that is up to date."""
 
 import json
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -164,6 +165,19 @@ def test_speedups_have_a_line_at_1(some: Results) -> None:
         assert "plain decoding" in {text.get_text() for text in axis.texts}
         low, high = axis.get_ylim()
         assert low < 1.0 < high
+
+
+def test_runs_without_timing_say_so_and_show_no_speedup(some: Results, tmp_path: Path) -> None:
+    """Of another target than the tiny one, which the page names."""
+    meta = {**some.meta, "tokens_only": True, "target": "someone/model"}
+    counted = replace(some, meta=meta)
+    text = page([counted])
+    assert "Target: someone/model. Prompts:" in text
+    assert "counted along plain decoding's answers" in text
+    assert "gamma-by-size" not in text
+    draw([counted], tmp_path)
+    assert not list(tmp_path.rglob("*gamma-by-size*"))
+    assert "gamma-by-size" in page([some])
 
 
 def test_our_own_eagle_is_not_called_eagle() -> None:

@@ -37,6 +37,9 @@ PAPER_METHOD_NOTE = (
 COST_NOTE = "Minutes are those of the clock on the wall, whatever else that machine did: compare steps and tokens."
 
 
+OWN = ("shipped", "tiny")  # older results call the tiny target so
+
+
 def page(all_results: Sequence[Results]) -> str:
     """The whole page. It names the figures that `draw` writes."""
     parts = [HEAD]
@@ -96,8 +99,13 @@ def bench_parts(results: Results) -> Iterator[str]:
 
 
 def origin(results: Results) -> str:
-    tokens = results.meta["max_new_tokens"]
-    return f"From {results.place}; at most {tokens} new tokens. Prompts: {results.prompts}."
+    meta = results.meta
+    parts = [f"From {results.place}; at most {meta['max_new_tokens']} new tokens."]
+    parts += [f"Target: {meta['target']}."] if meta.get("target", "tiny") not in OWN else []
+    parts += [f"Prompts: {results.prompts}."]
+    if meta.get("tokens_only"):
+        parts += ["Tokens were counted along plain decoding's answers, and nothing was timed."]
+    return " ".join(parts)
 
 
 def ablation_parts(results: Results) -> Iterator[str]:
@@ -131,8 +139,7 @@ def depth_parts(results: Results) -> Iterator[str]:
 def of_another_target(results: Results) -> bool:
     """Variants for a target that was named: what they show is how β changes with the target."""
     meta = results.meta
-    own = ("shipped", "tiny")  # older results call the tiny target so
-    return bool(meta.get("ablations") and meta.get("target_parameters")) and meta.get("target", "tiny") not in own
+    return bool(meta.get("ablations") and meta.get("target_parameters")) and meta.get("target", "tiny") not in OWN
 
 
 def scaling_parts(found: Sequence[Results]) -> Iterator[str]:
@@ -190,7 +197,7 @@ def drawings(results: Results) -> Iterator[tuple[str, str, Figure]]:
         (
             "gamma-by-size",
             "Speedup (γ) against the size of the tree; at the line of 1 drafting costs what it saves.",
-            figures.by_size(results, "gamma", "speedup (γ)", even=1.0),
+            None if results.meta.get("tokens_only") else figures.by_size(results, "gamma", "speedup (γ)", even=1.0),
         ),
         ("time", f"Milliseconds of a step by stage, {at}.", figures.time_by_stage(results)),
     ]
