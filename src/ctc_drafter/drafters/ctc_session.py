@@ -191,7 +191,9 @@ def level_by_level(
 ) -> Search:
     """The search of static shapes, which never asks the host."""
 
-    rows = None if predictor is None else predictor.output_rows(embed, vocabulary)
+    rows, drafted = None, vocabulary
+    if predictor is not None:
+        rows, drafted = predictor.output_rows(embed, vocabulary), predictor.drafted(vocabulary)
 
     def columns(tokens: torch.Tensor) -> torch.Tensor:
         return tokens if vocabulary is None else columns_of(tokens, vocabulary)
@@ -212,8 +214,7 @@ def level_by_level(
         )
         logits = tokens / temperature, blanks / temperature
         terms = None
-        if joint is not None and predictor is not None:
-            drafted = predictor.drafted(vocabulary)
+        if joint is not None and predictor is not None and drafted is not None:
             terms = joint_of_prefixes(joint, predictor, states, tokens, drafted, embed, temperature)
         return prefix_search(*logits, root, bias, width=nodes, depth=depth, vocabulary=vocabulary, joint=terms)
 

@@ -39,9 +39,12 @@ class JointNetwork(nn.Module):
     ) -> JointTerms:
         """Terms after each prefix: states `[N, F, H]`, hidden layers of the predictor `[N, P, M]`, columns from
         `columns`; tokens `int64 [V]`: of all columns."""
-        mixed = fn.silu(self.frame(states).unsqueeze(1) + self.prefix(hidden).unsqueeze(2))
-        values = torch.einsum("npfj,nfkj->npfk", mixed, self.vectors(columns, tokens, embed).to(mixed.dtype))
-        return JointTerms(columns, values.float())
+        return JointTerms(columns, self.values(self.frame(states), self.vectors(columns, tokens, embed), hidden))
+
+    def values(self, frames: torch.Tensor, vectors: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """g `[N, P, F, K]`, float32, of frames `[N, F, J]` from `frame` and of `vectors`."""
+        mixed = fn.silu(frames.unsqueeze(1) + self.prefix(hidden).unsqueeze(2))
+        return torch.einsum("npfj,nfkj->npfk", mixed, vectors.to(mixed.dtype)).float()
 
     def vectors(self, columns: torch.Tensor, tokens: torch.Tensor, embed: Embed) -> torch.Tensor:
         """E of the tokens of columns `int64 [N, F, K]`, `[N, F, K, J]`: one by one, or all tokens' where those are
@@ -70,12 +73,13 @@ def joint_of_prefixes(
     temperature: float = 1.0,
 ) -> JointOfPrefixes:
     """What the level-by-level search asks for: of block outputs `[B, 1+F, H]`, frame logits `[B, F, V]` and the tokens
-    of their columns `int64 [V]`."""
+    of their columns `int64 [V]`. What does not depend on the prefix is worked out once, not for each level."""
     root_state, columns = predictor.root_state(states[:, 0]), joint.columns(frame_logits)
+    frames, vectors = joint.frame(states[:, 1:]), joint.vectors(columns, tokens, embed) / temperature
 
     def values(recent: torch.Tensor) -> torch.Tensor:
         hidden = predictor.hidden(recent[..., 1], recent[..., 0], root_state, embed)
-        return joint.terms(states[:, 1:], hidden, columns, tokens, embed).divided(temperature).values
+        return joint.values(frames, vectors, hidden)
 
     return JointOfPrefixes(columns, values)
 
