@@ -1,7 +1,5 @@
 """Joint terms of frame and prefix: by brute force in the lattice, and in both searches."""
 
-import math
-
 import pytest
 import torch
 
@@ -11,6 +9,7 @@ from ctc_drafter.ctc.lattice import lattice
 from ctc_drafter.ctc.loss import prefix_log_probs
 from ctc_drafter.ctc.search import prefix_search
 from ctc_drafter.ctc.search_cpu import FrameTerms, LowRankBias, best_prefixes
+from helpers import paths
 
 N, F, U, V, K = 3, 4, 3, 5, 2
 
@@ -116,16 +115,6 @@ def functions(row_bias, states, terms):
     return bias, JointOfPrefixes(columns, values)
 
 
-def spelled(candidates, row):
-    found, result = [], {}
-    columns = (getattr(candidates, name)[row].tolist() for name in ("tokens", "parents", "scores"))
-    for token, parent, score in zip(*columns, strict=True):
-        found.append((*(found[parent] if parent >= 0 else ()), token))
-        if score > -math.inf:
-            result[found[-1]] = math.exp(score)
-    return result
-
-
 @pytest.mark.parametrize("seed", range(3))
 def test_both_searches_give_the_lattice_s_prefix_probabilities(seed):
     frames, blanks, root, bias, states, terms = problem(seed)
@@ -133,7 +122,7 @@ def test_both_searches_give_the_lattice_s_prefix_probabilities(seed):
     levels = prefix_search(frames, blanks, root, made, width=64, depth=3, joint=joint)
     first = best_prefixes(frames, blanks, root, bias, states, count=40, depth=3, joint=terms)
     for row in range(N):
-        whole, best = spelled(levels, row), spelled(first, row)
+        whole, best = paths(levels, row), paths(first, row)
         assert list(best.values()) == pytest.approx(sorted(whole.values(), reverse=True)[: len(best)], abs=1e-5)
         for prefix, probability in best.items():
             assert probability == pytest.approx(whole[prefix], abs=1e-5)

@@ -13,7 +13,7 @@ from ctc_drafter.drafters.ctc_session import best_first, level_by_level
 from ctc_drafter.drafters.predictor import Predictor
 from ctc_drafter.drafters.registry import fresh_drafter
 from ctc_drafter.types import UserError
-from helpers import VOCABULARY, tiny_drafter, tiny_target
+from helpers import VOCABULARY, paths, tiny_drafter, tiny_target
 
 SIZES = {"joint_tokens": 5, "joint_rank": 3}
 SOME = torch.arange(1, 90, 4)
@@ -45,16 +45,6 @@ def drafted(drafter, target, nodes, search):
         )
 
 
-def spelled(candidates, row):
-    found, result = [], {}
-    columns = (getattr(candidates, name)[row].tolist() for name in ("tokens", "parents", "scores"))
-    for token, parent, score in zip(*columns, strict=True):
-        found.append((*(found[parent] if parent >= 0 else ()), token))
-        if score > -math.inf:
-            result[found[-1]] = score
-    return result
-
-
 @pytest.mark.parametrize(
     "sizes", [{}, {"predictor_tied": True}, {"draft_vocab_size": len(SOME), "predictor_tied": True}]
 )
@@ -67,9 +57,9 @@ def test_searches_and_loss_agree(sizes, temperature):
     best, states, root = drafted(drafter, target, 12, best_first)
     levels, *_ = drafted(drafter, target, 40, level_by_level)
     for row in range(2):
-        known = spelled(levels, row)
-        for prefix, score in spelled(best, row).items():
-            assert score == pytest.approx(known[prefix], abs=0.02)  # int8 in one of them
+        known = {prefix: math.log(probability) for prefix, probability in paths(levels, row).items()}
+        for prefix, probability in paths(best, row).items():
+            assert math.log(probability) == pytest.approx(known[prefix], abs=0.02)  # int8 in one of them
             tokens = torch.tensor([[root[row].item(), *prefix]])
             with torch.no_grad():
                 scores = drafter.scores(states[row : row + 1], tokens, target.embed, target.head)

@@ -107,6 +107,13 @@ def test_our_own_checkpoint(target: Target, tmp_path: Path) -> None:
     expected = tensors(first)
     assert tensors(again).keys() == expected.keys()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in tensors(again).items())
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["predictor_tied"]  # as folders from before there was a choice
+    tables = fresh_drafter(target, tiny_tokenizer(), 1, **sizes, predictor_tied=False)
+    tables.draft_only(torch.arange(0, 100, 2))
+    tables.save_pretrained(tmp_path / "older")
+    (tmp_path / "older" / "config.json").write_text(json.dumps(config))
+    assert not begun(target, tmp_path / "older", "ctc").config.predictor_tied
     with pytest.raises(
         UserError, match=r"predictor\.\S+ is .* in this drafter; leave out options that change its size"
     ):
