@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from ctc_drafter.cli.options import refuse
 
@@ -26,6 +28,44 @@ SIZE_OPTIONS = {
     "copies": "--copies",
     "lookup_length": "--lookup",
 }
+
+# The predictor's sizes as typer knows them.
+PredictorRank = Annotated[
+    int | None,
+    typer.Option(
+        "--predictor-rank",
+        help="Rank of the predictor's low-rank bias; 0 for no predictor.",
+        show_default="the method's",
+    ),
+]
+PredictorWidth = Annotated[
+    int | None,
+    typer.Option(
+        "--predictor-width",
+        help="Hidden size of the predictor; 0 to let it see the last token alone.",
+        show_default="the method's",
+    ),
+]
+PredictorTied = Annotated[
+    bool | None,
+    typer.Option(
+        "--predictor-tied/--no-predictor-tied",
+        help="Make the predictor's tables from the target's embedding instead of storing them.",
+        show_default="the method's",
+    ),
+]
+JointTokens = Annotated[
+    int | None,
+    typer.Option(
+        "--joint-tokens",
+        help="Likeliest tokens of each frame that are scored by frame and prefix together; 0 for none.",
+        show_default="the method's",
+    ),
+]
+JointRank = Annotated[
+    int | None,
+    typer.Option("--joint-rank", help="Rank of the scores of --joint-tokens.", show_default="the method's"),
+]
 
 
 def check_sizes(method: str, sizes: dict[str, Any]) -> None:

@@ -24,7 +24,15 @@ from ctc_drafter.cli.options import (
     arguments,
     refuse,
 )
-from ctc_drafter.cli.sizes import check_sizes, sizes_by_option
+from ctc_drafter.cli.sizes import (
+    JointRank,
+    JointTokens,
+    PredictorRank,
+    PredictorTied,
+    PredictorWidth,
+    check_sizes,
+    sizes_by_option,
+)
 from ctc_drafter.train.settings import TrainSettings
 
 if TYPE_CHECKING:
@@ -103,42 +111,11 @@ def train(
     draft_layers: Annotated[
         int | None, typer.Option("--draft-layers", help="Decoder layers of the drafter.", show_default="the method's")
     ] = None,
-    predictor_rank: Annotated[
-        int | None,
-        typer.Option(
-            "--predictor-rank",
-            help="Rank of the predictor's low-rank bias; 0 for no predictor.",
-            show_default="the method's",
-        ),
-    ] = None,
-    predictor_width: Annotated[
-        int | None,
-        typer.Option(
-            "--predictor-width",
-            help="Hidden size of the predictor; 0 to let it see the last token alone.",
-            show_default="the method's",
-        ),
-    ] = None,
-    predictor_tied: Annotated[
-        bool | None,
-        typer.Option(
-            "--predictor-tied/--no-predictor-tied",
-            help="Make the predictor's tables from the target's embedding instead of storing them.",
-            show_default="the method's",
-        ),
-    ] = None,
-    joint_tokens: Annotated[
-        int | None,
-        typer.Option(
-            "--joint-tokens",
-            help="Likeliest tokens of each frame that are scored by frame and prefix together; 0 for none.",
-            show_default="the method's",
-        ),
-    ] = None,
-    joint_rank: Annotated[
-        int | None,
-        typer.Option("--joint-rank", help="Rank of those scores.", show_default="the method's"),
-    ] = None,
+    predictor_rank: PredictorRank = None,
+    predictor_width: PredictorWidth = None,
+    predictor_tied: PredictorTied = None,
+    joint_tokens: JointTokens = None,
+    joint_rank: JointRank = None,
     carry: Annotated[
         bool | None,
         typer.Option(
