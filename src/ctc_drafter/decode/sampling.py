@@ -15,6 +15,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from ctc_drafter.decode.argmax import most_probable
 from ctc_drafter.decode.processors import process, refuse_changing, refuse_unsuitable
 from ctc_drafter.decode.sequence import SequenceState
 from ctc_drafter.types import TokenTree, UserError
@@ -42,10 +43,10 @@ class Argmax:
         return
 
     def sample(self, logits: torch.Tensor, rows: Sequence[SequenceState]) -> torch.Tensor:
-        return logits.argmax(-1)
+        return most_probable(logits)
 
     def sample_tree(self, tree: TokenTree, logits: torch.Tensor, rows: Sequence[SequenceState]) -> torch.Tensor:
-        return logits.argmax(-1)
+        return most_probable(logits)
 
 
 ARGMAX = Argmax()
@@ -64,7 +65,7 @@ class Greedy:
         refuse_changing(self.processors, row, logits)
 
     def sample(self, logits: torch.Tensor, rows: Sequence[SequenceState]) -> torch.Tensor:
-        return process(self.processors, logits, rows).argmax(-1)
+        return most_probable(process(self.processors, logits, rows))
 
     def sample_tree(self, tree: TokenTree, logits: torch.Tensor, rows: Sequence[SequenceState]) -> torch.Tensor:
         return walk(tree, logits, rows, self.sample)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ctc_drafter.decode.argmax import most_probable
 from ctc_drafter.decode.sequence import SequenceState
 from ctc_drafter.types import TokenTree, UserError
 
@@ -35,7 +36,7 @@ class Typical:
         return
 
     def sample(self, logits: torch.Tensor, rows: Sequence[SequenceState]) -> torch.Tensor:
-        return logits.argmax(-1)
+        return most_probable(logits)
 
     def sample_tree(self, tree: TokenTree, logits: torch.Tensor, rows: Sequence[SequenceState]) -> torch.Tensor:
         log_probs = (logits.float() / self.temperature).log_softmax(-1)
@@ -50,7 +51,7 @@ class Typical:
         depths = torch.where(whole, tree.depths, -1)
         longest = depths == depths.amax(1, keepdim=True)
         last = torch.where(longest, likelihood, float("-inf")).argmax(1)
-        return wanted_on_path(tree, logits.argmax(-1), last)
+        return wanted_on_path(tree, most_probable(logits), last)
 
 
 def wanted_on_path(tree: TokenTree, target_tokens: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
