@@ -166,6 +166,9 @@ def test_calibration_counts_nodes_by_what_was_promised() -> None:
         promised, hits = bins.get(i, (0.0, 0))
         assert (found.nodes[i], found.accepted[i]) == (2 * (i in bins), hits)
         assert found.predicted[i] == pytest.approx(2 * promised)
+    # Promised 1.24, 0.66 and 1.16 of two nodes each, one of which was accepted each time.
+    assert found.error == pytest.approx((0.24 + 0.34 + 0.16) / 6)
+    assert Calibration().error is None
 
 
 def test_names_and_sizes() -> None:

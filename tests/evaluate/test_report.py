@@ -1,7 +1,7 @@
 """The page of results: intervals against known answers, figures that can be read, a page that is up to date."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from bench_results import made_up
 from ctc_drafter.cli import main
 from ctc_drafter.evaluate.figures import COLOURS, MARKERS, by_category, by_size, spread, styles_of
 from ctc_drafter.evaluate.intervals import Bootstrap
+from ctc_drafter.evaluate.methods import Calibration
 from ctc_drafter.evaluate.report_page import draw, page
 from ctc_drafter.evaluate.results import Results, read_results
 from ctc_drafter.types import UserError
@@ -117,6 +118,16 @@ def test_the_page_says_what_was_measured(some: Results) -> None:
     assert "not measured here" in text
     assert "2.78 / 3.56" in text
     assert "1,234,567" in text
+
+
+def test_calibration_errors_stand_below_their_figure(some: Results) -> None:
+    """8 nodes of probability .5, of which 3 were accepted, and 2 of .1, none of which was: (|4 - 3| + .2) / 10."""
+    rows = json.loads(json.dumps(some.rows))
+    (row,) = [row for row in rows if (row["task"], row["method"], row["nodes"]) == ("gsm8k", "ctc", some.sizes[-1])]
+    row["calibration"] = asdict(Calibration(*([two, *[0.0] * 9, eight] for two, eight in ((2, 8), (0.2, 4), (0, 3)))))
+    text = page([replace(some, rows=rows)]).split("### Are the probabilities right?")[1]
+    (line,) = [line for line in text.splitlines() if line.startswith("| ctc |") and "0.120" in line]
+    assert line.count(" - ") + line.count("0.") == len(some.tasks) * len(some.sizes)
 
 
 @pytest.mark.slow

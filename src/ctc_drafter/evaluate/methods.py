@@ -48,6 +48,13 @@ class Calibration:
         self.predicted = [a + b for a, b in zip(self.predicted, totals(place, scores), strict=True)]
         self.accepted = [a + b for a, b in zip(self.accepted, totals(place, reached), strict=True)]
 
+    @property
+    def error(self) -> float | None:
+        """The expected calibration error of Guo et al., "On Calibration of Modern Neural Networks" (2017): how far a
+        node's probability is from the share accepted in its bin, averaged over all nodes; None for no nodes."""
+        gaps = (abs(promised - hits) for promised, hits in zip(self.predicted, self.accepted, strict=True))
+        return sum(gaps) / sum(self.nodes) if any(self.nodes) else None
+
     def include(self, other: Calibration) -> None:
         """Adds what another one counted."""
         for name in ("nodes", "predicted", "accepted"):

@@ -12,6 +12,7 @@ from ctc_drafter.evaluate import figures
 from ctc_drafter.evaluate.costs import costs
 from ctc_drafter.evaluate.figures import save
 from ctc_drafter.evaluate.intervals import FEWEST, Bootstrap, Estimate
+from ctc_drafter.evaluate.methods import Calibration
 from ctc_drafter.evaluate.results import PLAIN_KEY, Results, agreement, engines_of, title_of, weights_of
 from ctc_drafter.files import SPACED, markdown_table, number
 from ctc_drafter.types import UserError
@@ -92,6 +93,8 @@ def bench_parts(results: Results) -> Iterator[str]:
     ):
         found = list(show(prefix))
         yield from [f"### {heading}", *found] if found else ()
+        if prefix == "calibration" and found:
+            yield calibration_table(results)
     if results.meta.get("drafters"):
         yield "### What training cost"
         yield cost_table(results)
@@ -227,6 +230,19 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 def shown(estimate: Estimate | None) -> str:
     return "-" if estimate is None else str(estimate)
+
+
+def calibration_table(results: Results) -> str:
+    """The calibration error of each method's nodes by the size of its trees; see `Calibration.error`."""
+    columns = [(task, size) for task in results.tasks for size in results.sizes]
+    head = ["expected calibration error", *(f"{task}, {size}" for task, size in columns)]
+    lines = []
+    for method in results.methods:
+        rows = [results.row(task, (method, size)) for task, size in columns]
+        errors = [Calibration(**row["calibration"]).error if row and "calibration" in row else None for row in rows]
+        if any(error is not None for error in errors):
+            lines.append([title_of(method), *("-" if error is None else f"{error:.3f}" for error in errors)])
+    return table(head, lines)
 
 
 def identical(row: dict[str, Any] | None) -> str:
