@@ -23,6 +23,7 @@ from ctc_drafter.target.cache import compact, erase, extent, join
 from ctc_drafter.target.checks import check_placement
 from ctc_drafter.target.model import Target
 from ctc_drafter.target.row_cache import RowCache
+from ctc_drafter.target.threads import one_thread_beside
 from ctc_drafter.types import Acceptance, Candidates, TokenTree, UserError, Verification
 
 
@@ -173,7 +174,7 @@ class Batch:
         was, and the error is raised.
         """
         target, drafter, sampler = self.method.target, self.method.drafter, self.method.config.sampler
-        with self.clock("prefill"):
+        with one_thread_beside(target), self.clock("prefill"):
             first = rows[0].index if rows else 0
             if self.method.pictures is None:
                 state = prefill(target, [row.prompt for row in rows], drafter.feature_layers, first)
@@ -230,6 +231,10 @@ class Batch:
         Drafts that the target cannot compute spoil their row, rejected or not (`no_numbers`): such rows are verified
         again without drafts, before anything is kept. What is no number then is the target's own answer.
         """
+        with one_thread_beside(self.method.target):
+            return self._advance()
+
+    def _advance(self) -> Step:
         target = self.method.target
         with self.clock("prefill"):
             reread(target, self.cache, self.lengths, self.rows)

@@ -22,6 +22,7 @@ from ctc_drafter.drafters.base import Drafter
 from ctc_drafter.target.cache import add_rows, compact, gap_free_order, keep_rows, placed, shorten, takes_places
 from ctc_drafter.target.model import Target
 from ctc_drafter.target.row_cache import RowCache
+from ctc_drafter.target.threads import one_thread_beside
 from ctc_drafter.types import Candidates, UserError
 
 # The decoding loop, and plain decoding, which is its oracle.
@@ -166,7 +167,7 @@ class PlainBatch:
 
     def _enter(self, rows: Sequence[SequenceState]) -> list[int]:
         prompts = [row.prompt for row in rows]
-        with self.clock("prefill"):
+        with one_thread_beside(self.target), self.clock("prefill"):
             check_prompts(self.target, prompts, rows[0].index)
             begun = beginning(self.target, prompts, self.begun)
             self.begun = begun or self.begun
@@ -194,12 +195,14 @@ class PlainBatch:
             self.lengths, self.root = self.lengths[kept], self.root[kept]
 
     def step(self) -> PlainStep:
-        with self.clock("prefill"):
-            reread(self.target, self.cache, self.lengths, self.rows)
-        with self.clock("verify"):
-            logits = step(self.target, self.cache, self.lengths, self.root)
-        with self.clock("accept"):
-            self.lengths, self.root = self.lengths + 1, chosen(self.sampler, logits[:, -1], self.rows)
+        """One token more for every row."""
+        with one_thread_beside(self.target):
+            with self.clock("prefill"):
+                reread(self.target, self.cache, self.lengths, self.rows)
+            with self.clock("verify"):
+                logits = step(self.target, self.cache, self.lengths, self.root)
+            with self.clock("accept"):
+                self.lengths, self.root = self.lengths + 1, chosen(self.sampler, logits[:, -1], self.rows)
         return PlainStep(self.root)
 
 

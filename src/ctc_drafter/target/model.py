@@ -47,6 +47,7 @@ class Target:
     """A causal LM whose output must not change. Build it with `Target.load` or `Target.wrap`."""
 
     compiled: ClassVar[bool] = False
+    own_threads: ClassVar[bool] = False  # whether forwards run in threads that are not PyTorch's
     alone: ClassVar[bool] = False  # whether prompts must be read one by one
     profile_sizes: ClassVar[tuple[int, ...]] = (1, 2, 4, 8, 16, 32, 64)  # tree sizes between which times change evenly
 

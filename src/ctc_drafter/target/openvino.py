@@ -80,6 +80,7 @@ class Runtime:
 
     graph: Any
     spec: GraphSpec
+    threads: int = field(default_factory=torch.get_num_threads)
     requests: dict[tuple[int, int], Request] = field(default_factory=dict)
     lock: threading.RLock = field(default_factory=threading.RLock)
 
@@ -114,7 +115,7 @@ class Runtime:
         settings = {
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_PRECISION_HINT": "f32",
-            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+            "INFERENCE_NUM_THREADS": self.threads,
             "DYNAMIC_QUANTIZATION_GROUP_SIZE": 32,
         }
         return Request(openvino.Core().compile_model(graph, "CPU", settings).create_infer_request())
@@ -127,6 +128,7 @@ class OpenVINOTarget(Target):
     weights: `f32` or `int8`. Texts behind pictures, whose positions are no slots, are refused.
     """
 
+    own_threads: ClassVar[bool] = True
     profile_sizes: ClassVar[tuple[int, ...]] = tuple(
         sorted({1, *SIZES, *(size - 1 for size in SIZES)} - {0, SIZES[-1]})
     )

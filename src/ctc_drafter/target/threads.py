@@ -1,0 +1,29 @@
+"""PyTorch's threads beside those of another engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from ctc_drafter.target.model import Target
+
+
+@contextmanager
+def one_thread_beside(target: Target) -> Iterator[None]:
+    """Keeps PyTorch to one thread while a target is asked whose engine has threads of its own.
+
+    PyTorch's (OpenMP) wait awake for milliseconds after each operation, on the cores that the other engine needs next.
+    """
+    threads = torch.get_num_threads()
+    if not target.own_threads or threads == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
