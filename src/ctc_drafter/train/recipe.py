@@ -26,6 +26,8 @@ from ctc_drafter.types import UserError, first_line
 
 
 MOST_BYTES, DEEPEST = 1 << 16, 32  # of a recipe's file
+# Options of train that are on or off, and have a default that a recipe may want otherwise: `--carry`, `--no-carry`.
+SWITCHES = frozenset({"carry", "carry_root", "convolution", "predictor_tied", "resume"})
 OPTION = re.compile(r"[a-z][a-z0-9]*([_-][a-z0-9]+)*")
 # What is the user's alone to say: where files go, to whom keys and prompts are sent, whose code runs.
 USERS = frozenset({"out", "data", "target", "revision", "server", "model", "api-key", "push-to-hub", "private"}) | {
@@ -152,7 +154,8 @@ def command_lines(parts: list[Stage]) -> list[list[str]]:
 
 
 def options(values: dict[str, Any]) -> list[str]:
-    """`{"a": 1, "b": true, "set": {"c": 2}}` as `--a 1 --b --set c=2`; None leaves an option out."""
+    """`{"a": 1, "b": true, "set": {"c": 2}}` as `--a 1 --b --set c=2`; None leaves an option out, and so does False
+    where there is no other way to say it (`SWITCHES`)."""
     found: list[str] = []
     for name, value in values.items():
         option = f"--{name.replace('_', '-')}"
@@ -161,6 +164,8 @@ def options(values: dict[str, Any]) -> list[str]:
         for each in value if isinstance(value, list) else [value]:
             if each is True:
                 found.append(option)
+            elif each is False and name.replace("-", "_") in SWITCHES:
+                found.append(f"--no-{option[2:]}")
             elif each is not None and each is not False:
                 found += [option, str(each)]
     return found
