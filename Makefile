@@ -102,8 +102,8 @@ bench: $(DEV) $(SMOLLM2) ## evaluate the shipped pairs into results/ and the pag
 	    $(BIN)/ctc-drafter eval --tasks-path "$(TASKS_PATH)" --tasks mt_bench,gsm8k --limit $(LIMIT) \
 	        --max-new-tokens 128 "$$@" --json results/eval-$$name.json || exit $$?; \
 	}; \
-	measure smollm2-float32 --target smollm2 --dtype float32 --also prompt_lookup; \
-	measure smollm2-bfloat16 --target smollm2 --dtype bfloat16 --also prompt_lookup; \
+	measure smollm2-float32 --target smollm2 --dtype float32 --budget --also prompt_lookup; \
+	measure smollm2-bfloat16 --target smollm2 --dtype bfloat16 --budget --also prompt_lookup; \
 	measure float32-batch1 --target tiny --dtype float32 --budget --also prompt_lookup,hf,hf-lookup; \
 	measure float32-batch1-thread1 --target tiny --dtype float32 --threads 1 --also prompt_lookup; \
 	measure float32-batch4 --target tiny --dtype float32 --batch-size 4 --also prompt_lookup; \
@@ -115,8 +115,8 @@ bench: $(DEV) $(SMOLLM2) ## evaluate the shipped pairs into results/ and the pag
 
 bench-int8: $(DEV) $(SMOLLM2) .peers/.installed ## int8 in OpenVINO beside llama.cpp and OpenVINO GenAI: TASKS_PATH=folder
 	@test -n "$(TASKS_PATH)" || { echo "give the folder of task files: make bench-int8 TASKS_PATH=folder" >&2; exit 2; }
-	PYTHONPATH=.peers $(BIN)/ctc-drafter eval --tasks-path "$(TASKS_PATH)" --tasks mt_bench,gsm8k --limit 8 \
-	    --max-new-tokens 128 --target smollm2 --openvino int8 --threads 2 --budget --nodes 16 \
+	PYTHONPATH=.peers $(BIN)/ctc-drafter eval --tasks-path "$(TASKS_PATH)" --tasks mt_bench,gsm8k --limit 16 \
+	    --max-new-tokens 128 --target smollm2 --openvino int8 --threads 2 --budget \
 	    --also prompt_lookup,openvino:q8_0,openvino:q8_0:lookup,llama.cpp:q8_0,llama.cpp:q8_0:lookup \
 	    --json results/eval-smollm2-int8.json
 
