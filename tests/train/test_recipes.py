@@ -12,11 +12,11 @@ import typer
 import yaml
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ctc_drafter.cli import app, main
+from ctc_drafter.cli import main
 from ctc_drafter.cli.options import arguments
 from ctc_drafter.cli.train import distill, train
 from ctc_drafter.train.estimate import describe, estimate
-from ctc_drafter.train.recipe import SWITCHES, command_lines, options, page, plan_of, read_recipe, stages
+from ctc_drafter.train.recipe import command_lines, page, plan_of, read_recipe, stages
 from ctc_drafter.train.settings import TrainSettings
 from ctc_drafter.types import UserError
 from tiny_models import tiny_tokenizer
@@ -120,25 +120,6 @@ def test_every_recipe_runs_at_toy_size(file: Path, tmp_path: Path, capfd: pytest
     row = json.loads(shards[0].read_text().splitlines()[0])
     shape = tiny_tokenizer().decode(row["prompt_ids"])
     assert shape.endswith("ASSISTANT:" if "vicuna" in file.stem else "<|assistant|>")
-
-
-def test_options_of_commands() -> None:
-    values = {"a_b": 1, "c": True, "d": False, "e": None, "f": ["x", "y"], "set": {"g": [4, 8], "h": True}}
-    assert options(values) == ["--a-b", "1", "--c", "--f", "x", "--f", "y", "--set", "g=4,8", "--set", "h=yes"]
-
-
-def test_what_is_off_is_said_where_it_can_be() -> None:
-    assert options({"carry": False, "predictor-tied": False, "bf16": False}) == ["--no-carry", "--no-predictor-tied"]
-    command = typer.main.get_command(app).commands["train"]
-    assert {each.name for each in command.params if each.secondary_opts} == SWITCHES
-
-
-def test_the_commands_of_a_recipe(tmp_path: Path) -> None:
-    recipe = read_recipe(FOLDER / "vicuna-7b.yaml")
-    first, second = command_lines(stages(recipe.model_copy(update={"target": "mine"}), tmp_path))
-    assert first[first.index("--target") + 1] == second[second.index("--target") + 1] == "mine"
-    assert first[first.index("--out") + 1] == second[second.index("--data") + 1]
-    assert Path(second[second.index("--chat-template") + 1]).is_file()
 
 
 def recipe_file(folder: Path, **changes: object) -> Path:
