@@ -12,6 +12,8 @@ from transformers import Gemma3TextConfig
 from ctc_drafter.cli import main
 from ctc_drafter.decode.tree import best_chain
 from ctc_drafter.drafters.ctc_session import level_by_level
+from ctc_drafter.drafters.registry import fresh_drafter
+from ctc_drafter.drafters.warm_start import AutoDrafter
 from ctc_drafter.integrations.export import embedding_scale, export
 from ctc_drafter.integrations.head import CTCHead
 from ctc_drafter.integrations.settings import ARCHITECTURE, HeadSettings, check_vllm
@@ -178,7 +180,9 @@ def test_the_command(tmp_path, capsys):
     options = ["--target", str(target), "--drafter", str(drafter), "--out", str(tmp_path / "out")]
     assert main(["export", *options, "--dtype", "float32"]) == 0
     out = tmp_path / "out"
-    assert capsys.readouterr().out == f"{out}: speculators, 4 tokens a draft; vllm serve {out} runs it\n"
+    assert (
+        capsys.readouterr().out == f"{out}: speculators, 4 tokens a draft; vllm serve {out} runs it with our plugin\n"
+    )
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert config["architectures"] == [ARCHITECTURE]
     assert config["speculators_config"]["verifier"]["name_or_path"] == str(target)
@@ -186,4 +190,34 @@ def test_the_command(tmp_path, capsys):
     assert "is not empty" in capsys.readouterr().err
     options[3] = "prompt_lookup"
     assert main(["export", *options]) == 2
-    assert "CTC drafters only" in capsys.readouterr().err
+    assert "prompt_lookup is no drafter that engines run" in capsys.readouterr().err
+
+
+def dflash(target, **sizes):
+    options = {"num_hidden_layers": 2, "draft_length": 3, "num_attention_heads": 2, "num_key_value_heads": 1}
+    return fresh_drafter(target, None, 0, "dflash", **options, mask_token_id=5, **sizes)
+
+
+def test_a_dflash_drafter_is_written_for_the_engines_own_class(tmp_path):
+    target = tiny_target()
+    drafter = dflash(target)
+    assert export(drafter, target.config, "some/target", tmp_path / "out") == []
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["architectures"] == ["DFlashDraftModel"]
+    assert config["speculators_model_type"] == config["speculators_config"]["algorithm"] == "dflash"
+    assert config["speculators_config"]["proposal_methods"][0]["speculative_tokens"] == 3
+    assert (config["block_size"], config["mask_token_id"]) == (4, 5)
+    assert "ctc_config" not in config
+    tensors = load_file(tmp_path / "out/model.safetensors")
+    assert tensors.keys() == drafter.state_dict().keys()
+    assert {name.split(".")[0] for name in tensors} == {"fc", "hidden_norm", "layers", "norm"}
+    again = AutoDrafter.from_pretrained(str(tmp_path / "out"), target.model)  # as others publish them
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in again.state_dict().items())
+    assert again.config.target_layer_ids == drafter.config.target_layer_ids
+    assert again.config.draft_length == 3
+    with pytest.raises(UserError, match="train one with --no-carry"):
+        export(dflash(target, carry=True), target.config, "some/target", tmp_path / "carrying")
+    with pytest.raises(UserError, match=r"multiplies its embeddings by 8, .* train --method ctc"):
+        export(drafter, Gemma3TextConfig(vocab_size=97, hidden_size=64), "some/target", tmp_path / "scaled")
+    assert not (tmp_path / "carrying").exists()
+    assert not (tmp_path / "scaled").exists()

@@ -14,8 +14,11 @@ from urllib.request import urlopen
 
 import pytest
 import torch
+from torch.nn import functional as fn
 
-from ctc_drafter.decode.generate import generate
+from ctc_drafter.decode.generate import generate, plain_generate
+from ctc_drafter.drafters.baselines.dflash import DFlashConfig, DFlashDrafter
+from ctc_drafter.drafters.block import frame_logits
 from ctc_drafter.drafters.ctc import CTCDrafter
 from ctc_drafter.drafters.predictor import nearest_map
 from ctc_drafter.evaluate.methods import Chained
@@ -99,12 +102,37 @@ def folders(shipped, tmp_path_factory):
     return root
 
 
-def run_vllm(folder, name, model, options, *runs):
+def token_frames(drafter, target, prompts, steps=16):
+    """A DFlash drafter that starts from a CTC drafter's layers and has learned the answers to these prompts."""
+    names = ("num_hidden_layers", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+    names += ("vocab_size", "hidden_size", "rms_norm_eps", "rope_theta", "max_position_embeddings")
+    names += ("mask_token_id", "target_layer_ids", "target_num_layers")
+    config = DFlashConfig(draft_length=drafter.config.frames, **{name: getattr(drafter.config, name) for name in names})
+    stock, own = DFlashDrafter(config).to(drafter.device, drafter.dtype), drafter.state_dict()
+    stock.load_state_dict({name: own[name] for name in stock.state_dict()})
+    answers = plain_generate(target, prompts, max_new_tokens=TOKENS, eos=()).tokens
+    texts = [torch.tensor([[*prompt, *answer]]) for prompt, answer in zip(prompts, answers, strict=True)]
+    features = [target.hidden_states(text, stock.feature_layers)[0].clone() for text in texts]
+    places = [
+        torch.arange(len(prompt), text.shape[1] - stock.frames) for prompt, text in zip(prompts, texts, strict=True)
+    ]
+    optimizer = torch.optim.AdamW(stock.parameters(), lr=2e-3)
+    for step in range(steps * len(texts)):
+        text, anchors = texts[step % len(texts)], places[step % len(texts)]
+        states = stock.draft_states(features[step % len(texts)], text, anchors[None], target.embed)
+        labels = text[0, anchors[:, None] + torch.arange(1, 1 + stock.frames)]
+        fn.cross_entropy(frame_logits(states[0], target.head).flatten(0, 1), labels.flatten()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return stock.eval()
+
+
+def run_vllm(folder, name, model, options, *runs, environment=None):
     """Results of the runs, see `vllm_run`; the process's last words where it failed."""
     job = folder / f"{name}.json"
     job.write_text(json.dumps({"model": str(model), "options": OPTIONS | options, "runs": runs}))
     command = [sys.executable, str(Path(__file__).parents[1] / "support" / "vllm_run.py"), str(job)]
-    own = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    own = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} | (environment or {})
     done = subprocess.run(command, env=os.environ | ENVIRONMENT | own, capture_output=True, text=True, check=False)
     out = job.with_suffix(".out")
     return json.loads(out.read_text()) if out.exists() else done.stderr[-20000:] + done.stdout[-20000:]
@@ -150,6 +178,18 @@ def test_the_folder_alone_gives_plain_text_and_our_acceptance(shipped, folders, 
     # Sampling: vLLM's temperatures of drafted tokens are garbage on a CPU unless patched.
     assert found[1]["tokens"] == plain[1]["tokens"]
     assert all(a != b for a, b in zip(found[2]["tokens"], found[1]["tokens"], strict=True))
+
+
+def test_a_dflash_drafter_needs_no_plugin(shipped, folders, plain):
+    target, drafter, prompts = shipped
+    stock = token_frames(drafter, target, prompts)
+    export(stock, target.config, str(TARGET_DIR), folders / "stock")
+    found = run_vllm(folders, "dflash", folders / "stock", {}, greedy(prompts), environment={"VLLM_PLUGINS": ""})
+    assert isinstance(found, list), found
+    assert found[0]["tokens"] == plain[0]["tokens"]
+    ours = our_beta(target, stock, prompts)
+    assert ours > 1.5
+    assert beta_of(found[0]["counted"]) == pytest.approx(ours, rel=0.05)
 
 
 def test_vllm_does_not_start_where_ctc_would_be_bypassed(shipped, folders):

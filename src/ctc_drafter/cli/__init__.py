@@ -155,12 +155,13 @@ def export(
     ] = 8,
     dtype: DtypeOption = "bfloat16",
 ) -> None:
-    """Exports a drafter for vLLM and SGLang, which run it with our plugin: vllm serve OUT."""
+    """Exports a drafter for vLLM and SGLang: vllm serve OUT. CTC drafters run with our plugin, DFlash ones without."""
     import torch
 
     from ctc_drafter.chat import fingerprint
+    from ctc_drafter.drafters.baselines.dflash import DFlashDrafter
     from ctc_drafter.drafters.ctc import CTCDrafter
-    from ctc_drafter.drafters.registry import open_drafter
+    from ctc_drafter.drafters.registry import method_of, open_drafter
     from ctc_drafter.files import disk_errors
     from ctc_drafter.integrations.export import export as write
     from ctc_drafter.load import drafter_place, load_config, pair
@@ -169,14 +170,16 @@ def export(
     names = pair(target, drafter)
     config, tokenizer, _ = load_config(names[0], revision, trust_remote_code, tokenizer_name)
     found = open_drafter(str(drafter_place(names[1])))
-    if not isinstance(found, CTCDrafter):
-        refuse(f"engines run CTC drafters only, and {names[1]} is another; give --drafter the folder of one")
+    if method_of(found) not in ("ctc", "dflash"):
+        refuse(f"{names[1]} is no drafter that engines run; give --drafter the folder of one of method ctc or dflash")
+    assert isinstance(found, CTCDrafter | DFlashDrafter)
     found.check_target(config, fingerprint(tokenizer))
     name = resolve(names[0], revision)
     place = str(Path(name).resolve()) if Path(name).is_dir() else name
     with disk_errors(out):
         left_out = write(found.to(getattr(torch, dtype)), config, place, out, width)
-    print(f"{out}: {layout}, {found.config.frames} tokens a draft; vllm serve {out} runs it")
+    plugin = "with our plugin" if isinstance(found, CTCDrafter) else "without a plugin"
+    print(f"{out}: {layout}, {found.frames} tokens a draft; vllm serve {out} runs it {plugin}")
     if left_out:
         parts = ["copies from the text" if part == "predictor.copying" else part for part in left_out]
         print(f"engines draft without {', '.join(parts)}: expect fewer tokens per step there than here")

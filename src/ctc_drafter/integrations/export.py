@@ -1,4 +1,4 @@
-"""Exports a CTC drafter in the `speculators` format, which vLLM reads with our plugin.
+"""Exports drafters in the `speculators` format: CTC drafters for vLLM with our plugin, DFlash drafters for plain vLLM.
 
 Source of the format: vLLM, `transformers_utils/configs/speculators`. Beside its keys stand those of a plain DFlash
 checkpoint, which SGLang reads: one folder serves both. Tensors keep their names and their dtype; those that
@@ -16,6 +16,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, PreTrainedConfig, Qwen3Config
 
+from ctc_drafter.drafters.baselines.dflash import DFlashDrafter
+from ctc_drafter.drafters.block import BlockModel
 from ctc_drafter.drafters.ctc import COPYING, CTCDrafter
 from ctc_drafter.integrations.settings import ARCHITECTURE, FORMAT, HeadSettings
 from ctc_drafter.types import UserError, own_code
@@ -24,18 +26,23 @@ from ctc_drafter.types import UserError, own_code
 PARTS = {"fc", "hidden_norm", "layers", "norm", "blank_head", "predictor", "joint", "carry", "carry_root", "d2t"}
 
 
-def export(drafter: CTCDrafter, target: PreTrainedConfig, name: str, out: Path, width: int) -> list[str]:
+def export(
+    drafter: CTCDrafter | DFlashDrafter, target: PreTrainedConfig, name: str, out: Path, width: int = 8
+) -> list[str]:
     """Writes `config.json` and `model.safetensors`; returns the parts of the drafter that stay out.
 
-    name: where engines find the target. width: prefixes of each length that the search keeps. Raises `UserError` when
-    the folder holds something, when the drafter has convolutions, or the target's embedding does what engines would not
-    repeat.
+    name: where engines find the target. width: prefixes of each length that the search of a CTC drafter keeps. Raises
+    `UserError` when the folder holds something, when the drafter has parts that no engine runs and that it drafts badly
+    without, or the target's embedding does what engines would not repeat.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is not empty; give --out a new folder")
     if drafter.config.convolution:
         raise UserError("no engine runs a drafter with convolutions yet; train one with --no-convolution")
-    config = speculators_config(drafter, target, name, width)
+    if isinstance(drafter, CTCDrafter):
+        config = ctc_config(drafter, target, name, width)
+    else:
+        config = dflash_config(drafter, target, name)
     tensors = {key: tensor.contiguous() for key, tensor in drafter.state_dict().items()}
     whole = {key: tensor for key, tensor in tensors.items() if not key.startswith(COPYING)}
     known = {key: tensor for key, tensor in whole.items() if key.split(".")[0] in PARTS}
@@ -51,14 +58,47 @@ def export(drafter: CTCDrafter, target: PreTrainedConfig, name: str, out: Path, 
     return sorted({key.split(".")[0] for key in whole.keys() - known.keys()} | copies)
 
 
-def speculators_config(drafter: CTCDrafter, target: PreTrainedConfig, name: str, width: int) -> dict[str, Any]:
-    """The whole `config.json`.
+def ctc_config(drafter: CTCDrafter, target: PreTrainedConfig, name: str, width: int) -> dict[str, Any]:
+    """The whole `config.json` of a CTC drafter, which our plugin reads."""
+    own = drafter.config
+    copied = {key: getattr(own, key) for key in HeadSettings.__dataclass_fields__ if hasattr(own, key)}
+    head = HeadSettings(**copied, embedding_scale=embedding_scale(target), width=width)
+    config = speculators_config(drafter, target, name)
+    return config | named(FORMAT, ARCHITECTURE, config) | {"ctc_config": asdict(head)}
+
+
+def dflash_config(drafter: DFlashDrafter, target: PreTrainedConfig, name: str) -> dict[str, Any]:
+    """The whole `config.json` of a DFlash drafter, as vLLM's own class reads it, without our plugin.
+
+    Raises `UserError` for parts that class has not.
+    """
+    if drafter.config.carry:
+        raise UserError("engines' own DFlash classes carry nothing into the block; train one with --no-carry")
+    if (scale := embedding_scale(target)) != 1:
+        raise UserError(
+            f"the target multiplies its embeddings by {scale:g}, which engines' own DFlash classes do not repeat; "
+            "train --method ctc, which our plugin runs"
+        )
+    config = speculators_config(drafter, target, name)
+    return config | named("dflash", "DFlashDraftModel", config)
+
+
+def named(format_name: str, architecture: str, config: dict[str, Any]) -> dict[str, Any]:
+    """The keys of a config that say whose class runs the drafter."""
+    algorithm = config["speculators_config"] | {"algorithm": format_name}
+    return {
+        "architectures": [architecture],
+        "speculators_model_type": format_name,
+        "speculators_config": algorithm,
+    }
+
+
+def speculators_config(drafter: BlockModel, target: PreTrainedConfig, name: str) -> dict[str, Any]:
+    """What the configs of all block drafters have.
 
     The `speculators` format counts a feature by the block that it goes into, `dflash_config` by the one that it leaves.
     """
     own = drafter.config
-    copied = {key: getattr(own, key) for key in HeadSettings.__dataclass_fields__ if hasattr(own, key)}
-    head = HeadSettings(**copied, embedding_scale=embedding_scale(target), width=width)
     layers = Qwen3Config(
         vocab_size=own.vocab_size,
         hidden_size=own.hidden_size,
@@ -73,18 +113,15 @@ def speculators_config(drafter: CTCDrafter, target: PreTrainedConfig, name: str,
         tie_word_embeddings=False,
         dtype=drafter.dtype,
     )
-    proposal = {"proposal_type": "greedy", "speculative_tokens": own.frames}
+    proposal = {"proposal_type": "greedy", "speculative_tokens": drafter.frames}
     dflash = {"mask_token_id": own.mask_token_id, "target_layer_ids": own.target_layer_ids}
     return {
         **layers.to_dict(),
         "model_type": layers.model_type,
         "num_target_layers": own.target_num_layers,
-        "block_size": 1 + own.frames,
+        "block_size": 1 + drafter.frames,
         "dflash_config": dflash,
-        "architectures": [ARCHITECTURE],
-        "speculators_model_type": FORMAT,
         "speculators_config": {
-            "algorithm": FORMAT,
             "default_proposal_method": "greedy",
             "proposal_methods": [proposal],
             "verifier": {"name_or_path": name, "architectures": target.architectures or []},
@@ -92,7 +129,6 @@ def speculators_config(drafter: CTCDrafter, target: PreTrainedConfig, name: str,
         "transformer_layer_config": layers.to_dict(),
         "aux_hidden_state_layer_ids": [layer + 1 for layer in own.target_layer_ids],
         "mask_token_id": own.mask_token_id,
-        "ctc_config": asdict(head),
     }
 
 
