@@ -18,6 +18,7 @@ from ctc_drafter.integrations.export import embedding_scale, export
 from ctc_drafter.integrations.head import CTCHead
 from ctc_drafter.integrations.settings import ARCHITECTURE, HeadSettings, check_vllm
 from ctc_drafter.integrations.vllm.cpu import expand
+from ctc_drafter.load import load_target
 from ctc_drafter.types import UserError
 from ctc_oracle import prefix_probs, sequence_probs
 from helpers import tiny_config, tiny_drafter, tiny_target
@@ -190,7 +191,40 @@ def test_the_command(tmp_path, capsys):
     assert "is not empty" in capsys.readouterr().err
     options[3] = "prompt_lookup"
     assert main(["export", *options]) == 2
-    assert "prompt_lookup is no drafter that engines run" in capsys.readouterr().err
+    assert "prompt_lookup has nothing to export; vLLM has its own" in capsys.readouterr().err
+    options[3] = str(out)
+    assert main(["export", *options]) == 2
+    assert "is in a format that engines read as it is" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_command_with_a_dflash_drafter(tmp_path, capsys):
+    folder, _ = save_pair(tmp_path)
+    target, tokenizer = load_target(str(folder), "float32", "cpu")
+    fresh_drafter(target, tokenizer, 0, "dflash", draft_length=3).save_pretrained(tmp_path / "dflash")
+    options = ["--target", str(folder), "--drafter", str(tmp_path / "dflash"), "--out", str(tmp_path / "out")]
+    assert main(["export", *options, "--width", "4"]) == 2
+    assert "--width is of a CTC drafter's search" in capsys.readouterr().err
+    assert main(["export", *options]) == 0
+    assert capsys.readouterr().out.endswith(
+        f"3 tokens a draft; vllm serve {tmp_path / 'out'} runs it without a plugin\n"
+    )
+
+
+def test_an_exported_ctc_drafter_is_no_dflash_drafter(tmp_path):
+    target, _, _, _ = exported(tmp_path)
+    with pytest.raises(UserError, match="was exported for other engines; give the folder of the drafter"):
+        AutoDrafter.from_pretrained(str(tmp_path / "out"), target.model)
+
+
+def test_drafters_that_no_engine_runs_are_refused(tmp_path):
+    target = tiny_target()
+    for method in ("dspark", "ctc-linear", "medusa"):
+        with pytest.raises(UserError, match=f"this one is of {method}"):
+            export(fresh_drafter(target, None, 0, method), target.config, "some/target", tmp_path / "out")
+    with pytest.raises(UserError, match=r"engines sort the target's layers, and the drafter reads \[1, 0\]"):
+        export(dflash(target, target_layer_ids=[1, 0]), target.config, "some/target", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def dflash(target, **sizes):
@@ -207,6 +241,11 @@ def test_a_dflash_drafter_is_written_for_the_engines_own_class(tmp_path):
     assert config["speculators_model_type"] == config["speculators_config"]["algorithm"] == "dflash"
     assert config["speculators_config"]["proposal_methods"][0]["speculative_tokens"] == 3
     assert (config["block_size"], config["mask_token_id"]) == (4, 5)
+    assert config["aux_hidden_state_layer_ids"] == [layer + 1 for layer in drafter.config.target_layer_ids]
+    layers = config["transformer_layer_config"]
+    assert set(layers["layer_types"]) == {"full_attention"}
+    assert layers["sliding_window"] is None
+    assert not {"sample_from_anchor", "sliding_window_non_causal"} & config.keys()  # masks follow the root; both ways
     assert "ctc_config" not in config
     tensors = load_file(tmp_path / "out/model.safetensors")
     assert tensors.keys() == drafter.state_dict().keys()

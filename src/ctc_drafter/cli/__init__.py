@@ -151,17 +151,24 @@ def export(
     drafter: DrafterOption = None,
     layout: Annotated[Literal["speculators"], typer.Option("--format", help="Checkpoint format.")] = "speculators",
     width: Annotated[
-        int, typer.Option("--width", min=1, help="Beam width: prefixes of each length that the search keeps.")
-    ] = 8,
+        int | None,
+        typer.Option(
+            "--width",
+            min=1,
+            help="Beam width of a CTC drafter's search: prefixes of each length that it keeps.",
+            show_default="8",
+        ),
+    ] = None,
     dtype: DtypeOption = "bfloat16",
 ) -> None:
-    """Exports a drafter for vLLM and SGLang: vllm serve OUT. CTC drafters run with our plugin, DFlash ones without."""
+    """Exports a drafter: ctc for vLLM and SGLang, with our plugin; dflash for vLLM, without it. vllm serve OUT."""
     import torch
 
     from ctc_drafter.chat import fingerprint
-    from ctc_drafter.drafters.baselines.dflash import DFlashDrafter
     from ctc_drafter.drafters.ctc import CTCDrafter
-    from ctc_drafter.drafters.registry import method_of, open_drafter
+    from ctc_drafter.drafters.prompt_lookup import PromptLookup
+    from ctc_drafter.drafters.registry import PROMPT_LOOKUP, open_drafter
+    from ctc_drafter.drafters.warm_start import is_published
     from ctc_drafter.files import disk_errors
     from ctc_drafter.integrations.export import export as write
     from ctc_drafter.load import drafter_place, load_config, pair
@@ -169,17 +176,22 @@ def export(
 
     names = pair(target, drafter)
     config, tokenizer, _ = load_config(names[0], revision, trust_remote_code, tokenizer_name)
-    found = open_drafter(str(drafter_place(names[1])))
-    if method_of(found) not in ("ctc", "dflash"):
-        refuse(f"{names[1]} is no drafter that engines run; give --drafter the folder of one of method ctc or dflash")
-    assert isinstance(found, CTCDrafter | DFlashDrafter)
+    place = str(drafter_place(names[1]))
+    if place != PROMPT_LOOKUP and is_published(place):
+        refuse(f"{names[1]} is in a format that engines read as it is; export is for what ctc-drafter train writes")
+    found = open_drafter(place)
+    if isinstance(found, PromptLookup):
+        refuse(f"{PROMPT_LOOKUP} has nothing to export; vLLM has its own: --speculative-config with method ngram")
+    if width is not None and not isinstance(found, CTCDrafter):
+        refuse(f"--width is of a CTC drafter's search, and {names[1]} is another; leave it out")
     found.check_target(config, fingerprint(tokenizer))
     name = resolve(names[0], revision)
-    place = str(Path(name).resolve()) if Path(name).is_dir() else name
+    kept = str(Path(name).resolve()) if Path(name).is_dir() else name
     with disk_errors(out):
-        left_out = write(found.to(getattr(torch, dtype)), config, place, out, width)
+        left_out = write(found.to(getattr(torch, dtype)), config, kept, out, 8 if width is None else width)
     plugin = "with our plugin" if isinstance(found, CTCDrafter) else "without a plugin"
-    print(f"{out}: {layout}, {found.frames} tokens a draft; vllm serve {out} runs it {plugin}")
+    tokens = getattr(found, "frames", found.config.draft_length)
+    print(f"{out}: {layout}, {tokens} tokens a draft; vllm serve {out} runs it {plugin}")
     if left_out:
         parts = ["copies from the text" if part == "predictor.copying" else part for part in left_out]
         print(f"engines draft without {', '.join(parts)}: expect fewer tokens per step there than here")

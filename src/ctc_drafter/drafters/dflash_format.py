@@ -39,8 +39,13 @@ def _own(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def dflash_sizes(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Keys of a `DFlashConfig`. Raises `UserError` for a config.json of something else."""
+    """Keys of a `DFlashConfig`. Raises `UserError` for a config.json of something else, also of a CTC drafter that was
+    exported for engines: its frames are not a token each."""
     own = _own(config)
+    if "ctc_config" in config:
+        raise UserError(f"{name} was exported for other engines; give the folder of the drafter that it was made of")
+    if own.get("causal") or config.get("is_causal"):
+        logger.warning("%s has causal blocks, whose places see each other both ways here", name)
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if rope.get("rope_type", rope.get("type", "default")) != "default":
         logger.warning("%s scales its rotary positions, which is left out here", name)

@@ -19,6 +19,8 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, Qwen3Config
 from ctc_drafter.drafters.baselines.dflash import DFlashDrafter
 from ctc_drafter.drafters.block import BlockModel
 from ctc_drafter.drafters.ctc import COPYING, CTCDrafter
+from ctc_drafter.drafters.registry import method_of
+from ctc_drafter.drafters.trainable import TrainableDrafter
 from ctc_drafter.integrations.settings import ARCHITECTURE, FORMAT, HeadSettings
 from ctc_drafter.types import UserError, own_code
 
@@ -26,23 +28,23 @@ from ctc_drafter.types import UserError, own_code
 PARTS = {"fc", "hidden_norm", "layers", "norm", "blank_head", "predictor", "joint", "carry", "carry_root", "d2t"}
 
 
-def export(
-    drafter: CTCDrafter | DFlashDrafter, target: PreTrainedConfig, name: str, out: Path, width: int = 8
-) -> list[str]:
+def export(drafter: TrainableDrafter, target: PreTrainedConfig, name: str, out: Path, width: int = 8) -> list[str]:
     """Writes `config.json` and `model.safetensors`; returns the parts of the drafter that stay out.
 
     name: where engines find the target. width: prefixes of each length that the search of a CTC drafter keeps. Raises
-    `UserError` when the folder holds something, when the drafter has parts that no engine runs and that it drafts badly
-    without, or the target's embedding does what engines would not repeat.
+    `UserError` when the folder holds something, for drafters of other methods than ctc and dflash and those with parts
+    that no engine runs, or when the target's embedding does what engines would not repeat.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is not empty; give --out a new folder")
-    if drafter.config.convolution:
+    if isinstance(drafter, BlockModel) and drafter.config.convolution:
         raise UserError("no engine runs a drafter with convolutions yet; train one with --no-convolution")
-    if isinstance(drafter, CTCDrafter):
+    if type(drafter) is CTCDrafter:
         config = ctc_config(drafter, target, name, width)
-    else:
+    elif isinstance(drafter, DFlashDrafter):
         config = dflash_config(drafter, target, name)
+    else:
+        raise UserError(f"drafters of methods ctc and dflash can be exported, and this one is of {method_of(drafter)}")
     tensors = {key: tensor.contiguous() for key, tensor in drafter.state_dict().items()}
     whole = {key: tensor for key, tensor in tensors.items() if not key.startswith(COPYING)}
     known = {key: tensor for key, tensor in whole.items() if key.split(".")[0] in PARTS}
@@ -73,10 +75,10 @@ def dflash_config(drafter: DFlashDrafter, target: PreTrainedConfig, name: str) -
     Raises `UserError` for parts that class has not.
     """
     if drafter.config.carry:
-        raise UserError("engines' own DFlash classes carry nothing into the block; train one with --no-carry")
+        raise UserError("vLLM's own DFlash class carries nothing into the block; train one with --no-carry")
     if (scale := embedding_scale(target)) != 1:
         raise UserError(
-            f"the target multiplies its embeddings by {scale:g}, which engines' own DFlash classes do not repeat; "
+            f"the target multiplies its embeddings by {scale:g}, which vLLM's own DFlash class does not repeat; "
             "train --method ctc, which our plugin runs"
         )
     config = speculators_config(drafter, target, name)
@@ -99,6 +101,10 @@ def speculators_config(drafter: BlockModel, target: PreTrainedConfig, name: str)
     The `speculators` format counts a feature by the block that it goes into, `dflash_config` by the one that it leaves.
     """
     own = drafter.config
+    if own.target_layer_ids != sorted(set(own.target_layer_ids)):
+        raise UserError(
+            f"engines sort the target's layers, and the drafter reads {own.target_layer_ids}; train another"
+        )
     layers = Qwen3Config(
         vocab_size=own.vocab_size,
         hidden_size=own.hidden_size,
@@ -133,7 +139,7 @@ def speculators_config(drafter: BlockModel, target: PreTrainedConfig, name: str)
 
 
 def embedding_scale(target: PreTrainedConfig) -> float:
-    """Factor that the target's embedding module applies, as Gemma's does. Engines do so outside of the module."""
+    """Factor that the target's embedding module applies, as Gemma's does. vLLM does so outside of the module."""
     with torch.device("meta"):
         text = target.get_text_config(decoder=True)
         embed = AutoModelForCausalLM.from_config(text, trust_remote_code=own_code(text)).get_input_embeddings()

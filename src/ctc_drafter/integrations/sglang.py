@@ -64,7 +64,8 @@ class CTCSampler:
         block = 1 + self.head.settings.frames
         states, tokens = hidden_states.unflatten(0, (-1, block)), input_ids.unflatten(0, (-1, block))
         logits = states[:, 1:].to(self.weight.dtype) @ self.weight.t()
-        scale = self.head.settings.embedding_scale
+        # SGLang's Gemma 3 scales its embeddings in the module, as transformers does.
+        scale = 1.0 if hasattr(self.embed, "embed_scale") else self.head.settings.embedding_scale
         return self.head.chains(states, tokens[:, 0], logits, lambda ids: self.embed(ids) * scale).flatten()
 
 

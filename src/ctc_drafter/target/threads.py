@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 
 @contextmanager
 def one_thread_beside(target: Target) -> Iterator[None]:
-    """Keeps PyTorch to one thread while a target is asked whose engine has threads of its own.
+    """Keeps PyTorch to one thread during a step or prefill, drafting included, of a target whose engine has its own.
 
     PyTorch's (OpenMP) wait awake for milliseconds after each operation, on the cores that the other engine needs next.
-    The number of threads is PyTorch's own setting and holds for all that runs meanwhile: a thread of the caller's that
-    first uses PyTorch during a step computes with one thread from then on, unless it calls `torch.set_num_threads`.
+    It is the decoding thread's number, and the default of threads that first use PyTorch meanwhile: such a one computes
+    with one thread from then on, unless it calls `torch.set_num_threads`. Those that have used it before keep theirs.
     The other engine's number of threads is taken from PyTorch's when the target is made.
     """
     threads = torch.get_num_threads()
