@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ctc_drafter.decode import budget as budget_file
-from ctc_drafter.decode.budget import REST, START, Budget, Pace, StepTimes, ascending
+from ctc_drafter.decode.budget import LONGEST_REST, REST, START, Budget, Pace, StepTimes, ascending
 from ctc_drafter.decode.generate import generate, plain_generate
 from ctc_drafter.decode.prefill import prefill
 from ctc_drafter.decode.profile import measure, step_times
@@ -160,6 +160,14 @@ def test_drafting_that_does_not_pay_rests_longer_each_time():
         pace.note(100, tree, accepted)
     assert pauses.gain.value > 1.2
     assert pauses.rest == REST
+
+
+def test_where_no_text_could_make_drafts_pay_the_longest_rest_comes_first():
+    hopeless = Budget(times(whole=(8.0, 11.0, 15.0)), 4)  # in plain steps 2, 2.75, 3.75: more than 1.7, 2.1 and 2.6
+    assert hopeless.curve(1, 0).hopeless
+    assert not Budget(times(whole=(8.0, 10.0, 10.0)), 4).curve(1, 0).hopeless
+    pace = Pace(hopeless)
+    assert [pace.drafts(1) for _ in range(LONGEST_REST + 1)] == [False] * LONGEST_REST + [True]
 
 
 def test_what_does_not_pay_for_many_rows_may_pay_for_few():

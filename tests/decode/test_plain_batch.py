@@ -4,16 +4,18 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
+from ctc_drafter.decode import batch as drafted
 from ctc_drafter.decode import generate as loop
-from ctc_drafter.decode.generate import PlainBatch, by_length, plain_generate, plain_generate_many, prefill_groups
-from ctc_drafter.decode.prefill import prefill
+from ctc_drafter.decode import prefill as prefilling
+from ctc_drafter.decode.generate import PlainBatch, by_length, generate, plain_generate, plain_generate_many
+from ctc_drafter.decode.prefill import prefill, prefill_groups
 from ctc_drafter.decode.sampling import ARGMAX, Sampled, gumbel, gumbel_argmax, noise, streams, warpers
 from ctc_drafter.decode.sequence import SequenceState
 from ctc_drafter.decode.stats import Stopwatch
 from ctc_drafter.target.cache import gap_free_order, move
 from ctc_drafter.target.model import Target
 from ctc_drafter.types import UserError
-from helpers import tiny_target
+from helpers import tiny_drafter, tiny_target
 
 PROMPTS = [[3 + n % 7, *range(1, 1 + (n * 5) % 13)] for n in range(12)]
 NEW = 12
@@ -217,8 +219,25 @@ def test_long_prompts_are_not_padded_with_short_ones():
     assert groups(*[1500] * 5) == [[1500, 1500], [1500, 1500], [1500]]
     for group in groups(*range(1, 900, 7)):
         padded = max(group) * len(group)
-        assert padded - sum(group) <= max(loop.PADDING, padded // 4)
-        assert padded <= loop.LARGEST
+        assert padded - sum(group) <= max(prefilling.PADDING, padded // 4)
+        assert padded <= prefilling.LARGEST
+
+
+def test_drafted_batches_prefill_in_groups_too(monkeypatch):
+    """A long prompt does not make the short ones as long; each row's output is plain decoding's."""
+    target = tiny_target()
+    drafter = tiny_drafter(target)
+    prompts = [[3, 1, 4], [1, 5, 9, 2], [6] * 200, [5, 3]]
+    expected = plain_generate(target, prompts, max_new_tokens=8, eos=()).tokens
+    groups = []
+
+    def noted(target, prompts, *others):
+        groups.append([len(prompt) for prompt in prompts])
+        return prefill(target, prompts, *others)
+
+    monkeypatch.setattr(drafted, "prefill", noted)
+    assert generate(target, drafter, prompts, max_new_tokens=8, eos=(), nodes=4).tokens == expected
+    assert groups == [[3, 4], [200], [2]]
 
 
 def test_rows_of_like_length_come_together(monkeypatch):

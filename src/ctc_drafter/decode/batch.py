@@ -12,7 +12,7 @@ from transformers import Cache
 
 from ctc_drafter.decode.budget import Budget, Pace, Trees
 from ctc_drafter.decode.pictures import Pictures
-from ctc_drafter.decode.prefill import Prefill, prefill, reread
+from ctc_drafter.decode.prefill import Prefill, check_prompts, prefill, prefill_groups, reread
 from ctc_drafter.decode.sampling import ARGMAX, RowErrors, Sampler, chosen, tokens_along
 from ctc_drafter.decode.sequence import SequenceState
 from ctc_drafter.decode.stats import Stopwatch
@@ -170,9 +170,16 @@ class Batch:
     def enter(self, rows: Sequence[SequenceState]) -> tuple[torch.Tensor, torch.Tensor]:
         """`admit`, as tensors: the first token `int64 [R]` of each new row, chosen from these logits `[R, V]`.
 
-        Where new rows cannot be prefilled, or memory does not suffice for them beside the others, the batch stays as it
-        was, and the error is raised.
+        Rows are prefilled in groups that are little padded. Where a group cannot be prefilled, or memory does not
+        suffice for it beside the others, the batch stays as it was before that group, and the error is raised.
         """
+        if self.method.pictures is not None or len(rows) < 2:
+            return self._enter(rows)
+        check_prompts(self.method.target, [row.prompt for row in rows], rows[0].index)
+        roots, logits = zip(*(self._enter(group) for group in prefill_groups(rows)), strict=True)
+        return torch.cat(roots), torch.cat(logits)
+
+    def _enter(self, rows: Sequence[SequenceState]) -> tuple[torch.Tensor, torch.Tensor]:
         target, drafter, sampler = self.method.target, self.method.drafter, self.method.config.sampler
         with one_thread_beside(target), self.clock("prefill"):
             first = rows[0].index if rows else 0

@@ -29,6 +29,7 @@ START, RETRY = 1.15, 1.04  # the benefit of the doubt, in gain: for the first st
 LEAST_TRUST, MOST_TRUST = 0.15, 1.5  # bounds of accepted tokens over what the drafter expected
 STAKE = 0.5  # plain steps that a trial may take longer than a step of one node
 FORGIVE = 1 / 8  # way back to full trust, at each rest
+HOPE = 0.7  # an easy text emits 1 + HOPE log2(1 + n) tokens a step with n nodes: 1.7 with 1, 2.6 with 4, 3.9 with 16
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,12 @@ class Curve:
     def cost(self, free: bool) -> np.ndarray:
         """`whole`, or the same without drafting."""
         return self.whole - self.draft if free else self.whole
+
+    @property
+    def hopeless(self) -> bool:
+        """Whether no size pays even for a text that is easy to draft, as in large batches on a CPU."""
+        nodes = np.arange(1, len(self.whole))
+        return bool((1 + HOPE * np.log2(1 + nodes) < self.whole[1:] / self.plain).all())
 
     @property
     def min_probability(self) -> float:
@@ -183,12 +190,15 @@ class Pauses:
     """Whether drafting pays in batches of about one size, and how long it rests where it does not.
 
     gain: text per time over plain decoding's, of steps with a draft. in_vain: of how many batches in a row, by their
-    size, drafts have not paid. The longer that goes on, the less is tried in the next one.
+    size, drafts have not paid. The longer that goes on, the less is tried in the next one. Where drafts are `hopeless`
+    by the step times, the longest rest comes first.
     """
 
-    def __init__(self, in_vain: dict[int, int], size: int) -> None:
+    def __init__(self, in_vain: dict[int, int], size: int, hopeless: bool = False) -> None:
         self.in_vain, self.size, self.before, self.waiting = in_vain, size, in_vain.get(size, 0), 0
         self.gain, self.rest = Mean(START if self.before < 2 else RETRY), min(REST << self.before, LONGEST_REST)
+        if hopeless:
+            self.gain, self.waiting, self.rest = Mean(RETRY), LONGEST_REST, LONGEST_REST
 
     @property
     def trial(self) -> bool:
@@ -220,11 +230,12 @@ class Record:
         self.trust, self.in_vain = Trust(1.0), in_vain
         self._pauses: dict[int, Pauses] = {}
 
-    def pauses(self, rows: int) -> Pauses:
-        """Those of batches with 1 row, 2 and 3, 4 to 7, and so on."""
+    def pauses(self, rows: int, hopeless: bool = False) -> Pauses:
+        """Those of batches with 1 row, 2 and 3, 4 to 7, and so on; hopeless: see `Pauses`, of the first call for a
+        size."""
         size = rows.bit_length()
         if size not in self._pauses:
-            self._pauses[size] = Pauses(self.in_vain, size)
+            self._pauses[size] = Pauses(self.in_vain, size, hopeless)
         return self._pauses[size]
 
     def note(self, rows: int, accepted: float, expected: float, gain: float) -> None:
@@ -244,7 +255,7 @@ class Pace:
 
     def drafts(self, rows: int) -> bool:
         """See `Trees`."""
-        self.drafted = self.network.pauses(rows).drafts()
+        self.drafted = self.network.pauses(rows, self.budget.curve(rows, 0).hopeless).drafts()
         return self.drafted
 
     def min_probability(self, rows: int, context: int) -> float:

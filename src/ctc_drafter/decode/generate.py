@@ -12,7 +12,7 @@ import torch
 from transformers import Cache, StoppingCriteriaList
 
 from ctc_drafter.decode.batch import Batch, DecodingConfig, DecodingOptions, Method
-from ctc_drafter.decode.prefill import Beginning, beginning, check_prompts, prefill, reread
+from ctc_drafter.decode.prefill import Beginning, beginning, check_prompts, prefill, prefill_groups, reread
 from ctc_drafter.decode.profile import settled
 from ctc_drafter.decode.sampling import Sampler, chosen
 from ctc_drafter.decode.sequence import OnTokens, OutputWriter, SequenceState
@@ -204,24 +204,6 @@ class PlainBatch:
             with self.clock("accept"):
                 self.lengths, self.root = self.lengths + 1, chosen(self.sampler, logits[:, -1], self.rows)
         return PlainStep(self.root)
-
-
-PADDING = 64  # tokens of a prefill, or a quarter of it: what another forward costs, about
-LARGEST = 4096  # tokens of a prefill of several rows
-
-
-def prefill_groups(rows: Sequence[SequenceState]) -> Iterator[list[SequenceState]]:
-    """Groups of neighbours that are prefilled together: little padding, and not too much at a time."""
-    group: list[SequenceState] = []
-    for row in rows:
-        sizes = [len(each.prompt) for each in (*group, row)]
-        padded = max(sizes) * len(sizes)
-        if group and (padded > LARGEST or padded - sum(sizes) > max(PADDING, padded // 4)):
-            yield group
-            group = []
-        group.append(row)
-    if group:
-        yield group
 
 
 def step(target: Target, cache: Cache | RowCache, lengths: torch.Tensor, root: torch.Tensor) -> torch.Tensor:

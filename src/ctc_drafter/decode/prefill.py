@@ -248,3 +248,21 @@ def reread(target: Target, cache: Cache | RowCache, lengths: torch.Tensor, rows:
         if layer.keys is not None:
             layer.keys[places, :, : target.reread_at] = new.keys[:, :, : target.reread_at]
             layer.values[places, :, : target.reread_at] = new.values[:, :, : target.reread_at]
+
+
+PADDING = 64  # tokens of a prefill, or a quarter of it: what another forward costs, about
+LARGEST = 4096  # tokens of a prefill of several rows
+
+
+def prefill_groups(rows: Sequence[SequenceState]) -> Iterator[list[SequenceState]]:
+    """Groups of neighbours that are prefilled together: little padding, and not too much at a time."""
+    group: list[SequenceState] = []
+    for row in rows:
+        sizes = [len(each.prompt) for each in (*group, row)]
+        padded = max(sizes) * len(sizes)
+        if group and (padded > LARGEST or padded - sum(sizes) > max(PADDING, padded // 4)):
+            yield group
+            group = []
+        group.append(row)
+    if group:
+        yield group
