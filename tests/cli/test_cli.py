@@ -153,6 +153,24 @@ def test_eval_writes_and_shows_results(models: list[str], tasks_path: str, tmp_p
     assert "\x1b" not in shown.out
 
 
+@pytest.mark.parametrize("command", ["eval", "bench", "exactness"])
+def test_the_chat_template_of_evaluations(
+    command: str, models: list[str], tasks_path: str, tmp_path: Path, capfd
+) -> None:
+    """A template that makes a prompt of everything too long for the target leaves nothing to measure."""
+    long = tmp_path / "long.jinja"
+    long.write_text("{{ messages[0].content }}{{ ' and' * 5000 }}")
+    drafter = f"one={models[3]}" if command == "bench" else models[3]
+    options = [command, *models[:2], "--drafter", drafter, "--tasks-path", tasks_path, "--tasks", "maths"]
+    options += ["--limit", "1", "--max-new-tokens", "4", "--dtype", "float32", "--chat-template", str(long)]
+    main([*options, "--json", str(tmp_path / "out.json")])
+    assert "long" in capfd.readouterr().err
+    assert main([*options[:-1], "no.jinja"]) == 2
+    assert "cannot read the chat template no.jinja" in capfd.readouterr().err
+    assert main([*options, "--chat-template-arg", "mood=good"]) == 2
+    assert "the target's chat template has no variable mood" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("drafts", ["the drafter's", "made up"])
 def test_exactness_writes_and_shows_results(models: list[str], tasks_path: str, tmp_path: Path, capfd, drafts) -> None:
     out = tmp_path / "out.json"

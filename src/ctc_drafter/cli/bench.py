@@ -21,6 +21,8 @@ from ctc_drafter.cli.options import (
     SeedOption,
     SomeOption,
     TargetOption,
+    TemplateArgOption,
+    TemplateOption,
     ThreadsOption,
     TokenizerOption,
     TrustOption,
@@ -55,6 +57,8 @@ def bench(
     revision: RevisionOption = None,
     trust_remote_code: TrustOption = False,
     tokenizer_name: TokenizerOption = None,
+    chat_template: TemplateOption = None,
+    chat_template_arg: TemplateArgOption = None,
     drafters: Annotated[
         list[str] | None,
         typer.Option(
@@ -153,7 +157,8 @@ def bench(
     from ctc_drafter.evaluate.variants import QUICK, TrainedAlike, chosen_entries, parse_rates
     from ctc_drafter.evaluate.who_copies import given_copies, parse_copies
     from ctc_drafter.files import check_place
-    from ctc_drafter.load import load_target, pair, refuse_missing
+    from ctc_drafter.load import load_target, pair, read_template, refuse_missing
+    from ctc_drafter.provenance import template_hash
     from ctc_drafter.steps import Steps
     from ctc_drafter.target.names import TINY
 
@@ -193,6 +198,7 @@ def bench(
             refuse_missing(place)
     stock = located(stock, name)
     lm, tokenizer = load_target(name, way.dtype(dtype), device, revision, trust_remote_code, tokenizer_name)
+    read_template(tokenizer, chat_template, chat_template_arg or ())
     made = chosen_entries(lm, tokenizer, alike if quick or ablations else named, lambda text: print(text, flush=True))
     entries = at_depths(given_copies(made, modes), shorter)
     largest = max([PromptLookup().draft_length, *(size for size in sizes if isinstance(size, int))])
@@ -211,6 +217,7 @@ def bench(
         "command": meta(name, None)["command"],
         "target": name,
         "ablations": ablations,
+        "template": template_hash(tokenizer),
         "depths": shorter,
         "copies": modes,
     }

@@ -24,6 +24,8 @@ from ctc_drafter.cli.options import (
     SeedOption,
     SomeOption,
     TargetOption,
+    TemplateArgOption,
+    TemplateOption,
     ThreadsOption,
     TokenizerOption,
     TrustOption,
@@ -113,6 +115,8 @@ def evaluate(
     revision: RevisionOption = None,
     trust_remote_code: TrustOption = False,
     tokenizer_name: TokenizerOption = None,
+    chat_template: TemplateOption = None,
+    chat_template_arg: TemplateArgOption = None,
     drafter: DrafterOption = None,
     limit: SomeOption = None,
     max_new_tokens: NewTokensOption = 128,
@@ -158,7 +162,7 @@ def evaluate(
     from ctc_drafter.evaluate.tasks import read_tasks
     from ctc_drafter.evaluate.who_copies import as_told, parse_copies
     from ctc_drafter.files import check_place, write_json
-    from ctc_drafter.load import load_drafter, load_target, pair
+    from ctc_drafter.load import load_drafter, load_target, pair, read_template
     from ctc_drafter.steps import Steps
 
     check_place(json_out)
@@ -173,6 +177,7 @@ def evaluate(
         torch.set_num_threads(threads)
     others = located(others, names[0])
     lm, tokenizer = load_target(names[0], steps.dtype(dtype), device, revision, trust_remote_code, tokenizer_name)
+    read_template(tokenizer, chat_template, chat_template_arg or ())
     draft = as_told(load_drafter(names[1], lm, tokenizer), modes[0])
     lm = steps.of(lm, [draft], nodes or DEFAULT_NODES, batch_size)
     result = measure(
@@ -202,6 +207,8 @@ def exactness(
     revision: RevisionOption = None,
     trust_remote_code: TrustOption = False,
     tokenizer_name: TokenizerOption = None,
+    chat_template: TemplateOption = None,
+    chat_template_arg: TemplateArgOption = None,
     drafter: Annotated[
         str | None,
         typer.Option("--drafter", help="Drafter for the target. With --target alone, scripted drafts are used."),
@@ -230,7 +237,7 @@ def exactness(
     from ctc_drafter.evaluate.exactness import exactness_table
     from ctc_drafter.evaluate.tasks import Prompt, Task, read_tasks
     from ctc_drafter.files import check_place, write_json
-    from ctc_drafter.load import load_drafter, load_target, pair
+    from ctc_drafter.load import load_drafter, load_target, pair, read_template
 
     if tasks_path is not None and not tasks:
         refuse("give --tasks as well: the names of files in --tasks-path; or neither for the demo's prompts")
@@ -243,6 +250,7 @@ def exactness(
         torch.set_num_threads(threads)
     names_used = (target, drafter) if target else pair(target, drafter)
     lm, tokenizer = load_target(names_used[0], dtype, device, revision, trust_remote_code, tokenizer_name)
+    read_template(tokenizer, chat_template, chat_template_arg or ())
     result = compare(
         lm,
         load_drafter(names_used[1], lm, tokenizer) if names_used[1] else None,
