@@ -82,11 +82,12 @@ def markdown_summary(results: Sequence[dict[str, Any]]) -> str:
 def measured_on(results: Sequence[dict[str, Any]]) -> list[str]:
     """Sentences: hardware, versions and limits of the results; where they differ, of which dtypes."""
     places: dict[str, list[str]] = {}
-    for meta in (result["meta"] for result in results):
+    for result in results:
+        meta = result["meta"]
         place = (
             f"{meta['hardware']['gpu'] or meta['hardware']['cpu']}, torch {meta['versions']['torch']}, "
-            f"transformers {meta['versions']['transformers']}, trees of {meta['nodes']} nodes of probability "
-            f"{meta['floor']:g} and more, at most {meta['max_new_tokens']} new tokens"
+            f"transformers {meta['versions']['transformers']}, {trees_of(result)}, "
+            f"at most {meta['max_new_tokens']} new tokens"
             f"{'' if meta['complete'] else ', unfinished run'}"
         )
         places.setdefault(place, []).append(computed_in(meta))
@@ -95,6 +96,14 @@ def measured_on(results: Sequence[dict[str, Any]]) -> list[str]:
         of = f" ({'; '.join(dict.fromkeys(dtypes))})" if len(places) > 1 else ""
         lines.append(f"Measured on{of}: {place}.")
     return lines
+
+
+def trees_of(result: dict[str, Any]) -> str:
+    """The sizes of a result's trees: fixed, and by step times where there are such rows."""
+    nodes, floor = result["meta"]["nodes"], result["meta"]["floor"]
+    fixed = f"trees of {nodes} nodes of probability {floor:g} and more"
+    by_times = any(row["nodes"] == BUDGET for row in result["rows"])
+    return f"{fixed}, or of up to {nodes} by step times (budget)" if by_times else fixed
 
 
 def main(

@@ -265,10 +265,16 @@ def distillation(
     return [describe_distillation(cost, answers, rate, bandwidth, source) for cost, answers in costs]
 
 
+BY_SERVER = """A server that runs the target can do the distillation: `ctc-drafter recipe ... --server URL` (see
+[training](../training.md))."""
+OWN_PROMPTS = "The target writes its own prompts, which a server cannot do for it: there is no `--server` here."
+
+
 def page(recipe: Recipe, file: Path) -> str:
     """Markdown: the commands, and what they need."""
     lines = [["ctc-drafter", *line] for line in command_lines(stages(recipe, Path("runs") / file.stem))]
     shown = "\n".join("    " + shlex.join(line) for line in lines)
+    own_prompts = any(each.get("prompts") == "self" for each in recipe.distillations)
     rows = describe(estimate(plan_of(recipe)), RATE, "assumed; set yours with `--flops`")
     rows += distillation(recipe, RATE, BANDWIDTH, "assumed; set yours with `--flops` and `--bandwidth`")
     return f"""# {recipe.title}
@@ -281,8 +287,7 @@ runs these commands, each of which resumes after a kill:
 
 {shown}
 
-A server that runs the target can do the distillation: `ctc-drafter recipe ... --server URL` (see
-[training](../training.md)).
+{OWN_PROMPTS if own_prompts else BY_SERVER}
 
 What training and distillation need at most, by `ctc-drafter recipe {file.stem} --estimate` from the
 configuration, as if every row were as long as the recipe allows. {recipe.ran or NOT_YET}
