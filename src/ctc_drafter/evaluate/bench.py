@@ -122,19 +122,8 @@ def partial(out: Path | None) -> Path | None:
 def identity(meta: dict[str, Any], tasks: Sequence[Task], settings: BenchSettings) -> dict[str, Any]:
     """The settings that two runs must share for one to resume the other."""
     prompts = {task.name: hashlib.sha256(repr(task.prompts).encode()).hexdigest()[:16] for task in tasks}
-    kept = {
-        "versions",
-        "hardware",
-        "target",
-        "template",
-        "drafters",
-        "dtype",
-        "device",
-        "threads",
-        "compiled",
-        "engine",
-    }
-    shared = {name: meta.get(name) for name in kept | {"peers"}}
+    kept = ("versions", "hardware", "dtype", "device", "threads", "compiled", "engine", "peers")
+    shared = {name: meta.get(name) for name in ("target", "template", "drafters", *kept)}
     drafters = meta["drafters"].items()  # operations are counted anew, and near-ties may fall otherwise
     shared["drafters"] = {name: {k: v for k, v in facts.items() if k != "draft_flops"} for name, facts in drafters}
     return {"source": source_hash(), **shared, **asdict(settings), "prompts": prompts}
